@@ -1,0 +1,37 @@
+# One command each. Needs Python 3.11 (PYTHON=...) and pip; everything goes into .venv here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test check bench clean
+
+install: $(STAMP)
+
+# torch first and pinned: resolved together with the rest, pip may choose a build with gigabytes of
+# CUDA libraries on a machine that has no GPU.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/anabranch simulate examples/quickstart.toml --out runs/quickstart --overwrite
+
+test: install
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy aggregation/anabranch protos/anabranch client/anabranch coordinator/anabranch simulation/anabranch cli/anabranch benchmarks
+	$(BIN)/lint-imports
+	$(BIN)/python -m anabranch.wire.generate --check
+
+bench: install
+	$(BIN)/python -m benchmarks.federation
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,51 @@
+"""Merges task vectors and adapters: methods, recipes, and the engine that runs them.
+
+Names load on first use, so that reading a recipe (``anabranch.aggregation.recipe``) loads no torch.
+The table of methods is ``anabranch.aggregation.registry.methods()``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anabranch.aggregation.engine.adapters import MergeReport, MergeResult
+    from anabranch.aggregation.engine.adapters import merge_adapters as merge
+    from anabranch.aggregation.engine.gram import cosine_similarity
+    from anabranch.aggregation.engine.stream import merge_task_vectors
+    from anabranch.aggregation.method import MergeMethod, MethodConfig
+    from anabranch.aggregation.recipe import Recipe, load_recipe
+    from anabranch.aggregation.registry import resolve
+
+_HOMES = {
+    "MergeMethod": "method",
+    "MergeReport": "engine.adapters",
+    "MergeResult": "engine.adapters",
+    "MethodConfig": "method",
+    "Recipe": "recipe",
+    "cosine_similarity": "engine.gram",
+    "load_recipe": "recipe",
+    "merge": "engine.adapters",
+    "merge_task_vectors": "engine.stream",
+    "resolve": "registry",
+}
+_RENAMED = {"merge": "merge_adapters"}
+
+__all__ = [
+    "MergeMethod",
+    "MergeReport",
+    "MergeResult",
+    "MethodConfig",
+    "Recipe",
+    "cosine_similarity",
+    "load_recipe",
+    "merge",
+    "merge_task_vectors",
+    "resolve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_HOMES[name]}")
+    return getattr(module, _RENAMED.get(name, name))

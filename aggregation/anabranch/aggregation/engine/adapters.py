@@ -1,0 +1,123 @@
+"""Merges adapters into one: task vectors, merge, start added back, refactor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from anabranch.aggregation.engine.cohort import common_base, gather
+from anabranch.aggregation.engine.gram import cosines, gram
+from anabranch.aggregation.engine.job import AdapterMerge
+from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
+from anabranch.aggregation.engine.stream import cohort_weights
+from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import resolve
+from anabranch.vectors.adapter import Adapter, task_vector
+from anabranch.vectors.task_vector import TaskVector
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, in plain numbers.
+
+    Attributes:
+        names: The contributions, in order.
+        coefficients: c_i per contribution where the method is Σ c_i·ΔW_i, before the recipe's
+            scale; None where it is not.
+        truncation: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module that went back to rank r; 0 where ΔW is 0.
+            Empty where nothing was truncated.
+        overall_truncation: The same over all modules together.
+        cosine: Cosine similarity of the task vectors, pair by pair [C][C].
+    """
+
+    names: tuple[str, ...]
+    coefficients: tuple[float, ...] | None
+    truncation: Mapping[str, float]
+    overall_truncation: float
+    cosine: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged adapter and the report on it."""
+
+    adapter: Adapter
+    report: MergeReport
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    recipe: Recipe,
+    *,
+    start: Adapter | None = None,
+    weights: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+) -> MergeResult:
+    """Merge adapters into one of the recipe's rank: start + scale·merge(adapter_i − start).
+
+    Alpha, rsLoRA, dtype and PEFT configuration follow the start, or the first adapter without one.
+
+    Args:
+        adapters: The contributions' adapters, trained from ``start``.
+        recipe: How to merge them, and the way back to rank r.
+        start: The adapter all of them started from; None stands for the bare base.
+        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        names: What to call the contributions in messages and in the report.
+        budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
+            where it fits half, and is formed again on every read where it does not.
+
+    Raises:
+        ValueError: Bad recipe, weights or adapters, in one line that names the contribution.
+    """
+    method, config = resolve(recipe)
+    if recipe.refactor.kind == "stack" and method.coefficients is None:
+        raise ValueError(
+            f"refactor.kind: stack keeps Σ c_i·ΔW_i as it is, and {method.name} gives no such sum; "
+            "set it to svd"
+        )
+    names = [f"contribution {i}" for i in range(len(adapters))] if names is None else list(names)
+    cohort = gather(_task_vectors(adapters, start, names), names)
+    weights_C = cohort_weights(method, recipe, weights, len(cohort))
+    gram_CC = gram(cohort, budget_bytes)
+    job = AdapterMerge(
+        list(adapters), start, recipe, method, config, cohort, weights_C, budget_bytes
+    )
+    coefficients = None
+    if method.coefficients is not None:
+        coefficients = method.coefficients(weights_C, gram_CC, config).tolist()
+        lora, spectra = job.linear([c * recipe.scale for c in coefficients])
+    elif method.factors:
+        lora, spectra = job.factors(), {}
+    else:
+        lora, spectra = job.entries()
+    base_hash = cohort.base_hash
+    if start is not None:
+        base_hash = common_base([base_hash, start.base_hash], [names[0], "the start"])
+    adapter = Adapter(lora, job.dense(coefficients), base_hash, job.reference.peft)
+    norm, residual = (
+        math.hypot(*(getattr(spectrum, part) for spectrum in spectra.values()))
+        for part in ("norm", "residual")
+    )
+    report = MergeReport(
+        names=tuple(names),
+        coefficients=None if coefficients is None else tuple(coefficients),
+        truncation={m: s.residual / s.norm if s.norm else 0.0 for m, s in spectra.items()},
+        overall_truncation=residual / norm if norm else 0.0,
+        cosine=tuple(tuple(row) for row in cosines(gram_CC).tolist()),
+    )
+    return MergeResult(adapter, report)
+
+
+def _task_vectors(
+    adapters: Sequence[Adapter], start: Adapter | None, names: Sequence[str]
+) -> list[TaskVector]:
+    """Task vectors against the start, with the contribution's name on what goes wrong."""
+    vectors = []
+    for name, adapter in zip(names, adapters, strict=False):
+        try:
+            vectors.append(task_vector(adapter, start))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return vectors

@@ -1,0 +1,132 @@
+"""Task vectors side by side, once it is known that they can be merged.
+
+Shape legend: m rows, n columns of a module, k inner rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anabranch.vectors.task_vector import Delta, LowRank, TaskVector
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """C contributions over the same modules. Built by ``gather``, which checks them.
+
+    Attributes:
+        names: What to call each contribution in messages.
+        deltas: By module, in sorted order: one change per contribution, factors in fp32.
+        base_hash: Hash of the base they belong to, None when none of them says.
+    """
+
+    names: tuple[str, ...]
+    deltas: Mapping[str, tuple[Delta, ...]]
+    base_hash: str | None
+
+    def __len__(self) -> int:
+        """C."""
+        return len(self.names)
+
+    def entries(self) -> int:
+        """Entries of one whole task vector, D over all modules."""
+        return sum(parts[0].shape.numel() for parts in self.deltas.values())
+
+
+def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) -> Cohort:
+    """Check that task vectors can be merged, and set them side by side.
+
+    Args:
+        vectors: One task vector per contribution.
+        names: What to call each in messages; None numbers them from 0.
+
+    Raises:
+        ValueError: No contribution; names that do not pair up; different bases, modules or shapes;
+            a number that is not finite. Names the contribution and the module.
+    """
+    if not vectors:
+        raise ValueError("nothing to merge: give at least one contribution")
+    if names is None:
+        names = [f"contribution {index}" for index in range(len(vectors))]
+    if len(names) != len(vectors):
+        raise ValueError(f"{len(names)} names for {len(vectors)} contributions; give one for each")
+    first = vectors[0]
+    for name, vector in zip(names, vectors, strict=True):
+        if vector.names() != first.names():
+            odd = ", ".join(sorted(set(vector.names()) ^ set(first.names()))[:3])
+            raise ValueError(
+                f"{name} and {names[0]} change different modules, such as {odd}; "
+                "merge contributions that train the same modules"
+            )
+    deltas: dict[str, tuple[Delta, ...]] = {}
+    for module in first.names():
+        parts = []
+        for name, vector in zip(names, vectors, strict=True):
+            delta = vector.deltas[module]
+            shape, expected = delta.shape, first.deltas[module].shape
+            if shape != expected:
+                raise ValueError(
+                    f"{name}: module {module} has shape {tuple(shape)}, "
+                    f"in {names[0]} it has {tuple(expected)}; they belong to different bases"
+                )
+            _check_finite(delta, name, module)
+            parts.append(_wide(delta))
+        deltas[module] = tuple(parts)
+    return Cohort(tuple(names), deltas, common_base([v.base_hash for v in vectors], names))
+
+
+def common_base(hashes: Sequence[str | None], names: Sequence[str]) -> str | None:
+    """The one base hash, None when nobody states one.
+
+    Raises:
+        ValueError: Two state different ones.
+    """
+    stated = [(name, value) for name, value in zip(names, hashes, strict=True) if value is not None]
+    for name, value in stated:
+        if value != stated[0][1]:
+            raise ValueError(
+                f"{name} was trained on base {value[:12]}, {stated[0][0]} on {stated[0][1][:12]}; "
+                "merge contributions to one base"
+            )
+    return stated[0][1] if stated else None
+
+
+def _wide(delta: Delta) -> Delta:
+    """Factors in fp32, once and not per chunk; dense entries stay as they came."""
+    if isinstance(delta, LowRank):
+        return LowRank(delta.b_mk.detach().float(), delta.a_kn.detach().float())
+    return delta.detach()
+
+
+def _check_finite(delta: Delta, name: str, module: str) -> None:
+    """One NaN would spread over the whole result, so it is found before anything is added up.
+
+    The extremes are taken in one pass without a temporary; NaN propagates through them.
+    """
+    tensors = (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
+    largest = 1.0
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: module {module} holds {tensor.dtype}; give floating-point numbers"
+            )
+        if tensor.numel():
+            low, high = torch.aminmax(tensor.detach())
+            largest *= max(abs(float(low)), abs(float(high)))
+    if isinstance(delta, LowRank):
+        largest *= delta.rank
+    # A comparison that NaN fails. A product of factors is bounded before it is formed in fp32.
+    if not largest <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"{name}: module {module} holds numbers that are not finite in fp32; "
+            "drop that contribution"
+        )
+
+
+def flat_rows(tensor: Tensor) -> Tensor:
+    """Any tensor as a matrix of rows [m, n]: further dimensions join the columns."""
+    return tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(-1, 1)

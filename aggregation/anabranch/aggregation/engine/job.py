@@ -1,0 +1,209 @@
+"""How a method goes through adapters: as a sum of factors, entry by entry, or A and B apart.
+
+Shape legend: C contributions, m rows, n columns, k inner rank, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from anabranch.aggregation.engine.align import alpha_for, balanced_factors
+from anabranch.aggregation.engine.cohort import Cohort
+from anabranch.aggregation.engine.entries import EntryMerge
+from anabranch.aggregation.engine.refactor import (
+    Spectrum,
+    low_rank_spectrum,
+    matrix_rows,
+    streamed_spectrum,
+)
+from anabranch.aggregation.engine.rows import FP32_BYTES, fill_rows
+from anabranch.aggregation.engine.stream import merge_factors, weighted_sum
+from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.recipe import Recipe
+from anabranch.vectors.adapter import Adapter, LoraFactors
+from anabranch.vectors.task_vector import LowRank
+
+
+@dataclass(frozen=True)
+class AdapterMerge:
+    """One merge's inputs, checked, and the three ways a method can go through them.
+
+    Attributes:
+        adapters: The contributions' adapters.
+        start: What all of them started from, None for the bare base.
+        recipe: The recipe.
+        method: Its method.
+        config: The method's parameters.
+        cohort: The contributions' task vectors against the start.
+        weights_C: Checked weights [C].
+        budget_bytes: Memory for dense entries.
+    """
+
+    adapters: Sequence[Adapter]
+    start: Adapter | None
+    recipe: Recipe
+    method: MergeMethod
+    config: MethodConfig
+    cohort: Cohort
+    weights_C: Tensor  # noqa: N815
+    budget_bytes: int
+
+    @property
+    def reference(self) -> Adapter:
+        """Whose alpha, dtype and PEFT configuration the result takes."""
+        return self.adapters[0] if self.start is None else self.start
+
+    @cached_property
+    def merged(self) -> EntryMerge:
+        """The method on entries; made once, for what it gathers over the whole model."""
+        return EntryMerge(self.cohort, self.method, self.config, self.weights_C, self.budget_bytes)
+
+    def modules(self) -> list[str]:
+        """Modules with factors, in order."""
+        return sorted(self.reference.lora)
+
+    def rank(self, module: str) -> int:
+        """The rank a module goes back to."""
+        largest = max(adapter.lora[module].rank for adapter in self.adapters)
+        return self.recipe.refactor.rank or largest
+
+    def linear(
+        self, coefficients: Sequence[float]
+    ) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
+        """Σ c_i·ΔW_i without forming any: stacked, then truncated or kept.
+
+        Σ c_i(B_iA_i − B_sA_s) + B_sA_s is gathered as Σ c_iB_iA_i + (1 − Σc_i)B_sA_s: half the
+        inner rank, and the start drops out of a mean.
+        """
+        rest = 1 - sum(coefficients)
+        lora, spectra = {}, {}
+        for module in self.modules():
+            parts = [adapter.lora[module].delta() for adapter in self.adapters]
+            factors = list(coefficients)
+            if self.start is not None and abs(rest) > 1e-12:
+                parts.append(self.start.lora[module].delta())
+                factors.append(rest)
+            total = weighted_sum(parts, factors)
+            assert isinstance(total, LowRank)
+            if self.recipe.refactor.kind == "stack":
+                lora[module] = _as_factors(total, self.reference.lora[module])
+            else:
+                spectra[module] = low_rank_spectrum(total, self.rank(module))
+                lora[module] = self._refactored(module, spectra[module])
+        return lora, spectra
+
+    def entries(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
+        """Merged entries, streamed into a randomised SVD one module at a time."""
+        lora, spectra = {}, {}
+        for module in self.modules():
+            onto = None if self.start is None else self.start.lora[module].delta()
+            m, n = self.cohort.deltas[module][0].shape
+            if m * n * FP32_BYTES <= self.budget_bytes // 2:
+                source = matrix_rows(self.merged.dense(module, self.recipe.scale, onto))
+            else:
+                source = _Again(self.merged, module, self.recipe.scale, onto)
+            device = self.reference.lora[module].a_rn.device
+            spectra[module] = streamed_spectrum(source, (m, n), self.rank(module), module, device)
+            lora[module] = self._refactored(module, spectra[module])
+        return lora, spectra
+
+    def factors(self) -> dict[str, LoraFactors]:
+        """A and B merged apart: start + scale·(merged − start) for each of the two."""
+        lora = {}
+        for module in self.modules():
+            mine = [adapter.lora[module] for adapter in self.adapters]
+            like = self.reference.lora[module]
+            odd = next((f for f in (like, *mine) if f.scaling != like.scaling), None)
+            wanted = self.recipe.refactor.rank
+            if odd is not None or wanted not in (None, like.rank):
+                fix = (
+                    f"cannot mix scalings {like.scaling} and {odd.scaling}"
+                    if odd is not None
+                    else f"keeps rank {like.rank} and cannot go to refactor.rank {wanted}"
+                )
+                raise ValueError(
+                    f"{self.method.name}: module {module}: {fix}; use mean, which merges ΔW"
+                )
+            raw = [LowRank(factors.b_mr, factors.a_rn) for factors in mine]
+            merged = merge_factors(
+                module, raw, self.method, self.config, self.weights_C, self.cohort.names
+            )
+            assert isinstance(merged, LowRank)
+            b_mr, a_rn = merged.b_mk, merged.a_kn
+            if self.start is None:
+                b_mr = b_mr * self.recipe.scale
+            elif a_rn.shape == like.a_rn.shape:
+                a_rn = torch.lerp(like.a_rn.float(), a_rn, self.recipe.scale)
+                b_mr = torch.lerp(like.b_mr.float(), b_mr, self.recipe.scale)
+            else:
+                raise ValueError(
+                    f"{self.method.name}: module {module}: the start has rank {like.rank}, the "
+                    f"contributions {len(a_rn)}; use mean, which merges ΔW"
+                )
+            lora[module] = LoraFactors(
+                a_rn.to(like.a_rn.dtype), b_mr.to(like.b_mr.dtype), like.alpha, like.rslora
+            )
+        return lora
+
+    def dense(self, coefficients: Sequence[float] | None) -> dict[str, Tensor]:
+        """Parameters trained in full: start + scale·merged."""
+        if self.start is None:
+            return {}
+        scale = self.recipe.scale
+        merged = {}
+        for name in sorted(self.start.dense):
+            before = self.start.dense[name]
+            deltas = self.cohort.deltas[name]
+            if coefficients is not None:
+                change = weighted_sum(deltas, coefficients)
+            elif self.method.factors:
+                change = merge_factors(
+                    name, deltas, self.method, self.config, self.weights_C, self.cohort.names
+                )
+            else:
+                change = self.merged.dense(name).view(before.shape)
+            assert isinstance(change, Tensor)
+            merged[name] = before.float().add(change, alpha=scale).to(before.dtype)
+        return merged
+
+    def _refactored(self, module: str, spectrum: Spectrum) -> LoraFactors:
+        return balanced_factors(
+            spectrum,
+            self.rank(module),
+            self.reference.lora[module],
+            name=module,
+            start=None if self.start is None else self.start.lora[module],
+            align=self.recipe.refactor.align,
+        )
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A merged module too large to keep, formed afresh on every read."""
+
+    merge: EntryMerge
+    module: str
+    scale: float
+    onto: LowRank | None
+
+    def __call__(self) -> Iterator[tuple[int, Tensor]]:
+        for start, rows_Rn in self.merge.rows(self.module):
+            total_Rn = torch.zeros_like(rows_Rn)
+            if self.onto is not None:
+                fill_rows(self.onto, start, total_Rn)
+            yield start, total_Rn.add_(rows_Rn, alpha=self.scale)
+
+
+def _as_factors(delta: LowRank, like: LoraFactors) -> LoraFactors:
+    """A product as factors of its inner rank, exact: no truncation, no change of basis."""
+    return LoraFactors(
+        delta.a_kn.to(like.a_rn.dtype),
+        (delta.b_mk / like.scaling).to(like.b_mr.dtype),
+        alpha_for(like, delta.rank),
+        like.rslora,
+    )

@@ -1,0 +1,135 @@
+"""Merges task vectors by a recipe, module by module.
+
+Shape legend: C contributions, D entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anabranch.aggregation.engine.cohort import gather
+from anabranch.aggregation.engine.entries import EntryMerge
+from anabranch.aggregation.engine.gram import gram
+from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
+from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import resolve
+from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, scaled, stack
+
+
+def merge_task_vectors(
+    vectors: Sequence[TaskVector],
+    recipe: Recipe,
+    *,
+    weights: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+) -> TaskVector:
+    """Merge task vectors by a recipe, in bounded memory.
+
+    Bytes moved: a linear method reads factors or dense entries once (twice with a Gram matrix) and
+    never forms a ΔW. Others form each ΔW once where a module's C dense copies fit half the budget,
+    else once per pass: one pass, three with thresholds. The result does not depend on the budget.
+
+    Args:
+        vectors: One task vector per contribution.
+        recipe: Method, parameters and scale; its ``refactor`` is not read here.
+        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        names: What to call the contributions in messages.
+        budget_bytes: Memory for dense entries of the inputs; the result comes on top.
+
+    Returns:
+        The merged task vector: factors where a linear method met factors only, else entries.
+
+    Raises:
+        ValueError: Bad recipe, weights or task vectors, in one line.
+    """
+    method, config = resolve(recipe)
+    cohort = gather(vectors, names)
+    weights_C = cohort_weights(method, recipe, weights, len(cohort))
+    merged: dict[str, Delta] = {}
+    if method.coefficients is not None:
+        gram_CC = gram(cohort, budget_bytes) if method.needs_gram else None
+        coefficients = method.coefficients(weights_C, gram_CC, config).tolist()
+        for module, deltas in cohort.deltas.items():
+            merged[module] = weighted_sum(deltas, [c * recipe.scale for c in coefficients])
+    elif method.factors:
+        for module, deltas in cohort.deltas.items():
+            average = merge_factors(module, deltas, method, config, weights_C, cohort.names)
+            merged[module] = scaled(average, recipe.scale)
+    else:
+        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes)
+        for module, deltas in cohort.deltas.items():
+            merged[module] = entries.dense(module, recipe.scale).view(deltas[0].shape)
+    return TaskVector(merged, cohort.base_hash)
+
+
+def cohort_weights(
+    method: MergeMethod, recipe: Recipe, weights: Sequence[float] | None, count: int
+) -> Tensor:
+    """Checked weights [C] in fp64: the caller's, else the recipe's, else one each."""
+    given = recipe.weights if weights is None else weights
+    values = [1.0] * count if given is None else list(given)
+    return method.check_weights(torch.tensor(values, dtype=torch.float64), count)
+
+
+def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delta:
+    """Σ c_i ΔW_i: stacked factors where all are factors, else dense in fp32.
+
+    Args:
+        deltas: One change per contribution, of one shape.
+        coefficients: c_i; those that are zero are left out.
+    """
+    used = [(d, c) for d, c in zip(deltas, coefficients, strict=True) if c]
+    parts = [
+        LowRank(delta.b_mk * coefficient, delta.a_kn)
+        for delta, coefficient in used
+        if isinstance(delta, LowRank)
+    ]
+    if parts and len(parts) == len(used):
+        return stack(parts)
+    if not used and isinstance(deltas[0], LowRank):
+        return scaled(deltas[0], 0.0)
+    total = torch.zeros(deltas[0].shape, dtype=torch.float32, device=device_of(deltas[0]))
+    for delta, coefficient in used:
+        if isinstance(delta, LowRank):
+            total.addmm_(delta.b_mk.float(), delta.a_kn.float(), alpha=coefficient)
+        else:
+            total.add_(delta.float(), alpha=coefficient)
+    return total
+
+
+def merge_factors(
+    module: str,
+    deltas: Sequence[Delta],
+    method: MergeMethod,
+    config: MethodConfig,
+    weights_C: Tensor,
+    names: Sequence[str],
+) -> Delta:
+    """A and B merged apart, for the methods that do so; dense entries as they are.
+
+    Raises:
+        ValueError: Ranks differ, or one contribution is dense and another is not.
+    """
+    merge = method.merge
+    assert merge is not None
+
+    def apart(tensors: Sequence[Tensor]) -> Tensor:
+        flat_CD = torch.stack([tensor.float().flatten() for tensor in tensors])
+        return merge(flat_CD, weights_C, config).view(tensors[0].shape)
+
+    dense = [delta for delta in deltas if not isinstance(delta, LowRank)]
+    if len(dense) == len(deltas):
+        return apart(dense)
+    factors = [delta for delta in deltas if isinstance(delta, LowRank)]
+    ranks = {name: part.rank for name, part in zip(names, factors, strict=False)}
+    if dense or len(set(ranks.values())) > 1:
+        raise ValueError(
+            f"{method.name}: module {module}: needs factors of one rank from every contribution, "
+            f"got {ranks}; use mean, which merges ΔW"
+        )
+    return LowRank(apart([part.b_mk for part in factors]), apart([part.a_kn for part in factors]))

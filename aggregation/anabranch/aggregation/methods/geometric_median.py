@@ -1,0 +1,91 @@
+"""Geometric median by the smoothed Weiszfeld iteration (RFA: Pillutla et al., 1912.13445).
+
+Shape legend: C contributions, D entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from anabranch.aggregation.method import (
+    MergeMethod,
+    MethodConfig,
+    combine,
+    inner_products,
+    squared_distances,
+)
+
+
+class GeometricMedianConfig(MethodConfig):
+    """Parameters of the geometric median."""
+
+    nu: float = Field(1e-6, gt=0)
+    """Smoothing ν: distances below it count as ν. In the unit of the task vectors' norm."""
+    iterations: int = Field(100, ge=1)
+    """Most Weiszfeld steps. They cost C² each, whatever the size of the model."""
+    tolerance: float = Field(1e-9, ge=0)
+    """Stop once no coefficient moves by more than this."""
+
+
+def geometric_median_coefficients(
+    weights_C: Tensor, gram_CC: Tensor | None, config: GeometricMedianConfig
+) -> Tensor:
+    """Coefficients, summing to 1, of the point with the least sum of distances.
+
+    With z = Σ c_j τ_j and Σ c_j = 1, ‖τ_i − z‖² = (Dc)_i − cᵀDc/2 for the squared distances D, so
+    the iteration runs in C x C numbers. It starts from the plain mean. Weights are ignored: a
+    client states its own.
+
+    Args:
+        weights_C: Not read.
+        gram_CC: Inner products of the task vectors [C, C], fp64.
+        config: Smoothing, and when to stop.
+
+    Returns:
+        Coefficients [C], fp64.
+    """
+    assert gram_CC is not None
+    squared_CC = squared_distances(gram_CC)
+    count = gram_CC.shape[0]
+    coefficients_C = torch.full((count,), 1 / count, dtype=gram_CC.dtype, device=gram_CC.device)
+    for _ in range(config.iterations):
+        reach_C = squared_CC @ coefficients_C
+        radii_C = (reach_C - coefficients_C @ reach_C / 2).clamp(min=0).sqrt()
+        next_C = 1 / radii_C.clamp(min=config.nu)
+        next_C /= next_C.sum()
+        moved = float((next_C - coefficients_C).abs().max())
+        coefficients_C = next_C
+        if moved <= config.tolerance:
+            break
+    return coefficients_C
+
+
+def geometric_median(
+    deltas_CD: Tensor,
+    weights_C: Tensor | None = None,
+    config: GeometricMedianConfig | None = None,
+) -> Tensor:
+    """The point with the least sum of Euclidean distances to the task vectors.
+
+    Args:
+        deltas_CD: Task vectors [C, D].
+        weights_C: Not read.
+        config: Smoothing, and when to stop; None takes the defaults.
+
+    Returns:
+        Merged entries [D].
+    """
+    config = config or GeometricMedianConfig()
+    gram_CC = inner_products(deltas_CD)
+    return combine(deltas_CD, geometric_median_coefficients(gram_CC[0], gram_CC, config))
+
+
+GEOMETRIC_MEDIAN = MergeMethod(
+    name="geometric_median",
+    config=GeometricMedianConfig,
+    scope="model",
+    coefficients=geometric_median_coefficients,
+    needs_gram=True,
+)

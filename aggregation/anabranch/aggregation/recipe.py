@@ -1,0 +1,94 @@
+"""Recipes: how a cohort is merged. Loads no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Refactor(BaseModel):
+    """How the merged ΔW becomes an adapter again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["svd", "stack"] = "svd"
+    """``svd``: best rank-r approximation, error reported. ``stack``: exact, rank Σ r_i (linear
+    methods only)."""
+    rank: int | None = Field(None, ge=1)
+    """Target rank; None keeps each module's largest input rank."""
+    align: bool = True
+    """Rotate the new factors towards the round's start (orthogonal Procrustes). ΔW is unchanged;
+    error feedback kept in factor space stays pointed the right way."""
+
+
+class Recipe(BaseModel):
+    """How a cohort is merged: method, scale, and the way back to rank r."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    """A registered merge method; ``anabranch methods`` lists them."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """The method's own parameters."""
+    scale: float = Field(1.0, gt=0)
+    """Factor on the merged task vector (λ in the papers)."""
+    weights: tuple[float, ...] | None = None
+    """Weight per contribution, in order; None counts each once."""
+    refactor: Refactor = Refactor()
+
+
+def validation_line(error: ValidationError, source: str, prefix: str = "") -> str:
+    """The first problem of a pydantic error as one line: file, key, reason.
+
+    Args:
+        error: What pydantic raised.
+        source: The file or place the values came from.
+        prefix: Where inside the source the validated table stands, such as ``recipe``.
+    """
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    given = first.get("input")
+    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"{source}: {key or 'the whole file'}: {first['msg']}{shown}{more}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A TOML or YAML file as a table.
+
+    Raises:
+        ValueError: Unreadable file, broken syntax or no table at the top, in one line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ValueError(f"{path}: cannot be read ({reason}); name a TOML or YAML file") from error
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: broken {path.suffix.lstrip('.') or 'YAML'}: {reason}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds no table of keys; see examples/ for one that works")
+    return data
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file (``.toml``, ``.yaml``, ``.yml``); a ``[recipe]`` table is accepted too.
+
+    Raises:
+        ValueError: One line that names the file, the key and the reason.
+    """
+    data = read_config(path)
+    table = data.get("recipe", data)
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: recipe: must be a table of keys")
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise ValueError(validation_line(error, str(path))) from error

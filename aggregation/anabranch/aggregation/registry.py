@@ -1,0 +1,59 @@
+"""Which merge methods there are: the built-in tuple and the entry-point group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+
+from pydantic import ValidationError
+
+from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.methods import BUILT_IN
+from anabranch.aggregation.recipe import Recipe, validation_line
+
+ENTRY_POINT_GROUP = "anabranch.merge_methods"
+
+
+def register(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
+    """Methods by name.
+
+    Raises:
+        ValueError: Two methods share a name.
+    """
+    table: dict[str, MergeMethod] = {}
+    for method in methods:
+        if method.name in table:
+            raise ValueError(f"merge method {method.name!r} is registered twice; rename one")
+        table[method.name] = method
+    return table
+
+
+@cache
+def methods() -> dict[str, MergeMethod]:
+    """Built-in methods, then those other packages register under the entry-point group."""
+    third_party = [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
+    return register([*BUILT_IN, *third_party])
+
+
+def resolve(recipe: Recipe, source: str = "recipe") -> tuple[MergeMethod, MethodConfig]:
+    """The recipe's method with its validated parameters.
+
+    Args:
+        recipe: What to resolve.
+        source: Where it came from, for messages.
+
+    Raises:
+        ValueError: Unknown method or bad parameter, in one line that names the key and the fix.
+    """
+    known = methods()
+    if recipe.method not in known:
+        raise ValueError(
+            f"{source}: method: {recipe.method!r} is not a merge method; "
+            f"choose from {', '.join(sorted(known))}"
+        )
+    method = known[recipe.method]
+    try:
+        return method, method.config.model_validate(recipe.params)
+    except ValidationError as error:
+        raise ValueError(validation_line(error, source, "params")) from error

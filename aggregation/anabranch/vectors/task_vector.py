@@ -1,0 +1,90 @@
+"""Task vectors: what fine-tuning adds to the base, by module.
+
+Shape legend: m rows (out features), n columns (in features), k inner rank of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix ΔW held as the product of two factors; any LoRA scaling is folded into ``b_mk``.
+
+    Attributes:
+        b_mk: Left factor [m, k].
+        a_kn: Right factor [k, n].
+    """
+
+    b_mk: Tensor
+    a_kn: Tensor
+
+    def __post_init__(self) -> None:
+        if self.b_mk.ndim != 2 or self.a_kn.ndim != 2 or self.b_mk.shape[1] != self.a_kn.shape[0]:
+            raise ValueError(
+                f"factors do not multiply: b is {tuple(self.b_mk.shape)}, "
+                f"a is {tuple(self.a_kn.shape)}; give b [m, k] and a [k, n]"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """[m, n], the shape of the product."""
+        return torch.Size((self.b_mk.shape[0], self.a_kn.shape[1]))
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension k: an upper bound on the matrix rank."""
+        return self.b_mk.shape[1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the product [stop - start, n], in fp32."""
+        return self.b_mk[start:stop].float() @ self.a_kn.float()
+
+    def dense(self) -> Tensor:
+        """The whole product [m, n], in fp32."""
+        return self.rows(0, self.b_mk.shape[0])
+
+
+Delta = LowRank | Tensor
+"""One module's change: two factors, or the entries themselves."""
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """What one client's training adds to the base.
+
+    Attributes:
+        deltas: Change per module, by name; iterated in sorted order everywhere.
+        base_hash: ``weights_hash`` of the base the change belongs to; None when unknown.
+    """
+
+    deltas: Mapping[str, Delta]
+    base_hash: str | None = None
+
+    def names(self) -> list[str]:
+        """Module names in the one order everything uses."""
+        return sorted(self.deltas)
+
+    def items(self) -> Iterator[tuple[str, Delta]]:
+        """Pairs of name and change, in sorted order."""
+        return ((name, self.deltas[name]) for name in self.names())
+
+
+def stack(parts: list[LowRank]) -> LowRank:
+    """The exact sum of products: factors side by side, inner rank Σ k_i (FLoRA, 2409.05976)."""
+    return LowRank(
+        torch.cat([part.b_mk.float() for part in parts], dim=1),
+        torch.cat([part.a_kn.float() for part in parts], dim=0),
+    )
+
+
+def scaled(delta: Delta, factor: float) -> Delta:
+    """``factor`` times a change, in the same form."""
+    if isinstance(delta, LowRank):
+        return LowRank(delta.b_mk * factor, delta.a_kn)
+    return delta * factor

@@ -1,0 +1,1 @@
+"""The ``anabranch`` command: the front door, thin, above everything."""

@@ -1,0 +1,56 @@
+"""``anabranch merge``: merge PEFT adapter folders offline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anabranch.cli.output import print_json, stderr, stdout
+
+
+def merge_command(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="Recipe file, TOML or YAML: how to merge.")
+    ],
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter folders.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")],
+    budget_mb: Annotated[
+        int, typer.Option(min=16, help="Working memory of the merge, in MB (10^6 bytes).")
+    ] = 2000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge PEFT adapters into one that `PeftModel.from_pretrained` loads."""
+    from anabranch.aggregation import load_recipe, merge, resolve
+
+    loaded = load_recipe(recipe)
+    method, _ = resolve(loaded, str(recipe))
+    if out.exists():
+        raise ValueError(f"{out}: already exists; name a new folder with --out")
+    from anabranch.vectors.peft_folder import read_adapter, write_adapter
+
+    with stderr.status(f"reading {len(adapters)} adapters") as status:
+        contributions = [read_adapter(folder) for folder in adapters]
+        status.update(f"merging {len(adapters)} adapters by {method.name}")
+        result = merge(
+            contributions,
+            loaded,
+            names=[str(folder) for folder in adapters],
+            budget_bytes=budget_mb * 1_000_000,
+        )
+        status.update(f"writing {out}")
+        write_adapter(result.adapter, out)
+    report = asdict(result.report)
+    if as_json:
+        print_json({"out": str(out), "method": method.name, "report": report})
+        return
+    ranks = sorted({factors.rank for factors in result.adapter.lora.values()})
+    stdout.print(
+        f"[bold]{out}[/]: {len(adapters)} adapters by {method.name}, "
+        f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, ranks))}, "
+        f"truncation error {result.report.overall_truncation:.2%}"
+    )

@@ -1,0 +1,37 @@
+"""How every command speaks: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    line = " ".join(message.split()) or "failed without a message; ANABRANCH_DEBUG=1 shows where"
+    stderr.print(f"[bold red]error:[/] {_escaped(line)}", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout, for other programs."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

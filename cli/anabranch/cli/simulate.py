@@ -1,0 +1,126 @@
+"""``anabranch simulate``: a whole federation on this machine, and what it is compared with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anabranch.cli.output import human_bytes, print_json, stderr, stdout
+
+
+def simulate_command(
+    scenario: Annotated[Path, typer.Argument(metavar="SCENARIO", help="Scenario file, TOML.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Results folder; runs/NAME when left out.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="inprocess or flower; the scenario's own when left out.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
+) -> None:
+    """Run a scenario: federation, baselines, summary and report."""
+    from anabranch.aggregation.recipe import validation_line
+    from anabranch.simulation.scenario import Scenario, load_scenario
+
+    loaded = load_scenario(scenario)
+    if engine is not None:
+        from pydantic import ValidationError
+
+        try:
+            loaded = Scenario.model_validate({**loaded.model_dump(), "engine": engine})
+        except ValidationError as error:
+            raise ValueError(validation_line(error, "--engine")) from error
+    from anabranch.aggregation import resolve
+
+    resolve(loaded.recipe, str(scenario))
+    folder = out or Path("runs") / loaded.name
+    # Flower and transformers log much that a person who watches a bar does not need.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    summary = _run(loaded, folder, resume=resume, overwrite=overwrite)
+    if as_json:
+        print_json(summary)
+        return
+    _show(summary, folder)
+
+
+def _run(scenario: Any, folder: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    with stderr.status("loading the base and the data"):
+        from anabranch.simulation.run import open_task, simulate
+
+        open_task(scenario)
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=stderr) as shown:
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in bars:
+                bars[phase] = shown.add_task(phase, total=total)
+            shown.update(bars[phase], completed=done, total=total)
+
+        return simulate(scenario, folder, resume=resume, overwrite=overwrite, progress=progress)
+
+
+COLUMNS = (
+    ("base", "zero-shot"),
+    ("local_only_own", "local-only\nown task"),
+    ("local_only", "local-only\nall tasks"),
+    ("fedavg", "FedAvg\ndense"),
+    ("merged", "merged"),
+    ("oracle", "central\noracle"),
+)
+
+
+def _show(summary: dict[str, Any], folder: Path) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{summary['name']}: test accuracy", title_justify="left")
+    table.add_column("client")
+    for key, heading in COLUMNS:
+        table.add_column(heading, justify="right", style="bold" if key == "merged" else None)
+    for row in summary["clients"]:
+        table.add_row(row["client"], *(_percent(row[key]) for key, _ in COLUMNS))
+    table.add_section()
+    for group, scores in summary["groups"].items():
+        table.add_row(f"task {group}", *(_percent(scores.get(key)) for key, _ in COLUMNS))
+    table.add_section()
+    table.add_row("mean", *(_percent(summary["mean"][key]) for key, _ in COLUMNS), style="bold")
+    stdout.print(table)
+    size = summary["update_bytes"]
+    if size["ours"]:
+        stdout.print(
+            f"update: {human_bytes(size['ours'])} a client and round, "
+            f"{size['ratio']:.1f}x smaller than the fp16 adapter ({human_bytes(size['fp16'])}); "
+            f"payload alone {size['payload_ratio']:.1f}x"
+        )
+    mean = summary["mean"]
+    if mean["oracle"]:
+        stdout.print(f"merged reaches {mean['merged'] / mean['oracle']:.1%} of the oracle's mean")
+    refused = len(summary["refused"])
+    if refused:
+        stdout.print(f"[yellow]{refused} updates were not admitted; the report says why[/]")
+    stdout.print(
+        f"{summary['seconds']:.0f} s; results in [bold]{folder}[/], open report.html there"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"

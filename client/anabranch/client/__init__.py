@@ -1,0 +1,1 @@
+"""The node: a Flower ClientApp that fine-tunes LoRA adapters and ships compressed updates."""

@@ -1,0 +1,115 @@
+"""The Flower ClientApp: train and evaluate a LoRA task on this node's data.
+
+The only part a user writes is the task (``anabranch.client.task.LoraTask``), named in the run's or
+the node's configuration as ``task = "package.module:Class"``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from anabranch.client.lora import read_adapter, write_adapter
+from anabranch.client.mods import compress, plan_of, verify_base
+from anabranch.client.session import Session, session_of, site_of
+from anabranch.client.task import TrainPlan
+from anabranch.vectors import Adapter, seeded_start
+from anabranch.wire import decode_update
+from anabranch.wire.plan import (
+    ADAPTER_KEY,
+    ADAPTER_STYPE,
+    CLIENT_KEY,
+    METRICS_KEY,
+    UPDATE_KEY,
+    RoundPlan,
+)
+
+app = ClientApp(mods=[verify_base, compress])
+
+
+def client_seed(seed: int, round_number: int, client: str) -> int:
+    """A seed of its own for each client and round, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}\0{round_number}\0{client}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def start_of(message: Message, plan: RoundPlan, session: Session) -> Adapter:
+    """The adapter the round starts from: the one sent, or the seeded draw when none was.
+
+    Raises:
+        ValueError: It is not the adapter the plan names.
+    """
+    record = message.content.array_records.get(ADAPTER_KEY)
+    if record is None:
+        start = seeded_start(session.template, plan.adapter_seed)
+    else:
+        array = record[ADAPTER_KEY]
+        if array.stype != ADAPTER_STYPE:
+            raise ValueError(
+                f"the adapter came as {array.stype!r}, this client reads {ADAPTER_STYPE!r}"
+            )
+        mine = session.template.tensors()
+        layout = {name: tuple(tensor.shape) for name, tensor in mine.items()}
+        _, tensors = decode_update(array.data, layout)
+        start = session.template.with_tensors(tensors)
+    if start.hash() != plan.start_hash:
+        raise ValueError(
+            f"round {plan.round} starts from adapter {plan.start_hash[:12]}, "
+            f"this node has {start.hash()[:12]}; check that both run the same task and versions"
+        )
+    return start
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Say who this client is."""
+    site = site_of(context.node_config)
+    content = RecordDict({CLIENT_KEY: ConfigRecord({CLIENT_KEY: site.name})})
+    return Message(content, reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train from the round's start; reply with the difference it made (the mods compress it)."""
+    session = session_of(context.run_config, context.node_config)
+    plan, site = plan_of(message), site_of(context.node_config)
+    start = start_of(message, plan, session)
+    write_adapter(session.model, start)
+    order = TrainPlan.model_validate(
+        {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
+    )
+    started = time.perf_counter()
+    metrics = dict(session.task.train(session.model, site.partition, order))
+    seconds = time.perf_counter() - started
+    before = start.tensors()
+    after = read_adapter(session.model, session.base_hash).tensors()
+    differences = OrderedDict((name, after[name].float() - before[name].float()) for name in before)
+    content = RecordDict(
+        {
+            UPDATE_KEY: ArrayRecord(differences),
+            METRICS_KEY: MetricRecord({**metrics, "train-seconds": seconds}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the adapter that was sent on this node's data."""
+    session = session_of(context.run_config, context.node_config)
+    plan, site = plan_of(message), site_of(context.node_config)
+    write_adapter(session.model, start_of(message, plan, session))
+    started = time.perf_counter()
+    metrics = dict(session.task.evaluate(session.model, site.partition, plan.split))
+    seconds = time.perf_counter() - started
+    content = RecordDict(
+        {
+            METRICS_KEY: MetricRecord({**metrics, "evaluate-seconds": seconds}),
+            CLIENT_KEY: ConfigRecord({CLIENT_KEY: site.name}),
+        }
+    )
+    return Message(content, reply_to=message)

@@ -1,0 +1,172 @@
+"""Between a PEFT model and our Adapter: attach, read, write.
+
+Shape legend: r the adapter's rank, m rows, n columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear, LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from anabranch.vectors import Adapter, LoraFactors, weights_hash
+
+ADAPTER_NAME = "default"
+PEFT_KEYS = ("task_type", "target_modules", "modules_to_save", "lora_dropout", "fan_in_fan_out")
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Where a model keeps its adapter: the live parameters, by our names."""
+
+    lora: Mapping[str, tuple[nn.Parameter, nn.Parameter, float, bool]]
+    dense: Mapping[str, nn.Parameter]
+    peft: Mapping[str, Any]
+
+
+_SLOTS: WeakKeyDictionary[nn.Module, _Slots] = WeakKeyDictionary()
+
+
+def base_hash(base: nn.Module) -> str:
+    """The name of a base: ``weights_hash`` of its state, before anything is attached to it."""
+    return weights_hash(base.state_dict())
+
+
+def attach(base: nn.Module, config: LoraConfig) -> PeftModel:
+    """Put a fresh LoRA adapter on a base, in place.
+
+    Raises:
+        ValueError: The configuration asks for what an adapter cannot carry.
+    """
+    _refuse("use_dora", config.use_dora, "set use_dora=False")
+    _refuse("bias", config.bias != "none", "set bias='none', or name the module in modules_to_save")
+    _refuse(
+        "init_lora_weights",
+        config.init_lora_weights not in (True, False, "gaussian"),
+        "set init_lora_weights=True: other starts change the base itself",
+    )
+    for name in ("trainable_token_indices", "layer_replication", "target_parameters"):
+        _refuse(name, bool(getattr(config, name, None)), "leave it out")
+    with warnings.catch_warnings():
+        # PEFT asks every module for an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
+    assert isinstance(model, PeftModel)
+    _slots(model)
+    return model
+
+
+def read_adapter(model: nn.Module, base_hash: str | None = None) -> Adapter:
+    """Copy the adapter out of a model; tensors are on the CPU and share no memory with it.
+
+    Args:
+        model: What ``attach`` returned.
+        base_hash: Hash of the base, as ``base_hash`` gave it before the adapter was attached.
+    """
+    slots = _slots(model)
+    lora = {
+        name: LoraFactors(_copy(a_rn), _copy(b_mr), alpha, rslora)
+        for name, (a_rn, b_mr, alpha, rslora) in slots.lora.items()
+    }
+    dense = {name: _copy(parameter) for name, parameter in slots.dense.items()}
+    return Adapter(lora, dense, base_hash, slots.peft)
+
+
+def write_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Copy an adapter's values into a model.
+
+    Raises:
+        ValueError: Names, shapes or scalings differ from the model's own adapter.
+    """
+    slots = _slots(model)
+    _same_names("LoRA modules", adapter.lora, slots.lora)
+    _same_names("dense parameters", adapter.dense, slots.dense)
+    pairs: list[tuple[str, Tensor, nn.Parameter]] = []
+    for name, (a_rn, b_mr, alpha, rslora) in slots.lora.items():
+        factors = adapter.lora[name]
+        if (factors.alpha, factors.rslora) != (alpha, rslora):
+            raise ValueError(
+                f"module {name}: the adapter has alpha {factors.alpha:g} and rslora "
+                f"{factors.rslora}, the model {alpha:g} and {rslora}; use one LoRA configuration"
+            )
+        pairs += [(f"{name}.lora_A", factors.a_rn, a_rn), (f"{name}.lora_B", factors.b_mr, b_mr)]
+    pairs += [(name, adapter.dense[name], parameter) for name, parameter in slots.dense.items()]
+    for name, value, parameter in pairs:
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}; "
+                "use the federation's rank and base"
+            )
+    with torch.no_grad():
+        for _, value, parameter in pairs:
+            parameter.copy_(value)
+
+
+def _slots(model: nn.Module) -> _Slots:
+    """The model's slots, found once: walking the module tree costs more than the copies."""
+    if model not in _SLOTS:
+        if not isinstance(model, PeftModel):
+            raise ValueError(f"{type(model).__name__} holds no adapter; call attach() on it first")
+        _SLOTS[model] = _find_slots(model)
+    return _SLOTS[model]
+
+
+def _find_slots(model: PeftModel) -> _Slots:
+    config = model.peft_config[ADAPTER_NAME]
+    assert isinstance(config, LoraConfig)
+    lora: dict[str, tuple[nn.Parameter, nn.Parameter, float, bool]] = {}
+    dense: dict[str, nn.Parameter] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            dense.update(_dense_parameters(name, module.modules_to_save[ADAPTER_NAME]))
+        elif isinstance(module, Linear):
+            a_rn: Any = module.lora_A[ADAPTER_NAME].weight
+            b_mr: Any = module.lora_B[ADAPTER_NAME].weight
+            alpha = float(module.lora_alpha[ADAPTER_NAME])
+            lora[name] = (a_rn, b_mr, alpha, bool(config.use_rslora))
+        elif isinstance(module, LoraLayer):
+            raise ValueError(
+                f"module {name} is a {type(module).__name__} LoRA layer; "
+                "only linear layers merge: leave it out of target_modules"
+            )
+    peft = {key: _plain(getattr(config, key, None)) for key in PEFT_KEYS}
+    return _Slots(lora, dense, {key: value for key, value in peft.items() if value is not None})
+
+
+def _dense_parameters(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    parameters = dict(module.named_parameters(prefix=name))
+    buffers = sorted({f"{name}.{key}" for key in module.state_dict()} - set(parameters))
+    if buffers:
+        raise ValueError(
+            f"module {name} keeps state that is no parameter ({', '.join(buffers)}); "
+            "an adapter carries parameters only: use a layer without running statistics"
+        )
+    return parameters
+
+
+def _copy(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to("cpu", copy=True)
+
+
+def _plain(value: Any) -> Any:
+    """Sets, as PEFT keeps its module names, in an order of their own."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def _refuse(field: str, asked: bool, fix: str) -> None:
+    if asked:
+        raise ValueError(f"LoraConfig.{field} is not supported: {fix}")
+
+
+def _same_names(what: str, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if got.keys() != wanted.keys():
+        odd = sorted(got.keys() ^ wanted.keys())[:3]
+        raise ValueError(f"{what} of the adapter are not the model's; they differ in {odd}")

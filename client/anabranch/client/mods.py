@@ -1,0 +1,119 @@
+"""What every message passes on its way into and out of the task: check the base, compress."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType
+from flwr.clientapp.typing import ClientAppCallable
+from torch import Tensor
+
+from anabranch.client.session import session_of, site_of
+from anabranch.wire import UpdateMeta, encode_update
+from anabranch.wire.feedback import compensate, remainder
+from anabranch.wire.plan import (
+    CLIENT_KEY,
+    METRICS_KEY,
+    PLAN_KEY,
+    UPDATE_KEY,
+    UPDATE_STYPE,
+    RoundPlan,
+)
+
+BASE_MISMATCH = 1001
+"""``Error.code`` of a reply: this node holds another base than the plan names."""
+
+RESIDUAL_KEY = "anabranch.residual"
+RESIDUAL_OF_KEY = "anabranch.residual-of"
+
+
+def plan_of(message: Message) -> RoundPlan:
+    """The plan a message carries.
+
+    Raises:
+        ValueError: It carries none, or a broken one.
+    """
+    record = message.content.config_records.get(PLAN_KEY)
+    if record is None:
+        raise ValueError("the message holds no round plan; is the coordinator Anabranch's?")
+    return RoundPlan.model_validate_json(str(record[PLAN_KEY]))
+
+
+def verify_base(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Refuse to train on another base than the plan's, before anything is spent."""
+    if message.metadata.message_type != MessageType.QUERY:
+        mine = session_of(context.run_config, context.node_config).base_hash
+        theirs = plan_of(message).base_hash
+        if mine != theirs:
+            reason = f"base mismatch: this node holds {mine[:12]}, the plan names {theirs[:12]}"
+            return Message(Error(BASE_MISMATCH, reason), reply_to=message)
+    return call_next(message, context)
+
+
+def compress(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Encode the trained difference; what the codec dropped is kept for the next round.
+
+    Error feedback lives in ``context.state``. A SuperNode that restarts loses it, and so does a
+    change of base or a round missed: the residual then starts from zero.
+    """
+    reply = call_next(message, context)
+    if message.metadata.message_type != MessageType.TRAIN or reply.has_error():
+        return reply
+    plan, site = plan_of(message), site_of(context.node_config)
+    started = time.perf_counter()
+    differences = _tensors(reply.content.array_records.pop(UPDATE_KEY))
+    wanted = compensate(differences, _residual(context, plan), plan.codec.feedback)
+    examples = int(reply.content.metric_records[METRICS_KEY]["num-examples"])  # type: ignore[arg-type]
+    meta = UpdateMeta(
+        kind="update",
+        base_hash=plan.base_hash,
+        start_hash=plan.start_hash,
+        federation=plan.federation,
+        run=plan.run,
+        round=plan.round,
+        client=site.name,
+        nonce=secrets.token_bytes(16),
+        seed=plan.adapter_seed,
+        examples=examples,
+    )
+    encoded = encode_update(wanted, meta, plan.codec)
+    _keep_residual(context, plan, remainder(wanted, encoded.sent))
+    reply.content[UPDATE_KEY] = ArrayRecord(
+        {
+            UPDATE_KEY: Array(
+                dtype="uint8", shape=(len(encoded.blob),), stype=UPDATE_STYPE, data=encoded.blob
+            )
+        }
+    )
+    reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
+    metrics = reply.content.metric_records[METRICS_KEY]
+    metrics["encode-seconds"] = time.perf_counter() - started
+    return reply
+
+
+def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    return dict(record.to_torch_state_dict())
+
+
+def _residual(context: Context, plan: RoundPlan) -> dict[str, Tensor]:
+    about = context.state.config_records.get(RESIDUAL_OF_KEY)
+    if about is None or RESIDUAL_KEY not in context.state.array_records:
+        return {}
+    same_base = about["base-hash"] == plan.base_hash and about["run"] == plan.run
+    if not same_base or plan.round - int(about["round"]) > plan.codec.feedback_gap:  # type: ignore[arg-type]
+        return {}
+    return _tensors(context.state.array_records[RESIDUAL_KEY])
+
+
+def _keep_residual(context: Context, plan: RoundPlan, residual: dict[str, Tensor]) -> None:
+    if plan.codec.feedback == 0:
+        return
+    context.state[RESIDUAL_KEY] = ArrayRecord(
+        OrderedDict((name, tensor.to(torch.float32)) for name, tensor in residual.items())
+    )
+    context.state[RESIDUAL_OF_KEY] = ConfigRecord(
+        {"base-hash": plan.base_hash, "run": plan.run, "round": plan.round}
+    )

@@ -1,0 +1,86 @@
+"""One process's view of a task: the base loaded once, adapters swapped in and out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from torch import nn
+
+from anabranch.client.lora import attach, base_hash, read_adapter
+from anabranch.client.task import LoraTask, load_task
+from anabranch.vectors import Adapter
+from anabranch.wire.plan import Scalar
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded task.
+
+    Attributes:
+        task: The user's task.
+        model: Base with the LoRA layers attached (a ``PeftModel``).
+        template: An adapter with this task's modules, ranks and dense start values.
+    """
+
+    task: LoraTask
+    model: nn.Module
+    template: Adapter
+
+    @property
+    def base_hash(self) -> str:
+        """``weights_hash`` of the base as it was loaded."""
+        assert self.template.base_hash is not None
+        return self.template.base_hash
+
+
+@cache
+def open_session(task: str, params: str) -> Session:
+    """Load a task's base and attach its LoRA layers; once per process for each pair of arguments.
+
+    Args:
+        task: ``package.module:Class``.
+        params: The class's keyword arguments as a JSON object.
+
+    Raises:
+        ValueError: The task cannot be imported or does not take these parameters.
+    """
+    loaded = load_task(task, json.loads(params))
+    base = loaded.load_base()
+    digest = base_hash(base)
+    model = attach(base, loaded.lora_config())
+    return Session(loaded, model, read_adapter(model, digest))
+
+
+@dataclass(frozen=True)
+class Site:
+    """Who this client is: its name and which part of the data it holds.
+
+    Attributes:
+        name: Name in the federation; the node's configuration may set it (``client``).
+        partition: Index of its part of the data (``partition-id``); 0 when there is one part.
+    """
+
+    name: str
+    partition: int
+
+
+def client_name(partition: int) -> str:
+    """The name of a client that was given none."""
+    return f"client-{partition:04d}"
+
+
+def site_of(node_config: Mapping[str, Scalar]) -> Site:
+    """Read a node's own configuration."""
+    partition = int(node_config.get("partition-id", 0))
+    return Site(str(node_config.get("client", client_name(partition))), partition)
+
+
+def session_of(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Session:
+    """The session a message belongs to. What the node sets wins over what the run asks for."""
+    config = {**run_config, **node_config}
+    if not config.get("task"):
+        raise ValueError("no task: set task = 'package.module:Class' in the run or node config")
+    return open_session(str(config["task"]), str(config.get("task-params") or "{}"))

@@ -1,0 +1,111 @@
+"""What a user writes to train a model of their own in a federation."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+Split = Literal["train", "validation", "test"]
+"""Part of a data set: learn on the first, choose on the second, report on the third."""
+
+HeldOut = Literal["validation", "test"]
+"""The parts nothing is trained on."""
+
+
+class TrainPlan(BaseModel):
+    """How much one client trains in one round, and on which draw of its data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(gt=0)
+    """Optimiser steps."""
+    batch_size: int = Field(16, gt=0)
+    """Examples per step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the LoRA factors."""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """Learning rate of parameters trained in full; None means ``learning_rate``."""
+    seed: int = 0
+    """Seed of the draw, already mixed from the scenario's seed, the round and the client."""
+
+
+@runtime_checkable
+class LoraTask(Protocol):
+    """A base, its adapter's shape, and how one partition trains and scores it.
+
+    A class that implements this is named ``package.module:Class`` and built with keyword
+    arguments that TOML can hold.
+    """
+
+    def load_base(self) -> nn.Module:
+        """The frozen base, the same weights on every node."""
+        ...
+
+    def lora_config(self) -> LoraConfig:
+        """Rank, alpha, target modules, and ``modules_to_save`` for what is trained in full."""
+        ...
+
+    def train(self, model: nn.Module, partition: int, plan: TrainPlan) -> Mapping[str, float]:
+        """Train the adapted model in place on one partition's train split.
+
+        Returns:
+            At least ``num-examples`` and ``train-loss``.
+        """
+        ...
+
+    def evaluate(self, model: nn.Module, partition: int, split: HeldOut) -> Mapping[str, float]:
+        """Score the adapted model on one partition's held-out split.
+
+        Returns:
+            At least ``num-examples``, ``accuracy`` and ``loss``.
+        """
+        ...
+
+
+def load_task(path: str, params: Mapping[str, Any] | None = None) -> LoraTask:
+    """Build the task that a configuration names.
+
+    Args:
+        path: ``package.module:Class``.
+        params: Keyword arguments of the class.
+
+    Raises:
+        ValueError: The path names nothing, the parameters do not fit, or a method is missing.
+    """
+    module_name, _, class_name = path.partition(":")
+    if not module_name or not class_name:
+        raise ValueError(f"task {path!r} is not of the form 'package.module:Class'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"task {path!r}: there is no module {error.name!r}; install the package that holds it"
+        ) from error
+    factory = getattr(module, class_name, None)
+    if not callable(factory):
+        raise ValueError(f"task {path!r}: module {module_name} has no class {class_name!r}")
+    try:
+        task = factory(**(params or {}))
+    except ValidationError as error:
+        raise ValueError(f"task {path!r}: {_first_problem(error)}") from error
+    except TypeError as error:
+        raise ValueError(f"task {path!r} does not take these parameters: {error}") from error
+    if not isinstance(task, LoraTask):
+        methods = ("load_base", "lora_config", "train", "evaluate")
+        missing = ", ".join(name for name in methods if not hasattr(task, name))
+        raise ValueError(f"task {path!r} lacks {missing}; see anabranch.client.task.LoraTask")
+    return task
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first complaint of pydantic in one line."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "parameters"
+    return f"{where}: {problem['msg']} (got {problem['input']!r})"

@@ -1,0 +1,277 @@
+"""Text classification, ready made: an encoder, LoRA, and heads that train or that never do.
+
+Shape legend: N examples, B batch, L tokens, D width of the encoder, K label columns of all tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from anabranch.client.models import (
+    TextClassifier,
+    bf16_pays,
+    load_encoder,
+    load_tokenizer,
+    mean_pool,
+)
+from anabranch.client.task import HeldOut, Split, TrainPlan
+
+
+class TextConfig(BaseModel):
+    """The model and its adapter; the same on every node of a federation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "minilm"
+    """``minilm`` (fetched as a package), a local folder, or a hub id."""
+    head: Literal["label-names", "trained"] = "label-names"
+    """``label-names``: fixed heads, the frozen base's embeddings of the label phrases, so all that
+    is learned sits in the adapter; ``trained``: one linear head, trained in full and averaged."""
+    logit_scale: float = Field(20.0, gt=0)
+    """Logits of fixed heads are this times the cosine."""
+    max_length: int = Field(48, gt=2)
+    """Tokens kept of each text."""
+    rank: int = Field(8, gt=0)
+    """LoRA rank."""
+    alpha: float = Field(16.0, gt=0)
+    """LoRA alpha."""
+    rslora: bool = False
+    """Scale by alpha / √rank and not by alpha / rank."""
+    target_modules: tuple[str, ...] = ("query", "value")
+    """Names of the linear layers that get an adapter."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast; ``auto`` is bf16 where the hardware multiplies it natively."""
+    device: str = "auto"
+    """``auto`` (a GPU if there is one), or any torch device."""
+    evaluation_batch: int = Field(64, gt=0)
+    """Texts scored at once."""
+    head_seed: int = 0
+    """Seed of a trained head's start, which is part of the base."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts of one task and the index of each one's label."""
+
+    task: str
+    texts: Sequence[str]
+    labels: Sequence[int]
+
+
+class TextSource(Protocol):
+    """Where a node's texts come from."""
+
+    @property
+    def tasks(self) -> Mapping[str, Sequence[str]]:
+        """Label phrases per task, in one order on every node."""
+        ...
+
+    def examples(self, partition: int, split: Split) -> Examples:
+        """One partition's texts of one split."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokenised examples.
+
+    Attributes:
+        ids: Token ids [N, L], padded with 0.
+        lengths: Tokens of each text [N].
+        labels: Column of each label among all tasks' labels [N].
+        tasks: Index of each text's task [N].
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    labels: Tensor
+    tasks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class TextClassification:
+    """A ``LoraTask`` over any source of texts.
+
+    Dropout stays off: a round is a handful of steps, where its noise costs more than it gives,
+    and without it training draws nothing but the order of the examples. Equal seeds give equal
+    bits on the same machine with the same number of threads.
+    """
+
+    def __init__(self, config: TextConfig, source: TextSource) -> None:
+        if config.head == "trained" and len(source.tasks) != 1:
+            raise ValueError(
+                f"head = 'trained' takes one task, not {', '.join(source.tasks)}; "
+                "use head = 'label-names'"
+            )
+        self.config = config
+        self.source = source
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(auto if config.device == "auto" else config.device)
+        self._bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and bf16_pays(self._device)
+        )
+        self._tokenizer = load_tokenizer(config.model)
+        self._tokens: dict[tuple[int, Split], _Tokens] = {}
+        self._heads_KD: Tensor | None = None
+        sizes = torch.tensor([len(phrases) for phrases in source.tasks.values()])
+        self._task_K = torch.arange(len(sizes)).repeat_interleave(sizes).to(self._device)
+        self._first_column = dict(
+            zip(source.tasks, (sizes.cumsum(0) - sizes).tolist(), strict=True)
+        )
+
+    def load_base(self) -> nn.Module:
+        """The encoder, under a seeded linear head if heads are trained."""
+        encoder = load_encoder(self.config.model)
+        if self.config.head == "trained":
+            width = int(encoder.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+            classes = len(self._task_K)
+            encoder = TextClassifier(encoder, width, classes, self.config.head_seed)
+        return encoder.to(self._device).eval()
+
+    def lora_config(self) -> LoraConfig:
+        """LoRA on the configured layers; the head, if trained, in full."""
+        return LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # any number works
+            use_rslora=self.config.rslora,
+            target_modules=list(self.config.target_modules),
+            modules_to_save=["head"] if self.config.head == "trained" else None,
+        )
+
+    def train(self, model: nn.Module, partition: int, plan: TrainPlan) -> Mapping[str, float]:
+        """Train on one partition."""
+        return self._train(model, self._tokenised(partition, "train"), plan)
+
+    def train_pooled(
+        self, model: nn.Module, partitions: Sequence[int], plan: TrainPlan
+    ) -> Mapping[str, float]:
+        """Train on the union of partitions, whose tasks mix in every batch: a central baseline."""
+        parts = [self._tokenised(partition, "train") for partition in partitions]
+        return self._train(model, _concatenate(parts), plan)
+
+    def evaluate(self, model: nn.Module, partition: int, split: HeldOut) -> Mapping[str, float]:
+        """Accuracy and mean cross-entropy on one partition's held-out texts."""
+        tokens = self._tokenised(partition, split)
+        model.eval()
+        correct, loss = 0, 0.0
+        with torch.inference_mode():
+            # Texts of like length stand together, so that little is padding.
+            order_N = tokens.lengths.argsort(descending=True, stable=True)
+            for rows_B in torch.split(order_N, self.config.evaluation_batch):
+                logits_BK, labels_B = self._logits(model, tokens, rows_B)
+                loss += functional.cross_entropy(logits_BK, labels_B, reduction="sum").item()
+                correct += int((logits_BK.argmax(1) == labels_B).sum())
+        count = len(tokens)
+        return {"num-examples": count, "accuracy": correct / count, "loss": loss / count}
+
+    def _train(self, model: nn.Module, tokens: _Tokens, plan: TrainPlan) -> Mapping[str, float]:
+        model.eval()
+        head_rate = plan.head_learning_rate or plan.learning_rate
+        lora: list[nn.Parameter] = []
+        head: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (lora if "lora_" in name else head).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": lora}, {"params": head, "lr": head_rate}]
+        optimizer = torch.optim.AdamW(
+            groups[: 1 + bool(head)], lr=plan.learning_rate, weight_decay=0.0, fused=True
+        )
+        losses = []
+        for rows_B in _batches(len(tokens), plan):
+            logits_BK, labels_B = self._logits(model, tokens, rows_B)
+            loss = functional.cross_entropy(logits_BK, labels_B)
+            torch.autograd.backward([loss])
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return {"num-examples": len(tokens), "train-loss": torch.stack(losses).mean().item()}
+
+    def _logits(self, model: nn.Module, tokens: _Tokens, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K], minus infinity at other tasks' labels, and labels [B]."""
+        longest = int(tokens.lengths[rows_B].max())
+        ids_BL = tokens.ids[rows_B, :longest].to(self._device)
+        lengths_B = tokens.lengths[rows_B].to(self._device)
+        mask_BL = (torch.arange(longest, device=self._device) < lengths_B[:, None]).long()
+        if self.config.head == "trained":
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                logits_BK = model(input_ids=ids_BL, attention_mask=mask_BL)
+            logits_BK = logits_BK.float()
+        else:
+            pooled_BD = self._embed(model, ids_BL, mask_BL)
+            logits_BK = self.config.logit_scale * pooled_BD @ self._heads(model).T
+        task_B = tokens.tasks[rows_B].to(self._device)
+        logits_BK = logits_BK.masked_fill(self._task_K != task_B[:, None], -torch.inf)
+        return logits_BK, tokens.labels[rows_B].to(self._device)
+
+    def _embed(self, model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            states_BLD = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        return functional.normalize(mean_pool(states_BLD, mask_BL), dim=1)
+
+    def _heads(self, model: nn.Module) -> Tensor:
+        """The label phrases as the frozen base embeds them [K, D], computed once."""
+        if self._heads_KD is None:
+            assert isinstance(model, PeftModel), "attach() the adapter first"
+            phrases = [phrase for labels in self.source.tasks.values() for phrase in labels]
+            ids_KL, lengths_K = self._tokenise(phrases)
+            mask_KL = torch.arange(ids_KL.shape[1]) < lengths_K[:, None]
+            # Also when scoring asks first: training differentiates through the product with them.
+            with torch.inference_mode(False), torch.no_grad(), model.disable_adapter():
+                self._heads_KD = self._embed(
+                    model, ids_KL.to(self._device), mask_KL.long().to(self._device)
+                )
+        return self._heads_KD
+
+    def _tokenised(self, partition: int, split: Split) -> _Tokens:
+        if (partition, split) not in self._tokens:
+            examples = self.source.examples(partition, split)
+            if not len(examples.texts):
+                raise ValueError(f"partition {partition} has no {split} texts")
+            ids_NL, lengths_N = self._tokenise(examples.texts)
+            labels_N = torch.as_tensor(examples.labels) + self._first_column[examples.task]
+            task = list(self.source.tasks).index(examples.task)
+            tokens = _Tokens(ids_NL, lengths_N, labels_N, torch.full_like(labels_N, task))
+            self._tokens[partition, split] = tokens
+        return self._tokens[partition, split]
+
+    def _tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        # A token seldom has 16 characters: what truncation would drop is not worth tokenising.
+        heads = [text[: 16 * self.config.max_length] for text in texts]
+        rows = self._tokenizer(
+            heads,
+            truncation=True,
+            max_length=self.config.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        ids_NL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        return ids_NL, torch.tensor([len(row) for row in rows])
+
+
+def _batches(count: int, plan: TrainPlan) -> Iterator[Tensor]:
+    """Row indices of each step: passes over the data, each in a new order, cut into batches."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    wanted = plan.steps * plan.batch_size
+    passes = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
+    return iter(torch.split(torch.cat(passes)[:wanted], plan.batch_size))
+
+
+def _concatenate(parts: Sequence[_Tokens]) -> _Tokens:
+    width = max(part.ids.shape[1] for part in parts)
+    return _Tokens(
+        torch.cat([functional.pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]),
+        torch.cat([part.lengths for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.tasks for part in parts]),
+    )

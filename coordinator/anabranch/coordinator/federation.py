@@ -1,0 +1,91 @@
+"""A federation's configuration and its folder. Loads no torch.
+
+A federation folder holds everything a coordinator needs to begin: ``federation.toml`` and
+``start/``, a PEFT adapter that gives module names, shapes, ranks, dense start values and the base
+hash, so that the coordinator never loads the base itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from anabranch.aggregation.recipe import Recipe, read_config, validation_line
+from anabranch.wire.config import CodecConfig, DenseDtype
+from anabranch.wire.plan import Scalar
+
+FEDERATION_FILE = "federation.toml"
+START_FOLDER = "start"
+
+
+class FederationConfig(BaseModel):
+    """What a coordinator runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200)
+    """Name of the federation."""
+    run: str = Field(min_length=1, max_length=200)
+    """Identifier of this run; updates made for another are refused."""
+    seed: int = 0
+    """Seed of A₀, client sampling and training order."""
+    rounds: int = Field(8, ge=1)
+    """Number of rounds."""
+    clients: int = Field(1, ge=1)
+    """Nodes to wait for before the first round."""
+    join_timeout_s: float = Field(300.0, gt=0)
+    """Seconds to wait for those nodes before giving up."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the known clients asked in each round."""
+    quorum: int = Field(1, ge=1)
+    """Admitted updates a round needs; with fewer at the deadline it is abandoned."""
+    deadline_s: float = Field(3600.0, gt=0)
+    """Seconds a round waits for updates."""
+    poll_s: float = Field(0.5, ge=0)
+    """Seconds between two looks for replies."""
+    max_norm: float | None = Field(None, gt=0)
+    """Largest ‖update‖₂ admitted; None sets no cap."""
+    evaluate_every: int = Field(1, ge=0)
+    """Ask the clients to score the adapter every so many rounds; 0 never."""
+    codec: CodecConfig = CodecConfig()
+    """How updates are encoded."""
+    down: DenseDtype = "fp32"
+    """How adapters are stored on their way to the clients."""
+    recipe: Recipe = Recipe(method="ties")
+    """How a cohort is merged."""
+    train: dict[str, Scalar] = Field(default_factory=dict)
+    """Fields of the clients' ``TrainPlan``."""
+
+    @model_validator(mode="after")
+    def _rank_stays(self) -> FederationConfig:
+        if self.recipe.refactor.kind == "stack" or self.recipe.refactor.rank is not None:
+            raise ValueError(
+                "a federation's adapter keeps its rank from round to round: "
+                "leave out recipe.refactor.rank and use kind = 'svd'"
+            )
+        if self.recipe.weights is not None:
+            raise ValueError("recipe.weights names contributions by position: leave it out here")
+        return self
+
+
+def write_federation(config: FederationConfig, folder: Path) -> Path:
+    """Write ``federation.toml`` into the folder; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FEDERATION_FILE
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    return path
+
+
+def load_federation(folder: Path) -> FederationConfig:
+    """Read a federation folder's configuration.
+
+    Raises:
+        ValueError: Missing or broken file, in one line that names file and key.
+    """
+    path = folder / FEDERATION_FILE
+    try:
+        return FederationConfig.model_validate(read_config(path))
+    except ValidationError as error:
+        raise ValueError(validation_line(error, str(path))) from error

@@ -1,0 +1,115 @@
+"""A store in a folder: content-addressed artifacts and one append-only journal.
+
+``metrics.jsonl`` is both the journal and what people plot: a line per event, flushed to disk before
+the call returns. A line torn by a crash is dropped when the store is opened again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from anabranch.coordinator.store.base import Contribution, Publication, Refusal, Store
+
+JOURNAL = "metrics.jsonl"
+ARTIFACTS = "artifacts"
+
+
+class FolderStore(Store):
+    """Keeps a federation in one folder; one process writes at a time.
+
+    Args:
+        folder: Made when missing; an earlier run's journal in it is read back.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._artifacts = folder / ARTIFACTS
+        self._artifacts.mkdir(parents=True, exist_ok=True)
+        self._journal = folder / JOURNAL
+        self._rows = _read_journal(self._journal)
+        self._admitted = {
+            (row["round"], row["client"]) for row in self._rows if row["event"] == "admitted"
+        }
+
+    def put(self, data: bytes) -> str:  # noqa: D102
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._path(digest)
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        return digest
+
+    def get(self, digest: str) -> bytes:  # noqa: D102
+        try:
+            data = self._path(digest).read_bytes()
+        except FileNotFoundError as error:
+            raise KeyError(f"no artifact {digest} in {self._artifacts}") from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"artifact {digest} in {self._artifacts} is damaged: restore a backup")
+        return data
+
+    def admit(self, contribution: Contribution) -> bool:  # noqa: D102
+        key = (contribution.round, contribution.client)
+        if key in self._admitted:
+            return False
+        self._append("admitted", contribution.model_dump())
+        self._admitted.add(key)
+        return True
+
+    def refuse(self, refusal: Refusal) -> None:  # noqa: D102
+        self._append("refused", refusal.model_dump())
+
+    def contributions(self, round_number: int) -> list[Contribution]:  # noqa: D102
+        rows = [row for row in self.notes("admitted") if row["round"] == round_number]
+        return sorted((Contribution(**row) for row in rows), key=lambda row: row.client)
+
+    def refusals(self) -> list[Refusal]:  # noqa: D102
+        return [Refusal(**row) for row in self.notes("refused")]
+
+    def publish(self, publication: Publication) -> None:  # noqa: D102
+        self._append("published", publication.model_dump())
+
+    def latest(self) -> Publication | None:  # noqa: D102
+        rows = self.notes("published")
+        return Publication(**rows[-1]) if rows else None
+
+    def note(self, event: str, facts: dict[str, Any]) -> None:  # noqa: D102
+        self._append(event, facts)
+
+    def notes(self, event: str) -> list[dict[str, Any]]:  # noqa: D102
+        return [
+            {key: value for key, value in row.items() if key not in ("event", "time")}
+            for row in self._rows
+            if row["event"] == event
+        ]
+
+    def _path(self, digest: str) -> Path:
+        return self._artifacts / digest[:2] / digest
+
+    def _append(self, event: str, facts: dict[str, Any]) -> None:
+        row = {"event": event, "time": round(time.time(), 3), **facts}
+        with self._journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows.append(row)
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+    return [json.loads(line) for line in whole.splitlines() if line]

@@ -1,0 +1,1 @@
+"""Codecs: how the tensors of a frame become its payload, one file per family."""

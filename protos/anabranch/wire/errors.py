@@ -1,0 +1,35 @@
+"""What the wire raises."""
+
+from __future__ import annotations
+
+
+class WireError(ValueError):
+    """A message is refused: it is damaged, hostile, or not what the receiver expects.
+
+    Everything a received byte can cause is a WireError, whose text is one line fit for a log and
+    for the record of a refused update. Mistakes of the local caller are plain ValueErrors.
+
+    Attributes:
+        code: Short name of the reason, stable for machines:
+
+            ============  ==================================================================
+            truncated     the message ends before what it announces
+            trailing      bytes are left over at the end
+            too-large     a length is beyond what the receiver expects
+            magic         not an Anabranch message
+            manifest      the manifest cannot be read, or contradicts itself
+            version       a format version this release does not know
+            meta          a field that says whose update this is has an impossible value
+            codec         a codec this release does not know, or not the announced one
+            layout        names, shapes or frames are not those of the local configuration
+            counts        entry or non-zero counts do not fit the shapes or the payload
+            digest        a payload is not the one its manifest names
+            payload       a payload cannot be decoded
+            values        a scale or a value is NaN, infinite or otherwise impossible
+            ============  ==================================================================
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        # Untrusted text may sit in a reason: keep it to one line of bounded length.
+        super().__init__(" ".join(reason.split())[:300])
+        self.code = code

@@ -1,0 +1,52 @@
+"""What a round asks of its clients, and under which keys it travels in a Flower message.
+
+Loads no torch: the coordinator's and the client's configuration import it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from anabranch.wire.config import CodecConfig
+
+UPDATE_STYPE = "anabranch.update/1"
+"""``Array.stype`` of an encoded update (client to coordinator)."""
+ADAPTER_STYPE = "anabranch.adapter/1"
+"""``Array.stype`` of an encoded adapter (coordinator to client)."""
+
+PLAN_KEY = "plan"
+ADAPTER_KEY = "adapter"
+UPDATE_KEY = "update"
+METRICS_KEY = "metrics"
+CLIENT_KEY = "client"
+
+Scalar = bool | int | float | str
+
+
+class RoundPlan(BaseModel):
+    """One round's order to a client."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    federation: str
+    """Name of the federation."""
+    run: str
+    """Identifier of the run; an update made for another run is refused."""
+    round: int = Field(ge=1)
+    """Number of the round, from 1."""
+    base_hash: str
+    """``weights_hash`` of the base everybody starts from."""
+    start_hash: str
+    """Hash of the adapter this round starts from."""
+    adapter_seed: int
+    """Seed of A₀: a round whose message holds no adapter starts from this draw."""
+    seed: int
+    """Seed of the federation, which clients mix with the round and their name."""
+    codec: CodecConfig = CodecConfig()
+    """How the update is to be encoded."""
+    train: dict[str, Scalar] = Field(default_factory=dict)
+    """Fields of the client's ``TrainPlan``, forwarded as they are."""
+    split: Literal["validation", "test"] = "validation"
+    """Which part of its data a client evaluates on."""

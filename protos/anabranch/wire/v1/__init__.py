@@ -1,0 +1,1 @@
+"""Generated code of format version 1; ``python -m anabranch.wire.generate`` makes it."""

@@ -1,0 +1,1 @@
+"""Federations on one machine: scenarios, data partitions, engines, baselines, reports."""

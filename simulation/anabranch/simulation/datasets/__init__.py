@@ -1,0 +1,21 @@
+"""Real text data sets out of ordinary packages, split once and for all."""
+
+from anabranch.simulation.datasets.bbc import BBC
+from anabranch.simulation.datasets.dataset import DatasetSpec as DatasetSpec
+from anabranch.simulation.datasets.dataset import TextDataset as TextDataset
+from anabranch.simulation.datasets.health import HEALTH
+from anabranch.simulation.datasets.vader import SENTIMENT, TEXT_KIND
+
+DATASETS = {spec.name: spec for spec in (BBC, SENTIMENT, TEXT_KIND, HEALTH)}
+"""Every data set, by name."""
+
+
+def find_dataset(name: str) -> DatasetSpec:
+    """The data set of that name; nothing is fetched yet.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: choose among {', '.join(DATASETS)}")
+    return DATASETS[name]

@@ -1,0 +1,69 @@
+"""Run a federation through Flower's own simulation: SuperLink, Ray actors, ``flwr run``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import tomli_w
+
+from anabranch.coordinator.flower import (
+    CLIENT_APP,
+    SERVER_APP,
+    command,
+    environment,
+    flwr,
+    free_port,
+    process,
+    wait_for_port,
+    wait_for_run,
+    write_bundle,
+)
+from anabranch.wire.plan import Scalar
+
+
+def run_in_flower(
+    folder: Path,
+    clients: int,
+    run_config: dict[str, Scalar],
+    *,
+    server_app: str = SERVER_APP,
+    client_app: str = CLIENT_APP,
+    cpus_per_client: int = 2,
+    timeout_s: float = 3600,
+    on_poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a prepared federation folder under Flower's Ray simulation.
+
+    Args:
+        folder: Federation folder; Flower's logs and home go to ``flower/`` in it.
+        clients: Number of simulated SuperNodes.
+        run_config: Run configuration of both apps.
+        server_app: ``module:attribute`` of the ServerApp.
+        client_app: ``module:attribute`` of the ClientApp.
+        cpus_per_client: Processors Ray reserves for a client.
+        timeout_s: Seconds after which the run is given up.
+        on_poll: Called about twice a second.
+
+    Raises:
+        FlowerError: A process or the run failed; the message names the log.
+    """
+    home = (folder / "flower").resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    env = environment(home, port)
+    config = {**run_config, "federation": str(folder.resolve())}
+    bundle = write_bundle(home / "bundle", config, server_app, client_app)
+    link = {"superlink": {"link": {"address": f"127.0.0.1:{port}", "insecure": True}}}
+    (home / "config.toml").write_text(tomli_w.dumps(link))
+    log = home / "superlink.log"
+    arguments = [command("flower-superlink"), "--simulation", "--insecure", "--port", str(port)]
+    backend = (
+        f"num-supernodes={clients} client-resources-num-cpus={cpus_per_client} "
+        "client-resources-num-gpus=0.0"
+    )
+    with process(arguments, log, env) as child:
+        wait_for_port(port, child, log)
+        answer = flwr(["run", str(bundle), "link", "--federation-config", backend], env)
+        run_log = home / "run.log"
+        wait_for_run(str(answer["run-id"]), "link", env, run_log, timeout_s, on_poll)

@@ -1,0 +1,133 @@
+"""Run a federation in one process: the same ServerApp and ClientApp, no server, no copies.
+
+The base is loaded once (``anabranch.client.session``); each client's adapter is swapped into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+
+from anabranch.simulation.engine.identity import RUN_ID, SERVER_NODE_ID, server_identity
+from anabranch.wire.plan import Scalar
+
+CLIENT_FAILED = 2
+"""Flower's own code for a ClientApp that raised."""
+
+
+class InProcessGrid(Grid):
+    """A Grid whose nodes are contexts in this process; pulling runs one waiting client.
+
+    Args:
+        client_app: Called for every message.
+        contexts: One per node, by node number; their ``state`` lives as long as the grid.
+        on_reply: Called after each client with the message type and the node's number.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        contexts: dict[int, Context],
+        on_reply: Callable[[str, int], None] = lambda kind, node: None,
+    ) -> None:
+        self._client_app = client_app
+        self._contexts = contexts
+        self._on_reply = on_reply
+        self._queue: dict[str, Message] = {}
+        self._count = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Every node, in order."""
+        return sorted(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; nothing runs yet."""
+        identifiers = []
+        for message in messages:
+            self._count += 1
+            identifier = f"message-{self._count}"
+            message.metadata.__dict__["_message_id"] = identifier
+            self._queue[identifier] = message
+            identifiers.append(identifier)
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the first waiting client of these and return its reply."""
+        for identifier in sorted(message_ids, key=lambda name: int(name.partition("-")[2])):
+            message = self._queue.pop(identifier, None)
+            if message is not None:
+                return [self._call(message)]
+        return []
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Run every client in order; nothing is waited for, so the timeout has no use."""
+        return [self._call(self._queue.pop(name)) for name in self.push_messages(messages)]
+
+    def _call(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        try:
+            reply = self._client_app(message, self._contexts[node])
+        # As Flower's own client process does: whatever an app raises becomes its reply.
+        except Exception as error:
+            reply = Message(
+                Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message
+            )
+        self._on_reply(message.metadata.message_type, node)
+        return reply
+
+    def set_run(self, run: Run) -> NoReturn:
+        """Not part of an in-process run."""
+        raise RuntimeError("an in-process grid belongs to one run")
+
+    @property
+    def run(self) -> NoReturn:
+        """Not part of an in-process run."""
+        raise RuntimeError("an in-process grid has no Flower run record")
+
+    def create_message(self, *args: object, **kwargs: object) -> NoReturn:
+        """Deprecated by Flower."""
+        raise RuntimeError("use flwr.app.Message")
+
+
+def run_in_process(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    folder: Path,
+    clients: int,
+    run_config: dict[str, Scalar],
+    on_reply: Callable[[str, int], None] = lambda kind, partition: None,
+) -> None:
+    """Run a prepared federation folder to its end.
+
+    Args:
+        server_app: The coordinator's app.
+        client_app: The clients' app.
+        folder: Federation folder (``federation.toml`` and ``start/``).
+        clients: Number of clients; client i holds partition i.
+        run_config: What a Flower run configuration would hold for both apps.
+        on_reply: Called after each client with the message type and its partition.
+    """
+    config = {**run_config, "federation": str(folder)}
+    first = SERVER_NODE_ID + 1
+    contexts = {
+        first + partition: Context(
+            run_id=RUN_ID,
+            node_id=first + partition,
+            node_config={"partition-id": partition, "num-partitions": clients},
+            state=RecordDict(),
+            run_config=config,
+        )
+        for partition in range(clients)
+    }
+    grid = InProcessGrid(client_app, contexts, lambda kind, node: on_reply(kind, node - first))
+    server = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), config)
+    with server_identity():
+        server_app(grid, server)

@@ -1,0 +1,145 @@
+"""Real text data sets cut into clients: the task that simulations and demonstrations run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from torch import nn
+
+from anabranch.client.task import Split, TrainPlan
+from anabranch.client.text import Examples, TextClassification, TextConfig
+from anabranch.simulation.datasets import find_dataset
+from anabranch.simulation.partition import Indices, Partition, by_domain, dirichlet, iid
+
+
+class PartitionedTextConfig(TextConfig):
+    """Parameters of ``PartitionedText``; all of them can stand in TOML."""
+
+    datasets: tuple[str, ...] = Field(("bbc", "sentiment", "text-kind", "health"), min_length=1)
+    """Data sets, each a task; clients are numbered data set by data set."""
+    clients_per_dataset: int = Field(2, gt=0)
+    """Clients among whom each data set is cut."""
+    partition: Partition = Partition()
+    """How it is cut."""
+    train_examples: int | None = Field(None, gt=0)
+    """At most so many training texts per client; None means all."""
+    validation_examples: int = Field(100, gt=0)
+    """At most so many validation texts per group."""
+    test_examples: int = Field(200, gt=0)
+    """At most so many test texts per group."""
+    data_seed: int = 0
+    """Seed of the cut and of the caps."""
+
+
+class PartitionedText(TextClassification):
+    """``anabranch.simulation.partitioned_text:PartitionedText``.
+
+    Clients who share a data set (or, cut by domain, a domain of it) are a group: each trains on
+    its own part, all are scored on the group's held-out texts.
+    """
+
+    def __init__(self, **params: Any) -> None:
+        config = PartitionedTextConfig(**params)
+        self._clients = _Clients(config)
+        super().__init__(config, self._clients)
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of clients."""
+        return len(self._clients.groups)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Group of each client: ``dataset``, or ``dataset/domain`` if cut by domain."""
+        return self._clients.groups
+
+    @property
+    def scored_partitions(self) -> dict[str, int]:
+        """One client per group: to evaluate these is to evaluate every group once."""
+        return {group: self.groups.index(group) for group in dict.fromkeys(self.groups)}
+
+    def train_all(self, model: nn.Module, plan: TrainPlan) -> Mapping[str, float]:
+        """Train on the union of all clients' data: what a federation could at best be."""
+        return self.train_pooled(model, range(self.num_partitions), plan)
+
+
+class _Clients:
+    """The ``TextSource`` behind it: data sets are read when a client first asks."""
+
+    def __init__(self, config: PartitionedTextConfig) -> None:
+        if len(set(config.datasets)) < len(config.datasets):
+            raise ValueError(f"a data set is named twice in {', '.join(config.datasets)}")
+        self._config = config
+        self._specs = {name: find_dataset(name) for name in config.datasets}
+        self._parts: dict[str, list[Indices]] = {}
+        self.groups = tuple(group for name in config.datasets for group in self._groups(name))
+
+    @property
+    def tasks(self) -> Mapping[str, tuple[str, ...]]:
+        """Label phrases per data set."""
+        return {name: spec.label_names for name, spec in self._specs.items()}
+
+    def examples(self, partition: int, split: Split) -> Examples:
+        """A client's part of the train split, or its group's held-out texts.
+
+        Raises:
+            ValueError: There is no such partition.
+        """
+        if not 0 <= partition < len(self.groups):
+            raise ValueError(
+                f"there is no partition {partition}: the data make {len(self.groups)}, from 0"
+            )
+        group = self.groups[partition]
+        name, _, domain = group.partition("/")
+        dataset = self._specs[name].load(split)
+        if split == "train":
+            rows_N = self._cut(name)[partition % self._config.clients_per_dataset]
+            cap, drawn_for = self._config.train_examples, str(partition)
+        else:
+            rows_N = np.arange(len(dataset))
+            if domain:
+                rows_N = np.flatnonzero(np.asarray(dataset.domains) == domain)
+            cap, drawn_for = getattr(self._config, f"{split}_examples"), group
+        if cap is not None and cap < len(rows_N):
+            generator = self._generator("cap", split, drawn_for)
+            rows_N = np.sort(generator.choice(rows_N, cap, replace=False))
+        kept = dataset.take(rows_N)
+        return Examples(name, kept.texts, kept.labels.tolist())
+
+    def _groups(self, name: str) -> list[str]:
+        """Group of each of a data set's clients."""
+        clients, domains = self._config.clients_per_dataset, self._specs[name].domains
+        if self._config.partition.kind != "domain":
+            return [name] * clients
+        if not domains or clients % len(domains):
+            raise ValueError(
+                f"clients_per_dataset = {clients} does not divide over the {len(domains)} domains "
+                f"of {name!r}; give a multiple of them, or another kind of partition"
+            )
+        each = clients // len(domains)
+        return [f"{name}/{domain}" for domain in domains for _ in range(each)]
+
+    def _cut(self, name: str) -> list[Indices]:
+        """Training rows of each of a data set's clients."""
+        if name not in self._parts:
+            dataset = self._specs[name].load("train")
+            how, clients = self._config.partition, self._config.clients_per_dataset
+            generator = self._generator("cut", name)
+            if how.kind == "domain":
+                domains = self._specs[name].domains
+                parts = by_domain(dataset.domains or (), domains, clients, generator)
+            elif how.kind == "dirichlet":
+                parts = dirichlet(dataset.labels, clients, how.alpha, how.min_examples, generator)
+            else:
+                parts = iid(len(dataset), clients, generator)
+            self._parts[name] = parts
+        return self._parts[name]
+
+    def _generator(self, *purpose: str) -> np.random.Generator:
+        """A generator of its own for each purpose, so that no draw moves another."""
+        words = "\0".join((str(self._config.data_seed), *purpose))
+        return np.random.default_rng(list(hashlib.sha256(words.encode()).digest()))

@@ -1,0 +1,121 @@
+"""Scenarios: a whole federation on one machine, as one TOML file. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anabranch.aggregation.recipe import Recipe, read_config, validation_line
+from anabranch.coordinator.federation import FederationConfig
+from anabranch.wire.config import CodecConfig, DenseDtype
+from anabranch.wire.plan import Scalar
+
+DEFAULT_TASK = "anabranch.simulation.partitioned_text:PartitionedText"
+
+
+class TaskConfig(BaseModel):
+    """Which task the clients train: its class and, as further keys, that class's parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str = DEFAULT_TASK
+    """``package.module:Class`` of a simulated task."""
+
+    def params(self) -> dict[str, Any]:
+        """The class's keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class Baselines(BaseModel):
+    """What the merged adapter is compared with; each costs about as much as the federation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    local_only: bool = True
+    """Every client trains alone for as many steps."""
+    fedavg: bool = True
+    """The same federation averaging dense factors (FedIT: A and B apart, fp32, no codec)."""
+    oracle: bool = True
+    """One adapter trained on everybody's data together, as many samples and steps."""
+
+
+class Scenario(BaseModel):
+    """A federation to simulate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the scenario and of its results folder."""
+    seed: int = 0
+    """One seed for everything: A₀, partitions, sampling, the order of examples."""
+    engine: Literal["inprocess", "flower"] = "inprocess"
+    """``inprocess``: this process. ``flower``: Flower's Ray simulation through ``flwr run``."""
+    rounds: int = Field(8, ge=1)
+    """Number of rounds."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the clients asked in each round."""
+    quorum: int | None = Field(None, ge=1)
+    """Admitted updates a round needs; None: more than half of those asked."""
+    deadline_s: float = Field(3600.0, gt=0)
+    """Seconds a round waits for updates."""
+    max_norm: float | None = Field(None, gt=0)
+    """Largest ‖update‖₂ admitted; None sets no cap."""
+    evaluate_every: int = Field(1, ge=0)
+    """Score the adapter on the clients' validation data every so many rounds; 0 never."""
+    task: TaskConfig = TaskConfig()
+    """What is trained, on which data, by which clients."""
+    train: dict[str, Scalar] = Field(default_factory=dict)
+    """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
+    codec: CodecConfig = CodecConfig()
+    """How updates are encoded."""
+    down: DenseDtype = "fp32"
+    """How adapters are stored on their way to the clients."""
+    recipe: Recipe = Recipe(method="ties")
+    """How a cohort is merged."""
+    baselines: Baselines = Baselines()
+    """What to compare with."""
+
+    def federation(self, clients: int) -> FederationConfig:
+        """The coordinator's configuration of this scenario.
+
+        Raises:
+            ValueError: The recipe or codec cannot serve a federation.
+        """
+        asked = max(1, round(self.fraction * clients))
+        return FederationConfig(
+            name=self.name,
+            run=f"{self.name}-{self.seed}",
+            seed=self.seed,
+            rounds=self.rounds,
+            clients=clients,
+            fraction=self.fraction,
+            quorum=self.quorum or asked // 2 + 1,
+            deadline_s=self.deadline_s,
+            poll_s=0.0 if self.engine == "inprocess" else 0.1,
+            max_norm=self.max_norm,
+            evaluate_every=self.evaluate_every,
+            codec=self.codec,
+            down=self.down,
+            recipe=self.recipe,
+            train=self.train,
+        )
+
+
+def load_scenario(path: Path) -> Scenario:
+    """Read a scenario file.
+
+    Raises:
+        ValueError: One line that names the file, the key and the reason.
+    """
+    try:
+        return Scenario.model_validate(read_config(path))
+    except ValidationError as error:
+        raise ValueError(validation_line(error, str(path))) from error
+
+
+def write_scenario(scenario: Scenario, path: Path) -> None:
+    """Write a scenario as resolved: every default spelled out."""
+    path.write_text(tomli_w.dumps(scenario.model_dump(mode="json", exclude_none=True)))

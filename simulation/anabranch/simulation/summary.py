@@ -1,0 +1,152 @@
+"""The figures of a run, as ``summary.json`` holds them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from anabranch.client.session import client_name
+from anabranch.coordinator.store import Store
+from anabranch.simulation.baselines import Scores
+from anabranch.simulation.scenario import Scenario
+from anabranch.simulation.task import display_names
+from anabranch.vectors import Adapter
+from anabranch.wire import read_manifest
+
+ABOUT = {
+    "base": "the base without an adapter, on the client's test data",
+    "local_only": "the client's adapter trained alone, mean accuracy over all groups' test data",
+    "local_only_own": "the same adapter on the client's own test data",
+    "fedavg": "the same federation averaging dense fp32 factors (FedIT), on the client's test data",
+    "merged": "this federation's adapter, on the client's test data",
+    "oracle": "one adapter trained on everybody's data with as many steps and samples, "
+    "on the client's test data",
+    "update_bytes": "mean size of one update; fp16 and fp32 are the dense adapter's entries alone",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run left behind.
+
+    Attributes:
+        store: The federation's journal and artifacts.
+        scores: Scores per adapter: base, merged, fedavg, oracle, local-0, …
+        groups: Group of each client.
+        scored: The client that stands for each group.
+        adapter: The merged adapter.
+        phases: Seconds per phase.
+    """
+
+    store: Store
+    scores: dict[str, Scores]
+    groups: list[str]
+    scored: dict[str, int]
+    adapter: Adapter
+    phases: dict[str, float]
+
+    def accuracy(self, key: str, group: str, split: str = "test") -> float | None:
+        """An adapter's accuracy on a group; None when it was not trained."""
+        if key not in self.scores:
+            return None
+        return self.scores[key][split][group]["accuracy"]
+
+    def mean_accuracy(self, key: str, split: str = "test") -> float | None:
+        """An adapter's mean accuracy over groups; None when it was not trained."""
+        if key not in self.scores:
+            return None
+        return fmean(row["accuracy"] for row in self.scores[key][split].values())
+
+
+def machine() -> dict[str, Any]:
+    """The machine a figure was measured on."""
+    return {
+        "cpus": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[str, Any]:
+    """Accuracy per client, group and on the mean; bytes; seconds.
+
+    Args:
+        scenario: What was run.
+        measured: What it left.
+        total_s: Wall seconds of this call.
+    """
+    names = display_names(measured.groups)
+    clients = []
+    for partition, (name, group) in enumerate(zip(names, measured.groups, strict=True)):
+        local = f"local-{partition}"
+        clients.append(
+            {
+                "client": name,
+                "id": client_name(partition),
+                "group": group,
+                "base": measured.accuracy("base", group),
+                "local_only": measured.mean_accuracy(local),
+                "local_only_own": measured.accuracy(local, group),
+                "fedavg": measured.accuracy("fedavg", group),
+                "merged": measured.accuracy("merged", group),
+                "oracle": measured.accuracy("oracle", group),
+            }
+        )
+    columns = ("base", "local_only", "local_only_own", "fedavg", "merged", "oracle")
+    store = measured.store
+    latest = store.latest()
+    return {
+        "name": scenario.name,
+        "engine": scenario.engine,
+        "seed": scenario.seed,
+        "recipe": scenario.recipe.model_dump(mode="json"),
+        "codec": scenario.codec.model_dump(mode="json"),
+        "machine": machine(),
+        "clients": clients,
+        "mean": {column: _mean([row[column] for row in clients]) for column in columns},
+        "groups": {
+            group: {
+                key: measured.accuracy(key, group) for key in ("base", "fedavg", "merged", "oracle")
+            }
+            for group in measured.scored
+        },
+        "update_bytes": _update_bytes(measured),
+        "rounds": store.notes("round"),
+        "refused": [row.model_dump() for row in store.refusals()],
+        "adapter_hash": latest.adapter_hash if latest else measured.adapter.hash(),
+        "phases": {name: round(value, 3) for name, value in measured.phases.items()},
+        "seconds": round(total_s, 3),
+        "about": ABOUT,
+    }
+
+
+def _update_bytes(measured: Measured) -> dict[str, float | None]:
+    store = measured.store
+    rows = store.notes("admitted")
+    entries = sum(tensor.numel() for tensor in measured.adapter.tensors().values())
+    sizes = [row["size_bytes"] for row in rows]
+    payloads = [
+        sum(frame.payload_bytes for frame in read_manifest(store.get(row["digest"])).frames)
+        for row in rows
+    ]
+    ours, payload = (fmean(sizes), fmean(payloads)) if rows else (None, None)
+    return {
+        "ours": ours,
+        "payload": payload,
+        "fp16": 2 * entries,
+        "fp32": 4 * entries,
+        "ratio": 2 * entries / ours if ours else None,
+        "payload_ratio": 2 * entries / payload if payload else None,
+    }
+
+
+def _mean(values: list[Any]) -> float | None:
+    return None if any(value is None for value in values) else fmean(values)

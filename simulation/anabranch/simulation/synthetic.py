@@ -1,0 +1,156 @@
+"""A task made of numbers: nothing to fetch, milliseconds a step. For smoke tests and overhead.
+
+Shape legend: N examples, F features, H hidden width, K classes, r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anabranch.client.task import HeldOut, TrainPlan
+
+
+class SyntheticConfig(BaseModel):
+    """Parameters of ``SyntheticTask``; all of them can stand in TOML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clients: int = Field(4, ge=1)
+    """Number of clients."""
+    group_count: int = Field(1, ge=1)
+    """Groups of clients; each group's teacher moves a way of its own besides the common one."""
+    features: int = Field(32, ge=1)
+    """Width of an input."""
+    hidden: int = Field(64, ge=1)
+    """Width of the adapted layer."""
+    classes: int = Field(8, ge=2)
+    """Number of labels."""
+    rank: int = Field(4, ge=1)
+    """LoRA rank, and the rank of what the teachers add to the base."""
+    examples: int = Field(256, ge=1)
+    """Training examples per client; half as many for validation and for test."""
+    data_seed: int = 0
+    """Seed of base, teachers and examples."""
+
+
+class SyntheticTask:
+    """``anabranch.simulation.synthetic:SyntheticTask``: labels by a teacher = base + low rank.
+
+    All teachers share a part that a merge can find; a group's own part is a third as large.
+    """
+
+    def __init__(self, **params: int) -> None:
+        self.config = SyntheticConfig(**params)
+        if self.config.group_count > self.config.clients:
+            raise ValueError(
+                f"group_count = {self.config.group_count} is more than clients = "
+                f"{self.config.clients}; every group needs a client"
+            )
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of clients."""
+        return self.config.clients
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Group of each client."""
+        return tuple(f"group-{i % self.config.group_count}" for i in range(self.config.clients))
+
+    @property
+    def scored_partitions(self) -> dict[str, int]:
+        """One client per group."""
+        return {group: self.groups.index(group) for group in dict.fromkeys(self.groups)}
+
+    def load_base(self) -> nn.Module:
+        """A seeded network with one hidden layer."""
+        config = self.config
+        generator = self._generator("base")
+        base = nn.Sequential()
+        base.add_module("hidden", nn.Linear(config.features, config.hidden, bias=False))
+        base.add_module("relu", nn.ReLU())
+        base.add_module("output", nn.Linear(config.hidden, config.classes, bias=False))
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+                )
+        return base
+
+    def lora_config(self) -> LoraConfig:
+        """LoRA on the hidden layer."""
+        rank = self.config.rank
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["hidden"])
+
+    def train(self, model: nn.Module, partition: int, plan: TrainPlan) -> Mapping[str, float]:
+        """Train on one client's examples."""
+        return self._train(model, *self._examples(partition, "train"), plan)
+
+    def train_all(self, model: nn.Module, plan: TrainPlan) -> Mapping[str, float]:
+        """Train on the union of all clients' examples."""
+        parts = [self._examples(partition, "train") for partition in range(self.config.clients)]
+        inputs_NF = torch.cat([inputs for inputs, _ in parts])
+        labels_N = torch.cat([labels for _, labels in parts])
+        return self._train(model, inputs_NF, labels_N, plan)
+
+    def evaluate(self, model: nn.Module, partition: int, split: HeldOut) -> Mapping[str, float]:
+        """Accuracy and mean cross-entropy on one client's group's held-out examples."""
+        inputs_NF, labels_N = self._examples(self.scored_partitions[self.groups[partition]], split)
+        with torch.inference_mode():
+            logits_NK = model(inputs_NF)
+        return {
+            "num-examples": len(labels_N),
+            "accuracy": float((logits_NK.argmax(1) == labels_N).float().mean()),
+            "loss": float(F.cross_entropy(logits_NK, labels_N)),
+        }
+
+    def _train(
+        self, model: nn.Module, inputs_NF: Tensor, labels_N: Tensor, plan: TrainPlan
+    ) -> Mapping[str, float]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(plan.seed)
+        losses = []
+        for _ in range(plan.steps):
+            rows_B = torch.randint(len(labels_N), (plan.batch_size,), generator=generator)
+            loss = F.cross_entropy(model(inputs_NF[rows_B]), labels_N[rows_B])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return {"num-examples": len(labels_N), "train-loss": sum(losses) / len(losses)}
+
+    def _examples(self, partition: int, split: str) -> tuple[Tensor, Tensor]:
+        """Inputs [N, F] and the teacher's labels [N]."""
+        config = self.config
+        count = config.examples if split == "train" else max(1, config.examples // 2)
+        generator = self._generator("examples", split, str(partition))
+        inputs_NF = torch.randn(count, config.features, generator=generator)
+        with torch.no_grad():
+            teacher = self.load_base()
+            weight_HF = teacher.get_parameter("hidden.weight")
+            weight_HF.add_(self._change("common") + self._change(self.groups[partition]) / 3)
+            labels_N = teacher(inputs_NF).argmax(1)
+        return inputs_NF, labels_N
+
+    def _change(self, name: str) -> Tensor:
+        """A low-rank change [H, F] as large as the base's own weights."""
+        config = self.config
+        generator = self._generator("teacher", name)
+        b_Hr = torch.randn(config.hidden, config.rank, generator=generator)
+        a_rF = torch.randn(config.rank, config.features, generator=generator)
+        return (b_Hr @ a_rF).div(math.sqrt(config.rank * config.features))
+
+    def _generator(self, *purpose: str) -> torch.Generator:
+        """A generator of its own for each purpose, so that no draw moves another."""
+        words = "\0".join((str(self.config.data_seed), *purpose)).encode()
+        seed = int.from_bytes(hashlib.sha256(words).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(seed)

@@ -1,0 +1,41 @@
+"""What a task must offer beyond ``LoraTask`` to be simulated and compared with baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from anabranch.client.task import LoraTask, TrainPlan
+
+
+@runtime_checkable
+class SimulatedTask(LoraTask, Protocol):
+    """A task that holds every client's data."""
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of clients."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[str]:
+        """Group of each client; the clients of a group share held-out data."""
+        ...
+
+    @property
+    def scored_partitions(self) -> Mapping[str, int]:
+        """One client per group: to evaluate these is to evaluate every group once."""
+        ...
+
+    def train_all(self, model: nn.Module, plan: TrainPlan) -> Mapping[str, float]:
+        """Train on the union of all clients' data."""
+        ...
+
+
+def display_names(groups: Sequence[str]) -> list[str]:
+    """A name for people per client: its group and its number in it, from 1."""
+    return [
+        f"{group}-{list(groups[: index + 1]).count(group)}" for index, group in enumerate(groups)
+    ]

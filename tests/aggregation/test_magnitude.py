@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.aggregation.magnitude import kept, magnitude_thresholds
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 30).flatmap(
+        lambda size: st.lists(
+            st.lists(
+                st.floats(width=32, allow_nan=False, allow_infinity=False),
+                min_size=size,
+                max_size=size,
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    data=st.data(),
+)
+def test_the_kth_magnitude_is_the_one_a_sort_finds(
+    rows: list[list[float]], data: st.DataObject
+) -> None:
+    deltas_CD = torch.tensor(rows)
+    count = data.draw(st.integers(1, deltas_CD.shape[1]))
+    cut = data.draw(st.integers(0, deltas_CD.shape[1]))
+    chunks = [deltas_CD[:, :cut], deltas_CD[:, cut:]]
+    expected_C = deltas_CD.abs().sort(dim=1, descending=True).values[:, count - 1]
+    assert torch.equal(magnitude_thresholds(chunks, count), expected_C)
+
+
+def test_keeping_what_reaches_the_threshold_keeps_the_count() -> None:
+    deltas_CD = torch.randn(4, 10_007, generator=torch.Generator().manual_seed(0)).to(torch.float32)
+    for density in (0.0001, 0.1, 0.2, 0.999, 1.0):
+        count = kept(density, 10_007)
+        thresholds_C = magnitude_thresholds([deltas_CD], count)
+        assert ((deltas_CD.abs() >= thresholds_C[:, None]).sum(1) == count).all()
+
+
+def test_density_keeps_at_least_one() -> None:
+    assert kept(0.2, 100) == 20
+    assert kept(0.001, 100) == 1
+    assert kept(1.0, 7) == 7
+
+
+def test_a_count_beyond_the_entries_is_refused() -> None:
+    with pytest.raises(ValueError, match="5-th largest of 4 entries"):
+        magnitude_thresholds([torch.ones(2, 4)], 5)
+    with pytest.raises(ValueError, match="no entries"):
+        magnitude_thresholds([], 1)

@@ -1,0 +1,221 @@
+"""A deployed federation: SuperLink and three SuperNodes as processes, TLS and node keys on."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from peft import PeftModel
+
+from anabranch.client.lora import base_hash
+from anabranch.coordinator.app import ADAPTER_FOLDER
+from anabranch.coordinator.federation import START_FOLDER, FederationConfig, write_federation
+from anabranch.coordinator.flower import (
+    FlowerError,
+    command,
+    environment,
+    flwr,
+    free_port,
+    process,
+    wait_for_port,
+    wait_for_run,
+    write_bundle,
+)
+from anabranch.coordinator.store import FolderStore
+from anabranch.simulation.partitioned_text import PartitionedText
+from anabranch.vectors import seeded_start
+from anabranch.vectors.peft_folder import read_adapter, write_adapter
+
+NODES = 3
+TASK = "anabranch.simulation.partitioned_text:PartitionedText"
+PARAMS = {
+    "datasets": ["bbc", "sentiment", "text-kind"],
+    "clients_per_dataset": 1,
+    "test_examples": 120,
+    "validation_examples": 40,
+}
+
+
+def certificates(folder: Path) -> None:
+    """A certificate authority and a server certificate for loopback."""
+    now = datetime.datetime.now(datetime.UTC)
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    def issue(
+        subject: str, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey, ca: bool
+    ) -> bytes:
+        names: list[x509.GeneralName] = [
+            x509.DNSName("localhost"),
+            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        ]
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(name(subject))
+            .issuer_name(name("test authority"))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(minutes=5))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        )
+        return builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    (folder / "ca.pem").write_bytes(issue("test authority", authority, authority, ca=True))
+    (folder / "server.pem").write_bytes(issue("localhost", server, authority, ca=False))
+    (folder / "server.key").write_bytes(
+        server.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+def node_key(folder: Path, name: str) -> tuple[Path, Path]:
+    """A SuperNode's key pair, in the form Flower reads: private and public file."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    private, public = folder / name, folder / f"{name}.pub"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+    )
+    return private, public
+
+
+@pytest.mark.e2e
+def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
+    task = PartitionedText(**PARAMS)
+    base = task.load_base()
+    digest = base_hash(base)
+    from anabranch.client.session import open_session
+
+    session = open_session(TASK, json.dumps(PARAMS, sort_keys=True))
+    federation = tmp_path / "federation"
+    config = FederationConfig(
+        name="deployed",
+        run="run-1",
+        rounds=2,
+        clients=NODES,
+        quorum=NODES,
+        deadline_s=240,
+        join_timeout_s=120,
+        train={"steps": 8, "batch_size": 16, "learning_rate": 2e-3},
+        recipe={"method": "ties", "params": {"density": 0.3}, "scale": 1.5},
+    )
+    write_federation(config, federation)
+    write_adapter(seeded_start(session.template, config.seed), federation / START_FOLDER)
+
+    home = tmp_path / "flower"
+    home.mkdir()
+    certificates(tmp_path)
+    port = free_port()
+    env = environment(home, port)
+    address = f"127.0.0.1:{port}"
+    link = {"address": address, "root-certificates": str(tmp_path / "ca.pem")}
+    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"link": link}}))
+    tls = [
+        "--ssl-certfile", str(tmp_path / "server.pem"),
+        "--ssl-keyfile", str(tmp_path / "server.key"),
+        "--ssl-ca-certfile", str(tmp_path / "ca.pem"),
+    ]  # fmt: skip
+
+    with ExitStack() as running:
+        log = tmp_path / "superlink.log"
+        superlink = running.enter_context(
+            process(
+                [
+                    command("flower-superlink"), *tls, "--enable-supernode-auth",
+                    "--disable-runtime-dependency-installation",
+                    "--database", str(tmp_path / "state.db"), "--port", str(port),
+                ],
+                log,
+                env,
+            )
+        )  # fmt: skip
+        wait_for_port(port, superlink, log)
+
+        def start_node(index: int, private: Path) -> Path:
+            node_log = tmp_path / f"node-{index}.log"
+            settings = f'partition-id={index} num-partitions={NODES} client="site-{index}"'
+            running.enter_context(
+                process(
+                    [
+                        command("flower-supernode"),
+                        "--root-certificates", str(tmp_path / "ca.pem"),
+                        "--superlink", address, "--port", str(free_port()),
+                        "--auth-supernode-private-key", str(private),
+                        "--node-config", settings,
+                    ],
+                    node_log,
+                    {**env, "FLWR_HOME": str(tmp_path / f"home-{index}")},
+                )
+            )  # fmt: skip
+            return node_log
+
+        for index in range(NODES):
+            private, public = node_key(tmp_path, f"node-{index}")
+            flwr(["supernode", "register", str(public), "link"], env)
+            start_node(index, private)
+        # A node whose key nobody registered must not take part.
+        stranger, _ = node_key(tmp_path, "stranger")
+        stranger_log = start_node(NODES, stranger)
+
+        bundle = write_bundle(
+            tmp_path / "bundle",
+            {"federation": str(federation), "task": TASK, "task-params": json.dumps(PARAMS)},
+        )
+        answer = flwr(["run", str(bundle), "link"], env)
+        try:
+            row = wait_for_run(str(answer["run-id"]), "link", env, tmp_path / "run.log", 420)
+        except FlowerError as error:
+            logs = "\n".join(
+                f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
+                for path in sorted(tmp_path.glob("*.log"))
+            )
+            raise AssertionError(f"{error}\n{logs}") from error
+        assert row["status"] == "finished:completed"
+        assert "site-3" not in stranger_log.read_text()
+
+    store = FolderStore(federation)
+    for server_round in (1, 2):
+        clients = [row.client for row in store.contributions(server_round)]
+        assert clients == ["site-0", "site-1", "site-2"]
+    assert store.refusals() == []
+
+    adapter = read_adapter(federation / ADAPTER_FOLDER)
+    assert adapter.base_hash == digest
+    latest = store.latest()
+    assert latest is not None
+    assert adapter.hash() == latest.adapter_hash
+
+    model = PeftModel.from_pretrained(base, str(federation / ADAPTER_FOLDER))
+    gains = []
+    with torch.inference_mode():
+        for partition in range(NODES):
+            merged = task.evaluate(model, partition, "test")["accuracy"]
+            with model.disable_adapter():
+                before = task.evaluate(model, partition, "test")["accuracy"]
+            gains.append(merged - before)
+    assert sum(gains) / NODES > 0.03, gains
