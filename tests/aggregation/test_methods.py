@@ -168,7 +168,9 @@ def naive_krum(deltas_CD: Tensor, f: int, m: int) -> Tensor:
     rows = deltas_CD.double()
     scores = []
     for i, mine in enumerate(rows):
-        near = sorted(float((mine - other).square().sum()) for j, other in enumerate(rows) if j != i)
+        near = sorted(
+            float((mine - other).square().sum()) for j, other in enumerate(rows) if j != i
+        )
         scores.append((math.fsum(near[: len(rows) - f - 2]), i))
     chosen = [i for _, i in sorted(scores)[:m]]
     return rows[chosen].mean(0).float()
@@ -244,7 +246,7 @@ def test_small_distances_between_large_vectors_survive() -> None:
     deltas_CD = common_D + 1e-3 * torch.randn(3, 100_000, generator=generator)
     truth = float((deltas_CD[0].double() - deltas_CD[1].double()).square().sum())
     found = float(squared_distances(inner_products(deltas_CD))[0, 1])
-    assert found == pytest.approx(truth, rel=1e-6)
+    assert found == pytest.approx(truth, rel=1e-4)
     in_fp32 = squared_distances((deltas_CD @ deltas_CD.T).double())[0, 1]
     assert abs(float(in_fp32) - truth) > 0.5 * truth
 
@@ -293,3 +295,14 @@ def test_parameters_out_of_range_are_refused(config: type, values: dict[str, obj
 def test_a_method_says_how_it_merges_once() -> None:
     with pytest.raises(ValueError, match="exactly one of merge and coefficients"):
         MergeMethod(name="none", config=TiesConfig, scope="entry")
+
+
+def test_statistics_need_a_density() -> None:
+    with pytest.raises(ValueError, match=r"method odd: thresholds_C are taken at config\.density"):
+        MergeMethod(
+            name="odd",
+            config=MEDIAN.config,
+            scope="tensor",
+            merge=median,
+            statistics=("thresholds_C",),
+        )

@@ -110,9 +110,9 @@ def test_training_after_a_write_reaches_the_adapter() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "LoraConfig.use_dora is not supported"),
-        ({"bias": "lora_only"}, "LoraConfig.bias is not supported"),
-        ({"init_lora_weights": "pissa"}, "LoraConfig.init_lora_weights is not supported"),
+        ({"use_dora": True}, "LoraConfig.use_dora: DoRA adds"),
+        ({"bias": "lora_only"}, "LoraConfig.bias: set bias='none'"),
+        ({"init_lora_weights": "pissa"}, "LoraConfig.init_lora_weights: set"),
         ({"target_modules": ["query", "table"]}, "module table is a Embedding LoRA layer"),
         ({"modules_to_save": ["norm"]}, r"module norm keeps state .*norm.running_mean"),
     ],

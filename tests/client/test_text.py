@@ -148,7 +148,7 @@ def test_a_trained_head_takes_one_task() -> None:
 def test_a_model_that_is_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="cannot load model '/no/such': give minilm, a folder"):
-        TextClassification(TextConfig(model="/no/such"), OneTask())
+        TextClassification(TextConfig(model="/no/such"), OneTask()).load_base()
 
 
 LABELS = {"neg": "a bad review", "pos": "a good review"}

@@ -33,7 +33,9 @@ def test_reference_vector_of_splitmix64() -> None:
 
 def test_chunks_of_a_stream_are_the_stream() -> None:
     whole = uniform(1000, STREAM)
-    parts = [uniform(stop - start, STREAM, start) for start, stop in ((0, 1), (1, 333), (333, 1000))]
+    parts = [
+        uniform(stop - start, STREAM, start) for start, stop in ((0, 1), (1, 333), (333, 1000))
+    ]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(bernoulli(0.3, 100, STREAM, 450), (whole < 0.3)[450:550])
 
@@ -41,7 +43,7 @@ def test_chunks_of_a_stream_are_the_stream() -> None:
 def test_numbers_are_uniform_and_streams_unrelated() -> None:
     count = 200_000
     numbers = uniform(count, STREAM)
-    assert 0 <= float(numbers.min())
+    assert float(numbers.min()) >= 0
     assert float(numbers.max()) < 1
     buckets = torch.histc(numbers.float(), 100, 0, 1)
     chi_squared = float(((buckets - count / 100).square() / (count / 100)).sum())

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from anabranch.wire import CodecConfig, UpdateMeta, WireError, decode_update, encode_update
+from anabranch.wire import (
+    CodecConfig,
+    UpdateMeta,
+    WireError,
+    decode_update,
+    encode_update,
+    zstd,
+)
+from anabranch.wire.v1 import update_pb2 as pb
 
 CODECS = [CodecConfig(density=0.1), *(CodecConfig(name="dense", dtype=d) for d in ("fp32", "int8"))]
 ROUNDS = 1000
@@ -56,7 +64,7 @@ def _outcomes(
     return outcomes
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=lambda c: f"{c.name}-{c.dtype}")
 def test_damage_on_the_way_never_changes_a_value(
     small: dict[str, Tensor], meta: UpdateMeta, codec: CodecConfig
 ) -> None:
@@ -69,7 +77,7 @@ def test_damage_on_the_way_never_changes_a_value(
     assert len(outcomes) >= 5
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=lambda c: f"{c.name}-{c.dtype}")
 def test_damage_by_the_sender_in_the_manifest_is_contained(
     small: dict[str, Tensor], meta: UpdateMeta, codec: CodecConfig, forge: Callable[..., bytes]
 ) -> None:
@@ -81,7 +89,7 @@ def test_damage_by_the_sender_in_the_manifest_is_contained(
     assert {"manifest", "layout", "meta", "version", "digest", "decoded"} <= set(outcomes)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=lambda c: f"{c.name}-{c.dtype}")
 def test_damage_by_the_sender_in_the_payload_is_contained(
     small: dict[str, Tensor], meta: UpdateMeta, codec: CodecConfig, forge: Callable[..., bytes]
 ) -> None:
@@ -97,13 +105,11 @@ def test_damage_by_the_sender_in_the_payload_is_contained(
 
 def test_damage_to_the_runs_is_contained(meta: UpdateMeta, forge: Callable[..., bytes]) -> None:
     # Damage to the compressed runs seldom gets past zstd: here it lies beneath.
-    from anabranch.wire import zstd
-
     x = torch.randn(4000, generator=torch.Generator().manual_seed(1))
     blob = encode_update({"x": x}, meta, CodecConfig(density=0.002)).blob
 
     def message(source: random.Random) -> bytes:
-        def change(manifest: object, payloads: list[bytes]) -> None:
+        def change(manifest: pb.Manifest, payloads: list[bytes]) -> None:
             frame = manifest.frames[0]
             raw = zstd.decompress(payloads[0][:-1], 1, 4000, "payload")
             runs = bytearray(raw)

@@ -49,6 +49,7 @@ def _refused(blob: bytes, layout: Layout) -> tuple[str, str]:
 def test_every_truncation_is_refused(blob: bytes, layout: Layout) -> None:
     codes = {_refused(blob[:length], layout)[0] for length in range(len(blob))}
     assert codes == {"truncated"}
+    assert _refused(b"\xff" * 7, layout)[0] == "truncated"
 
 
 def test_trailing_bytes_are_refused(blob: bytes, layout: Layout) -> None:
@@ -331,7 +332,9 @@ def test_dense_payloads_of_the_wrong_length_are_refused(
         manifest.frames[0].nonzeros[:] = [1] * 4
         manifest.frames[0].scales[:] = [1.0] * 4
 
-    lie: Change = lambda manifest, _: setattr(manifest.frames[0], "raw_bytes", 7)  # noqa: E731
+    def lie(manifest: pb.Manifest, _: list[bytes]) -> None:
+        manifest.frames[0].raw_bytes = 7
+
     for change in (shorten, sparse, lie):
         assert _refused(forge(blob, change), layout)[0] == "counts"
 
@@ -406,11 +409,12 @@ def test_bombs_are_refused_before_they_take_memory(
         message = len(header).to_bytes(8, "little") + header
     tracemalloc.start()
     try:
-        code, _ = _refused(message, {"x": (1 << 16,)})
+        code, reason = _refused(message, {"x": (1 << 16,)})
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert code == ("too-large" if kind == "honest" else place)
+    assert ("does not declare its size" in reason) == (kind == "silent")
     assert peak_bytes < 1 << 20
 
 

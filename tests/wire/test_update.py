@@ -30,6 +30,10 @@ CODECS = [
 ]
 
 
+def _codec_id(codec: CodecConfig) -> str:
+    return f"ternary-{codec.density}" if codec.name == "ternary" else codec.dtype
+
+
 def _layout(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -50,7 +54,7 @@ def _check_round_trip(
     return decoded
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=_codec_id)
 def test_the_receiver_decodes_what_the_sender_says_it_sent(
     small: dict[str, Tensor], meta: UpdateMeta, codec: CodecConfig
 ) -> None:
@@ -172,7 +176,7 @@ def test_the_manifest_says_what_the_message_holds(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=_codec_id)
 def test_a_diverged_tensor_is_named(bad: float, codec: CodecConfig, meta: UpdateMeta) -> None:
     with pytest.raises(ValueError, match=r"head\.bias: the tensor holds"):
         encode_update({"head.bias": torch.tensor([0.0, bad])}, meta, codec)

@@ -34,8 +34,9 @@ class MergeMethod:
         scope: What the method must see before it can decide an entry: the entry alone, its whole
             tensor, or the whole model. A config field ``scope``, where there is one, decides.
         merge: ``merge(deltas_CD, weights_C, config, **statistics) -> merged_D``, called on chunks
-            of consecutive entries of one module. Without statistics it computes them from what it
-            is given, which is then the whole scope.
+            of consecutive entries of one module, fp32 and not to be written to, with weights in
+            fp64 on the CPU. Without statistics it computes them from what it is given, which is
+            then the whole scope.
         statistics: Names of what the engine gathers in a first pass and hands to ``merge`` as
             keywords: ``thresholds_C`` (k-th magnitude at ``config.density`` over the scope),
             ``keep_CD`` (seeded Bernoulli masks at ``config.density``, the same however the entries
@@ -61,6 +62,11 @@ class MergeMethod:
     def __post_init__(self) -> None:
         if (self.merge is None) == (self.coefficients is None):
             raise ValueError(f"method {self.name}: set exactly one of merge and coefficients")
+        if self.statistics and "density" not in self.config.model_fields:
+            raise ValueError(
+                f"method {self.name}: {', '.join(self.statistics)} are taken at config.density; "
+                "give its configuration that field"
+            )
 
     def __call__(
         self,

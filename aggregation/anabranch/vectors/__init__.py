@@ -1,4 +1,7 @@
-"""Task vectors, LoRA adapters, and their sparse and quantised forms. Pure torch, no I/O."""
+"""Task vectors, LoRA adapters, and their sparse and quantised forms.
+
+Pure torch: files are the business of ``peft_folder`` alone.
+"""
 
 from anabranch.vectors.adapter import Adapter as Adapter
 from anabranch.vectors.adapter import LoraFactors as LoraFactors

@@ -47,8 +47,8 @@ class LoraFactors:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def delta(self) -> LowRank:
-        """ΔW with the scaling folded into B."""
-        return LowRank(self.b_mr * self.scaling, self.a_rn)
+        """ΔW with the scaling folded into B, in fp32: half precision would round it again."""
+        return LowRank(self.b_mr.float() * self.scaling, self.a_rn)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ NOT_A_SUM = {
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+_LARGEST = 1_000_000_000
+
 _COSTLY = re.compile(r"\)[*+{]")
 """A repeated group: on a hostile pattern it may take for ever."""
 
@@ -83,7 +85,8 @@ def matched_value(
     """A module's value: the first pattern that matches the end of its name (PEFT), or the default.
 
     Raises:
-        ValueError: A value that is no number, or a pattern that is no regular expression.
+        ValueError: A value that is no number or out of range, a pattern that is no regular
+            expression or costs too much to match.
     """
     patterns = config.get(pattern_key) or {}
     if not isinstance(patterns, dict):
@@ -104,8 +107,11 @@ def matched_value(
         if found:
             value = special
             break
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{folder}: {default_key}: is {value!r} for {module}; give a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise ValueError(
+            f"{folder}: {default_key}: is {repr(value)[:20]} for {module}; "
+            f"give a number above zero, {_LARGEST} at most"
+        )
     return value
 
 

@@ -30,7 +30,6 @@ from anabranch.vectors.safetensors_file import read_tensors, write_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-MAX_ALPHA = 1e9
 BASE_HASH_KEY = "anabranch.base_hash"
 
 _PREFIX = "base_model.model."
@@ -142,8 +141,6 @@ def _factors(
             f"{where}: lora_A {tuple(a_rn.shape)} and lora_B {tuple(b_mr.shape)} do not have the "
             f"rank {rank} that the configuration gives; correct r or rank_pattern"
         )
-    if not 0 < alpha <= MAX_ALPHA:
-        raise ValueError(f"{folder}: lora_alpha: is {alpha} for {module}; give one above zero")
     return LoraFactors(a_rn, b_mr, float(alpha), bool(config.get("use_rslora", False)))
 
 

@@ -39,7 +39,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             header_bytes = int.from_bytes(file.read(8), "little")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if header_bytes > min(MAX_HEADER_BYTES, size_bytes):
+    if header_bytes > min(MAX_HEADER_BYTES, size_bytes - 8):
         raise ValueError(
             f"{path}: claims a header of {header_bytes} bytes in a file of {size_bytes}, at most "
             f"{MAX_HEADER_BYTES} are read; it is broken or hostile, fetch it again"

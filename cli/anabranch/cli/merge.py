@@ -52,5 +52,6 @@ def merge_command(
     stdout.print(
         f"[bold]{out}[/]: {len(adapters)} adapters by {method.name}, "
         f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, ranks))}, "
-        f"truncation error {result.report.overall_truncation:.2%}"
+        f"truncation error {result.report.overall_truncation:.2%}",
+        soft_wrap=True,
     )

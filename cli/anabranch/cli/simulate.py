@@ -109,7 +109,8 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         stdout.print(
             f"update: {human_bytes(size['ours'])} a client and round, "
             f"{size['ratio']:.1f}x smaller than the fp16 adapter ({human_bytes(size['fp16'])}); "
-            f"payload alone {size['payload_ratio']:.1f}x"
+            f"payload alone {size['payload_ratio']:.1f}x",
+            soft_wrap=True,
         )
     mean = summary["mean"]
     if mean["oracle"]:

@@ -18,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from anabranch.vectors import Adapter, LoraFactors, weights_hash
+from anabranch.vectors.peft_config import NOT_A_SUM
 
 ADAPTER_NAME = "default"
 PEFT_KEYS = ("task_type", "target_modules", "modules_to_save", "lora_dropout", "fan_in_fan_out")
@@ -46,15 +47,14 @@ def attach(base: nn.Module, config: LoraConfig) -> PeftModel:
     Raises:
         ValueError: The configuration asks for what an adapter cannot carry.
     """
-    _refuse("use_dora", config.use_dora, "set use_dora=False")
+    for field, reason in NOT_A_SUM.items():
+        _refuse(field, bool(getattr(config, field, None)), reason)
     _refuse("bias", config.bias != "none", "set bias='none', or name the module in modules_to_save")
     _refuse(
         "init_lora_weights",
         config.init_lora_weights not in (True, False, "gaussian"),
         "set init_lora_weights=True: other starts change the base itself",
     )
-    for name in ("trainable_token_indices", "layer_replication", "target_parameters"):
-        _refuse(name, bool(getattr(config, name, None)), "leave it out")
     with warnings.catch_warnings():
         # PEFT asks every module for an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -161,9 +161,9 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
-def _refuse(field: str, asked: bool, fix: str) -> None:
+def _refuse(field: str, asked: bool, reason: str) -> None:
     if asked:
-        raise ValueError(f"LoraConfig.{field} is not supported: {fix}")
+        raise ValueError(f"LoraConfig.{field}: {reason}")
 
 
 def _same_names(what: str, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

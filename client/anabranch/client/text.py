@@ -5,8 +5,9 @@ Shape legend: N examples, B batch, L tokens, D width of the encoder, K label col
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from anabranch.client.models import (
     TextClassifier,
@@ -24,6 +25,13 @@ from anabranch.client.models import (
     mean_pool,
 )
 from anabranch.client.task import HeldOut, Split, TrainPlan
+from anabranch.client.tokens import (
+    Tokens,
+    concatenate,
+    scoring_batches,
+    tokenise,
+    training_batches,
+)
 
 
 class TextConfig(BaseModel):
@@ -80,26 +88,6 @@ class TextSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Tokenised examples.
-
-    Attributes:
-        ids: Token ids [N, L], padded with 0.
-        lengths: Tokens of each text [N].
-        labels: Column of each label among all tasks' labels [N].
-        tasks: Index of each text's task [N].
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    labels: Tensor
-    tasks: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
 class TextClassification:
     """A ``LoraTask`` over any source of texts.
 
@@ -121,8 +109,7 @@ class TextClassification:
         self._bf16 = config.precision == "bf16" or (
             config.precision == "auto" and bf16_pays(self._device)
         )
-        self._tokenizer = load_tokenizer(config.model)
-        self._tokens: dict[tuple[int, Split], _Tokens] = {}
+        self._tokens: dict[tuple[int, Split], Tokens] = {}
         self._heads_KD: Tensor | None = None
         sizes = torch.tensor([len(phrases) for phrases in source.tasks.values()])
         self._task_K = torch.arange(len(sizes)).repeat_interleave(sizes).to(self._device)
@@ -130,14 +117,17 @@ class TextClassification:
             zip(source.tasks, (sizes.cumsum(0) - sizes).tolist(), strict=True)
         )
 
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.model)
+
     def load_base(self) -> nn.Module:
         """The encoder, under a seeded linear head if heads are trained."""
         encoder = load_encoder(self.config.model)
+        base: nn.Module = encoder
         if self.config.head == "trained":
-            width = int(encoder.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-            classes = len(self._task_K)
-            encoder = TextClassifier(encoder, width, classes, self.config.head_seed)
-        return encoder.to(self._device).eval()
+            base = TextClassifier(encoder, len(self._task_K), self.config.head_seed)
+        return base.to(self._device).eval()
 
     def lora_config(self) -> LoraConfig:
         """LoRA on the configured layers; the head, if trained, in full."""
@@ -158,7 +148,7 @@ class TextClassification:
     ) -> Mapping[str, float]:
         """Train on the union of partitions, whose tasks mix in every batch: a central baseline."""
         parts = [self._tokenised(partition, "train") for partition in partitions]
-        return self._train(model, _concatenate(parts), plan)
+        return self._train(model, concatenate(parts), plan)
 
     def evaluate(self, model: nn.Module, partition: int, split: HeldOut) -> Mapping[str, float]:
         """Accuracy and mean cross-entropy on one partition's held-out texts."""
@@ -166,16 +156,14 @@ class TextClassification:
         model.eval()
         correct, loss = 0, 0.0
         with torch.inference_mode():
-            # Texts of like length stand together, so that little is padding.
-            order_N = tokens.lengths.argsort(descending=True, stable=True)
-            for rows_B in torch.split(order_N, self.config.evaluation_batch):
+            for rows_B in scoring_batches(tokens, self.config.evaluation_batch):
                 logits_BK, labels_B = self._logits(model, tokens, rows_B)
                 loss += functional.cross_entropy(logits_BK, labels_B, reduction="sum").item()
                 correct += int((logits_BK.argmax(1) == labels_B).sum())
         count = len(tokens)
         return {"num-examples": count, "accuracy": correct / count, "loss": loss / count}
 
-    def _train(self, model: nn.Module, tokens: _Tokens, plan: TrainPlan) -> Mapping[str, float]:
+    def _train(self, model: nn.Module, tokens: Tokens, plan: TrainPlan) -> Mapping[str, float]:
         model.eval()
         head_rate = plan.head_learning_rate or plan.learning_rate
         lora: list[nn.Parameter] = []
@@ -188,7 +176,7 @@ class TextClassification:
             groups[: 1 + bool(head)], lr=plan.learning_rate, weight_decay=0.0, fused=True
         )
         losses = []
-        for rows_B in _batches(len(tokens), plan):
+        for rows_B in training_batches(len(tokens), plan):
             logits_BK, labels_B = self._logits(model, tokens, rows_B)
             loss = functional.cross_entropy(logits_BK, labels_B)
             torch.autograd.backward([loss])
@@ -197,7 +185,7 @@ class TextClassification:
             losses.append(loss.detach())
         return {"num-examples": len(tokens), "train-loss": torch.stack(losses).mean().item()}
 
-    def _logits(self, model: nn.Module, tokens: _Tokens, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, model: nn.Module, tokens: Tokens, rows_B: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K], minus infinity at other tasks' labels, and labels [B]."""
         longest = int(tokens.lengths[rows_B].max())
         ids_BL = tokens.ids[rows_B, :longest].to(self._device)
@@ -233,7 +221,7 @@ class TextClassification:
                 )
         return self._heads_KD
 
-    def _tokenised(self, partition: int, split: Split) -> _Tokens:
+    def _tokenised(self, partition: int, split: Split) -> Tokens:
         if (partition, split) not in self._tokens:
             examples = self.source.examples(partition, split)
             if not len(examples.texts):
@@ -241,37 +229,9 @@ class TextClassification:
             ids_NL, lengths_N = self._tokenise(examples.texts)
             labels_N = torch.as_tensor(examples.labels) + self._first_column[examples.task]
             task = list(self.source.tasks).index(examples.task)
-            tokens = _Tokens(ids_NL, lengths_N, labels_N, torch.full_like(labels_N, task))
+            tokens = Tokens(ids_NL, lengths_N, labels_N, torch.full_like(labels_N, task))
             self._tokens[partition, split] = tokens
         return self._tokens[partition, split]
 
     def _tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        # A token seldom has 16 characters: what truncation would drop is not worth tokenising.
-        heads = [text[: 16 * self.config.max_length] for text in texts]
-        rows = self._tokenizer(
-            heads,
-            truncation=True,
-            max_length=self.config.max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        ids_NL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        return ids_NL, torch.tensor([len(row) for row in rows])
-
-
-def _batches(count: int, plan: TrainPlan) -> Iterator[Tensor]:
-    """Row indices of each step: passes over the data, each in a new order, cut into batches."""
-    generator = torch.Generator().manual_seed(plan.seed)
-    wanted = plan.steps * plan.batch_size
-    passes = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
-    return iter(torch.split(torch.cat(passes)[:wanted], plan.batch_size))
-
-
-def _concatenate(parts: Sequence[_Tokens]) -> _Tokens:
-    width = max(part.ids.shape[1] for part in parts)
-    return _Tokens(
-        torch.cat([functional.pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]),
-        torch.cat([part.lengths for part in parts]),
-        torch.cat([part.labels for part in parts]),
-        torch.cat([part.tasks for part in parts]),
-    )
+        return tokenise(self._tokenizer, texts, self.config.max_length)

@@ -22,7 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run every round and write the adapter in service as a PEFT folder."""
     folder = Path(str(context.run_config["federation"]))
     config = load_federation(folder)
-    store = FolderStore(folder)
+    store = FolderStore(folder, durable=config.durable)
     strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store)
     strategy.start(grid)
     write_adapter(strategy.adapter, folder / ADAPTER_FOLDER)

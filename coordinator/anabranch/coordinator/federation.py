@@ -45,6 +45,8 @@ class FederationConfig(BaseModel):
     """Seconds a round waits for updates."""
     poll_s: float = Field(0.5, ge=0)
     """Seconds between two looks for replies."""
+    durable: bool = True
+    """Flush every admitted update to the disk itself before it counts."""
     max_norm: float | None = Field(None, gt=0)
     """Largest ‖update‖₂ admitted; None sets no cap."""
     evaluate_every: int = Field(1, ge=0)

@@ -10,7 +10,6 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from flwr.app import (
@@ -356,10 +355,16 @@ class MergeStrategy(Strategy):
                 round=server_round,
                 digest=self.store.put(encoded.blob),
                 adapter_hash=self.adapter.hash(),
-                report=asdict(result.report),
+                report=_plain(result.report),
             )
         )
         return result.report
+
+
+def _plain(report: MergeReport) -> dict[str, Any]:
+    """The report as the journal keeps it; a cosine's third digit is all that anybody looks at."""
+    cosine = [[round(value, 4) for value in row] for row in report.cosine]
+    return {**vars(report), "truncation": dict(report.truncation), "cosine": cosine}
 
 
 def _mean_metrics(rows: Sequence[dict[str, float]]) -> MetricRecord | None:

@@ -35,7 +35,10 @@ def compensate(
     if not residual:
         return {name: tensor.float() for name, tensor in delta.items()}
     _check_same(delta, residual, "residual")
-    return {name: tensor.float() + decay * residual[name] for name, tensor in delta.items()}
+    return {
+        name: tensor.float() + decay * residual[name].to(tensor.device)
+        for name, tensor in delta.items()
+    }
 
 
 def remainder(compensated: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +52,7 @@ def remainder(compensated: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> 
         ValueError: Names or shapes differ.
     """
     _check_same(compensated, sent, "sent")
-    return {name: tensor - sent[name] for name, tensor in compensated.items()}
+    return {name: tensor - sent[name].to(tensor.device) for name, tensor in compensated.items()}
 
 
 def _check_same(mine: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:

@@ -95,6 +95,7 @@ class Scenario(BaseModel):
             quorum=self.quorum or asked // 2 + 1,
             deadline_s=self.deadline_s,
             poll_s=0.0 if self.engine == "inprocess" else 0.1,
+            durable=False,  # a simulation that lost power is run again
             max_norm=self.max_norm,
             evaluate_every=self.evaluate_every,
             codec=self.codec,

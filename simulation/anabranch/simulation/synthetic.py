@@ -49,6 +49,7 @@ class SyntheticTask:
 
     def __init__(self, **params: int) -> None:
         self.config = SyntheticConfig(**params)
+        self._held: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         if self.config.group_count > self.config.clients:
             raise ValueError(
                 f"group_count = {self.config.group_count} is more than clients = "
@@ -130,6 +131,11 @@ class SyntheticTask:
 
     def _examples(self, partition: int, split: str) -> tuple[Tensor, Tensor]:
         """Inputs [N, F] and the teacher's labels [N]."""
+        if (partition, split) not in self._held:
+            self._held[partition, split] = self._draw(partition, split)
+        return self._held[partition, split]
+
+    def _draw(self, partition: int, split: str) -> tuple[Tensor, Tensor]:
         config = self.config
         count = config.examples if split == "train" else max(1, config.examples // 2)
         generator = self._generator("examples", split, str(partition))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from anabranch.aggregation.engine.cohort import common_base, gather
+from anabranch.aggregation.engine.cohort import common_base, contribution_names, gather
 from anabranch.aggregation.engine.gram import cosines, gram
 from anabranch.aggregation.engine.job import AdapterMerge
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
@@ -77,7 +77,7 @@ def merge_adapters(
             f"refactor.kind: stack keeps Σ c_i·ΔW_i as it is, and {method.name} gives no such sum; "
             "set it to svd"
         )
-    names = [f"contribution {i}" for i in range(len(adapters))] if names is None else list(names)
+    names = contribution_names(names, len(adapters))
     cohort = gather(_task_vectors(adapters, start, names), names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     gram_CC = gram(cohort, budget_bytes)
@@ -101,7 +101,7 @@ def merge_adapters(
         for part in ("norm", "residual")
     )
     report = MergeReport(
-        names=tuple(names),
+        names=names,
         coefficients=None if coefficients is None else tuple(coefficients),
         truncation={m: s.residual / s.norm if s.norm else 0.0 for m, s in spectra.items()},
         overall_truncation=residual / norm if norm else 0.0,
@@ -115,7 +115,7 @@ def _task_vectors(
 ) -> list[TaskVector]:
     """Task vectors against the start, with the contribution's name on what goes wrong."""
     vectors = []
-    for name, adapter in zip(names, adapters, strict=False):
+    for name, adapter in zip(names, adapters, strict=True):
         try:
             vectors.append(task_vector(adapter, start))
         except ValueError as error:

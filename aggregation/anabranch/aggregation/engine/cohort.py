@@ -50,10 +50,7 @@ def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) ->
     """
     if not vectors:
         raise ValueError("nothing to merge: give at least one contribution")
-    if names is None:
-        names = [f"contribution {index}" for index in range(len(vectors))]
-    if len(names) != len(vectors):
-        raise ValueError(f"{len(names)} names for {len(vectors)} contributions; give one for each")
+    names = contribution_names(names, len(vectors))
     first = vectors[0]
     for name, vector in zip(names, vectors, strict=True):
         if vector.names() != first.names():
@@ -76,7 +73,20 @@ def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) ->
             _check_finite(delta, name, module)
             parts.append(_wide(delta))
         deltas[module] = tuple(parts)
-    return Cohort(tuple(names), deltas, common_base([v.base_hash for v in vectors], names))
+    return Cohort(names, deltas, common_base([v.base_hash for v in vectors], names))
+
+
+def contribution_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """What to call each contribution in messages: as given, or numbered from 0.
+
+    Raises:
+        ValueError: Not one name for each.
+    """
+    if names is None:
+        return tuple(f"contribution {index}" for index in range(count))
+    if len(names) != count:
+        raise ValueError(f"{len(names)} names for {count} contributions; give one for each")
+    return tuple(names)
 
 
 def common_base(hashes: Sequence[str | None], names: Sequence[str]) -> str | None:

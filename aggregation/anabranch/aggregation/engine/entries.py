@@ -20,7 +20,7 @@ from anabranch.aggregation.engine.rows import (
     fill_rows,
     matrix_shape,
 )
-from anabranch.aggregation.magnitude import kept, magnitude_thresholds
+from anabranch.aggregation.magnitude import kept, stream_thresholds, tensor_thresholds
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.vectors.counter import bernoulli
 from anabranch.vectors.task_vector import Delta
@@ -57,11 +57,11 @@ class EntryMerge:
         self._thresholds: dict[str, Tensor] = {}
         self._sources: dict[str, ModuleRows] = {}
         if "thresholds_C" in self.method.statistics and self._scope() == "model":
-            bytes_held = self.cohort.entries() * len(self.cohort) * FP32_BYTES
+            bytes_held = self.cohort.entries() * (len(self.cohort) + 1) * FP32_BYTES
             keep = bytes_held <= self.budget_bytes // 2
             sources = {m: self._source(m, keep) for m in self.cohort.deltas}
             count = kept(self._density(), self.cohort.entries())
-            self._model_thresholds_C = magnitude_thresholds(_Entries(list(sources.values())), count)
+            self._model_thresholds_C = stream_thresholds(_Entries(list(sources.values())), count)
             self._sources = sources if keep else {}
 
     def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
@@ -74,7 +74,11 @@ class EntryMerge:
         source = self._sources.get(module) or self._source(module, keep=needs_pass)
         if needs_pass:
             count = kept(self._density(), source.rows * source.columns)
-            self._thresholds[module] = magnitude_thresholds(_Entries([source]), count)
+            if source.step >= source.rows:
+                (whole,) = source
+                self._thresholds[module] = tensor_thresholds(whole.deltas_CD, count)
+            else:
+                self._thresholds[module] = stream_thresholds(_Entries([source]), count)
         for chunk in source:
             merged_D = self.method.merge(
                 chunk.deltas_CD, self.weights_C, self.config, **self._statistics(module, chunk)

@@ -114,41 +114,49 @@ class AdapterMerge:
 
     def factors(self) -> dict[str, LoraFactors]:
         """A and B merged apart: start + scale·(merged − start) for each of the two."""
+        scale = self.recipe.scale
         lora = {}
         for module in self.modules():
-            mine = [adapter.lora[module] for adapter in self.adapters]
             like = self.reference.lora[module]
-            odd = next((f for f in (like, *mine) if f.scaling != like.scaling), None)
-            wanted = self.recipe.refactor.rank
-            if odd is not None or wanted not in (None, like.rank):
-                fix = (
-                    f"cannot mix scalings {like.scaling} and {odd.scaling}"
-                    if odd is not None
-                    else f"keeps rank {like.rank} and cannot go to refactor.rank {wanted}"
-                )
-                raise ValueError(
-                    f"{self.method.name}: module {module}: {fix}; use mean, which merges ΔW"
-                )
-            raw = [LowRank(factors.b_mr, factors.a_rn) for factors in mine]
+            self._check_alike(module, like)
+            mine = [adapter.lora[module] for adapter in self.adapters]
             merged = merge_factors(
-                module, raw, self.method, self.config, self.weights_C, self.cohort.names
+                module,
+                [LowRank(factors.b_mr, factors.a_rn) for factors in mine],
+                self.method,
+                self.config,
+                self.weights_C,
+                self.cohort.names,
             )
             assert isinstance(merged, LowRank)
             b_mr, a_rn = merged.b_mk, merged.a_kn
             if self.start is None:
-                b_mr = b_mr * self.recipe.scale
-            elif a_rn.shape == like.a_rn.shape:
-                a_rn = torch.lerp(like.a_rn.float(), a_rn, self.recipe.scale)
-                b_mr = torch.lerp(like.b_mr.float(), b_mr, self.recipe.scale)
+                b_mr = b_mr * scale
             else:
-                raise ValueError(
-                    f"{self.method.name}: module {module}: the start has rank {like.rank}, the "
-                    f"contributions {len(a_rn)}; use mean, which merges ΔW"
-                )
+                b_mr = torch.lerp(like.b_mr.float(), b_mr, scale)
+                a_rn = torch.lerp(like.a_rn.float(), a_rn, scale)
             lora[module] = LoraFactors(
                 a_rn.to(like.a_rn.dtype), b_mr.to(like.b_mr.dtype), like.alpha, like.rslora
             )
         return lora
+
+    def _check_alike(self, module: str, like: LoraFactors) -> None:
+        """Entries of A and of B compare at one rank and one scaling only."""
+        wanted = self.recipe.refactor.rank
+        problem = None
+        if wanted not in (None, like.rank):
+            problem = f"keeps rank {like.rank} and cannot go to refactor.rank {wanted}"
+        whose = self.cohort.names[0] if self.start is None else "the start"
+        for name, adapter in zip(self.cohort.names, self.adapters, strict=True):
+            factors = adapter.lora[module]
+            if factors.rank != like.rank:
+                problem = f"{name} has rank {factors.rank}, {whose} has rank {like.rank}"
+            elif factors.scaling != like.scaling:
+                problem = f"{name} scales by {factors.scaling}, {whose} by {like.scaling}"
+        if problem is not None:
+            raise ValueError(
+                f"{self.method.name}: module {module}: {problem}; use mean, which merges ΔW"
+            )
 
     def dense(self, coefficients: Sequence[float] | None) -> dict[str, Tensor]:
         """Parameters trained in full: start + scale·merged."""

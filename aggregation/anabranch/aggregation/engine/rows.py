@@ -47,7 +47,7 @@ class ModuleRows:
     """One module's task vectors as chunks of rows; iterating again forms them again.
 
     Half the budget is for a chunk with what merging it takes, the other half for what is kept
-    between passes. Chunks are kept where all of them fit that half.
+    between passes. Chunks are kept where all of them, and the module they merge to, fit that half.
 
     Args:
         cohort: The contributions.
@@ -72,7 +72,8 @@ class ModuleRows:
                 f"{2 * row_bytes * WORKING_COPIES * block}"
             )
         self.step = blocks * block
-        self._keep = keep and self.rows * row_bytes <= budget_bytes // 2
+        result_bytes = self.rows * self.columns * FP32_BYTES
+        self._keep = keep and self.rows * row_bytes + result_bytes <= budget_bytes // 2
         self._kept: list[Chunk] | None = None
 
     def __iter__(self) -> Iterator[Chunk]:

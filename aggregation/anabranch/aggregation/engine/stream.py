@@ -85,7 +85,7 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delt
     """
     used = [(d, c) for d, c in zip(deltas, coefficients, strict=True) if c]
     parts = [
-        LowRank(delta.b_mk * coefficient, delta.a_kn)
+        LowRank(delta.b_mk.float() * coefficient, delta.a_kn)
         for delta, coefficient in used
         if isinstance(delta, LowRank)
     ]

@@ -30,8 +30,8 @@ def median(
         Merged entries [D].
     """
     count = deltas_CD.shape[0]
-    # Both are selections, not sorts; torch's median takes the lower of the middle two.
-    low_D = deltas_CD.median(dim=0).values
+    # Not torch.median: on an expanded tensor (stride 0) torch 2.13 reads beyond its memory.
+    low_D = deltas_CD.kthvalue((count + 1) // 2, dim=0).values
     if count % 2:
         return low_D
     high_D = deltas_CD.kthvalue(count // 2 + 1, dim=0).values

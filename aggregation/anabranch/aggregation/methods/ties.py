@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from anabranch.aggregation.magnitude import kept, magnitude_thresholds
+from anabranch.aggregation.magnitude import kept, tensor_thresholds
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 
 
@@ -52,7 +52,7 @@ def ties(
     """
     if thresholds_C is None:
         count = kept(config.density, deltas_CD.shape[1])
-        thresholds_C = magnitude_thresholds([deltas_CD], count)
+        thresholds_C = tensor_thresholds(deltas_CD, count)
     keep_CD = deltas_CD.abs() >= thresholds_C.to(deltas_CD.device)[:, None]
     return elect_and_average(deltas_CD * keep_CD, weights_C)
 

@@ -42,7 +42,9 @@ def write_report(summary: Mapping[str, Any], measured: Measured, path: Path) -> 
         accuracy=Markup(charts.accuracy_over_rounds(curves, _levels(summary, measured)))
         if curves
         else None,
-        traffic=Markup(charts.bytes_per_round(summary["rounds"], summary["update_bytes"]["fp32"])),
+        traffic=Markup(charts.bytes_per_round(summary["rounds"], summary["update_bytes"]["fp32"]))
+        if any(row["bytes_up"] for row in summary["rounds"])
+        else None,
         similarity=Markup(
             charts.similarity([names.get(name, name) for name in merged["names"]], heat)
         )

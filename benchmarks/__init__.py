@@ -1,0 +1,1 @@
+"""Benchmarks beside the rivals: ``python -m benchmarks.NAME [--quick] [--only ROW] [--json]``."""

@@ -1,0 +1,77 @@
+"""What every benchmark shares: its arguments, its rows, where its last full result is kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anabranch.simulation.summary import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        what: What was measured.
+        ours: Our figure.
+        rival: The rival's; None where it has none.
+        rival_name: Who, with its version and setting.
+        ratio: ours / rival; None without a rival's figure.
+        scenario: On what it was measured.
+        note: How to read the figure.
+    """
+
+    what: str
+    ours: float
+    rival: float | None
+    rival_name: str
+    scenario: str
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Our figure over the rival's."""
+        return self.ours / self.rival if self.rival else None
+
+
+Measure = Callable[[bool, str | None], Iterator[Row]]
+"""``measure(quick, only)`` yields rows; ``only`` is a scenario's name."""
+
+
+def main(name: str, measure: Measure) -> None:
+    """Run a benchmark module: print its rows, keep a full result.
+
+    Args:
+        name: The module's name; its result goes to ``results/NAME.json``.
+        measure: Does the work.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smaller, fewer runs; not kept")
+    parser.add_argument("--only", metavar="ROW", help="only the rows of this scenario")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for row in measure(options.quick, options.only):
+        rows.append({**asdict(row), "ratio": row.ratio})
+        if not options.json:
+            ratio = "" if row.ratio is None else f"ratio {row.ratio:.3g}"
+            rival = "" if row.rival is None else f"{row.rival_name} {row.rival:.4g}"
+            print(
+                f"{row.scenario:<34} {row.what:<18} ours {row.ours:<9.4g} {rival}  {ratio}",
+                flush=True,
+            )
+    result = {"machine": machine(), "quick": options.quick, "rows": rows}
+    if options.json:
+        json.dump(result, sys.stdout, indent=2)
+        print()
+    if not options.quick and not options.only:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

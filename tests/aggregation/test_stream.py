@@ -1,0 +1,252 @@
+"""The streaming engine gives what the method gives on whole tensors, whatever the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
+from anabranch.aggregation.engine.stream import merge_task_vectors
+from anabranch.aggregation.methods import BUILT_IN
+from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.recipe import Recipe
+from anabranch.vectors import Delta, LowRank, TaskVector
+from anabranch.vectors.counter import bernoulli
+
+COUNT = 5
+NAMES = sorted(method.name for method in BUILT_IN)
+ENTRY_METHODS = ["ties", "dare_linear", "dare_ties", "median", "trimmed_mean"]
+
+
+def vectors(count: int = COUNT, *, dense: bool = True) -> list[TaskVector]:
+    found = []
+    for client in range(count):
+        generator = torch.Generator().manual_seed(client)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)  # noqa: B023
+
+        deltas: dict[str, Delta] = {
+            "tall": LowRank(draw(150, 3), draw(3, 33)),
+            "wide": LowRank(draw(37, 2 + client % 2), draw(2 + client % 2, 130)),
+        }
+        if dense:
+            deltas |= {"head.bias": draw(130), "head.kernel": draw(40, 3, 5), "scalar": draw(1)[0]}
+        found.append(TaskVector(deltas))
+    return found
+
+
+def entries(vector: TaskVector) -> dict[str, Tensor]:
+    return {n: d.dense() if isinstance(d, LowRank) else d for n, d in vector.items()}
+
+
+def smallest_budget(columns: int = 130) -> int:
+    return 2 * COUNT * columns * 4 * WORKING_COPIES * ROW_BLOCK
+
+
+def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert sorted(one) == sorted(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def same_rank(found: list[TaskVector]) -> list[TaskVector]:
+    return [TaskVector({"tall": vector.deltas["tall"]}) for vector in found]
+
+
+@pytest.mark.parametrize("name", ENTRY_METHODS)
+def test_the_budget_changes_no_bit(name: str) -> None:
+    cohort = vectors()
+    recipe = Recipe(method=name, weights=(1, 2, 3, 4, 5))
+    roomy = merge_task_vectors(cohort, recipe)
+    assert_same_bits(
+        entries(roomy), entries(merge_task_vectors(cohort, recipe, budget_bytes=smallest_budget()))
+    )
+
+
+def test_the_budget_changes_no_bit_of_ties_over_the_model() -> None:
+    cohort = vectors()
+    recipe = Recipe(method="ties", params={"scope": "model", "density": 0.3})
+    tight = merge_task_vectors(cohort, recipe, budget_bytes=smallest_budget())
+    assert_same_bits(entries(merge_task_vectors(cohort, recipe)), entries(tight))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("dare_linear", "dare_ties")])
+def test_streaming_is_the_method_on_whole_tensors(name: str) -> None:
+    cohort = vectors() if name != "fedit" else same_rank(vectors())
+    method = next(m for m in BUILT_IN if m.name == name)
+    merged = entries(
+        merge_task_vectors(cohort, Recipe(method=name, scale=0.5), weights=[1, 2, 3, 4, 5])
+    )
+    whole = [entries(vector) for vector in cohort]
+    weights_C = torch.tensor([1.0, 2, 3, 4, 5])
+    modules = sorted(whole[0])
+    if name == "fedit":
+        b_mk = sum(w * v.deltas["tall"].b_mk for w, v in zip(weights_C, cohort, strict=True)) / 15
+        a_kn = sum(w * v.deltas["tall"].a_kn for w, v in zip(weights_C, cohort, strict=True)) / 15
+        expected = {"tall": b_mk @ a_kn}
+    elif method.scope == "model":
+        flat_CD = torch.stack([torch.cat([v[m].flatten() for m in modules]) for v in whole])
+        parts = method(flat_CD, weights_C).split([whole[0][m].numel() for m in modules])
+        expected = {m: p.view(whole[0][m].shape) for m, p in zip(modules, parts, strict=True)}
+    else:
+        expected = {
+            m: method(torch.stack([v[m].flatten() for v in whole]), weights_C).view_as(whole[0][m])
+            for m in modules
+        }
+    for module, merged_mn in merged.items():
+        torch.testing.assert_close(merged_mn, 0.5 * expected[module], atol=1e-5, rtol=1e-4)
+
+
+def test_ties_over_the_model_trims_over_the_model() -> None:
+    cohort = vectors()
+    whole = [entries(vector) for vector in cohort]
+    modules = sorted(whole[0])
+    flat_CD = torch.stack([torch.cat([v[m].flatten() for m in modules]) for v in whole])
+    expected_D = ties(flat_CD, torch.ones(COUNT), TiesConfig(density=0.1))
+    recipe = Recipe(method="ties", params={"scope": "model", "density": 0.1})
+    merged = entries(merge_task_vectors(cohort, recipe))
+    merged_D = torch.cat([merged[m].flatten() for m in modules])
+    torch.testing.assert_close(merged_D, expected_D, atol=1e-6, rtol=1e-5)
+    per_tensor = entries(merge_task_vectors(cohort, Recipe(method="ties", params={"density": 0.1})))
+    assert not torch.equal(merged["tall"], per_tensor["tall"])
+
+
+def test_dare_masks_are_named_by_seed_module_and_client() -> None:
+    cohort = vectors(2)
+    recipe = Recipe(method="dare_linear", params={"density": 0.4, "seed": 11})
+    merged = entries(merge_task_vectors(cohort, recipe))
+    for module, merged_mn in merged.items():
+        expected = torch.zeros(merged_mn.numel())
+        for client, vector in enumerate(cohort):
+            keep_D = bernoulli(0.4, merged_mn.numel(), (11, module, client))
+            expected += keep_D * entries(vector)[module].flatten() / 0.4 / 2
+        torch.testing.assert_close(merged_mn.flatten(), expected)
+
+
+@pytest.mark.parametrize("name", ["mean", "task_arithmetic", "multi_krum", "geometric_median"])
+def test_linear_methods_stay_factors(name: str) -> None:
+    merged = merge_task_vectors(vectors(dense=False), Recipe(method=name))
+    assert all(isinstance(delta, LowRank) for delta in merged.deltas.values())
+    assert merged.deltas["wide"].shape == (37, 130)
+
+
+def test_factors_and_dense_entries_of_one_module_merge() -> None:
+    cohort = vectors(dense=False)
+    mixed = [
+        TaskVector(entries(vector)) if client % 2 else vector
+        for client, vector in enumerate(cohort)
+    ]
+    for name in ("mean", "ties"):
+        one = entries(merge_task_vectors(cohort, Recipe(method=name)))
+        other = entries(merge_task_vectors(mixed, Recipe(method=name)))
+        for module in one:
+            torch.testing.assert_close(one[module], other[module], atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_contributions_are_merged_in_fp32() -> None:
+    halves = [
+        TaskVector(
+            {
+                "a": LowRank(v.deltas["tall"].b_mk.bfloat16(), v.deltas["tall"].a_kn.bfloat16()),
+                "b": v.deltas["head.bias"].bfloat16(),
+            }
+        )
+        for v in vectors()
+    ]
+    wide = [
+        TaskVector(
+            {
+                "a": LowRank(v.deltas["a"].b_mk.float(), v.deltas["a"].a_kn.float()),
+                "b": v.deltas["b"].float(),
+            }
+        )
+        for v in halves
+    ]
+    for name in ("ties", "mean"):
+        recipe = Recipe(method=name)
+        assert_same_bits(
+            entries(merge_task_vectors(halves, recipe)), entries(merge_task_vectors(wide, recipe))
+        )
+
+
+def test_an_all_zero_merge_is_zero() -> None:
+    cohort = [TaskVector({"a": LowRank(torch.zeros(4, 1), torch.ones(1, 5))})] * 3
+    for name in NAMES:
+        params = {"f": 0} if name == "multi_krum" else {}
+        merged = entries(merge_task_vectors(cohort, Recipe(method=name, params=params)))
+        assert torch.equal(merged["a"], torch.zeros(4, 5)), name
+
+
+def replaced(cohort: list[TaskVector], client: int, **deltas: Delta) -> list[TaskVector]:
+    changed = list(cohort)
+    changed[client] = TaskVector({**cohort[client].deltas, **deltas}, cohort[client].base_hash)
+    return changed
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(bad: float) -> None:
+    cohort = vectors()
+    broken = LowRank(torch.full((150, 3), bad), torch.ones(3, 33))
+    names = [f"hospital-{letter}" for letter in "abcde"]
+    with pytest.raises(ValueError, match=r"hospital-c: module tall holds numbers .* not finite"):
+        merge_task_vectors(replaced(cohort, 2, tall=broken), Recipe(method="mean"), names=names)
+    head = cohort[1].deltas["head.bias"].clone()
+    head[3] = bad
+    with pytest.raises(ValueError, match=r"contribution 1: module head\.bias holds numbers"):
+        merge_task_vectors(replaced(cohort, 1, **{"head.bias": head}), Recipe(method="median"))
+
+
+def test_factors_whose_product_overflows_are_refused() -> None:
+    broken = LowRank(torch.full((150, 3), 1e30), torch.full((3, 33), 1e30))
+    with pytest.raises(ValueError, match="contribution 0: module tall"):
+        merge_task_vectors(replaced(vectors(), 0, tall=broken), Recipe(method="mean"))
+
+
+def test_contributions_that_do_not_belong_together_are_refused() -> None:
+    cohort = vectors()
+    recipe = Recipe(method="mean")
+    with pytest.raises(ValueError, match=r"contribution 3 and contribution 0 change .* as extra"):
+        merge_task_vectors(replaced(cohort, 3, extra=torch.ones(2)), recipe)
+    with pytest.raises(ValueError, match=r"contribution 4: module scalar has shape \(2,\)"):
+        merge_task_vectors(replaced(cohort, 4, scalar=torch.ones(2)), recipe)
+    with pytest.raises(ValueError, match=r"holds torch\.int64"):
+        merge_task_vectors(replaced(cohort, 0, scalar=torch.tensor(1)), recipe)
+    other_base = [
+        TaskVector(v.deltas, h * 16) for v, h in zip(cohort, ["aaaa", "bbbb"], strict=False)
+    ]
+    with pytest.raises(ValueError, match="contribution 1 was trained on base bbbbbbbbbbbb"):
+        merge_task_vectors(other_base, recipe)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge_task_vectors([], recipe)
+    with pytest.raises(ValueError, match="1 names for 5 contributions"):
+        merge_task_vectors(cohort, recipe, names=["one"])
+
+
+def test_a_base_stated_by_one_is_the_base_of_the_merge() -> None:
+    cohort = vectors()
+    cohort[3] = TaskVector(cohort[3].deltas, "cafe")
+    assert merge_task_vectors(cohort, Recipe(method="mean")).base_hash == "cafe"
+
+
+def test_a_budget_too_small_says_what_it_takes() -> None:
+    needed = smallest_budget()
+    with pytest.raises(ValueError, match=f"budget_bytes: {needed - 1} cannot .* least {needed}"):
+        merge_task_vectors(vectors(), Recipe(method="ties"), budget_bytes=needed - 1)
+
+
+def test_fedit_needs_factors_of_one_rank() -> None:
+    with pytest.raises(ValueError, match=r"fedit: module wide: .*'contribution 1': 3.* use mean"):
+        merge_task_vectors(vectors(), Recipe(method="fedit"))
+
+
+def test_the_callers_weights_come_before_the_recipes() -> None:
+    cohort = vectors()
+    recipe = Recipe(method="mean", weights=(1, 0, 0, 0, 0))
+    merged = entries(merge_task_vectors(cohort, recipe))
+    torch.testing.assert_close(merged["tall"], entries(cohort[0])["tall"])
+    merged = entries(merge_task_vectors(cohort, recipe, weights=[0, 0, 1, 0, 0]))
+    torch.testing.assert_close(merged["tall"], entries(cohort[2])["tall"])

@@ -1,0 +1,168 @@
+"""The ClientApp and its mods, called as Flower calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    RecordDict,
+)
+
+from anabranch.client.app import app, client_seed
+from anabranch.client.mods import BASE_MISMATCH, RESIDUAL_KEY
+from anabranch.client.session import open_session
+from anabranch.vectors import seeded_start
+from anabranch.wire import CodecConfig, UpdateMeta, decode_update, encode_update
+from anabranch.wire.plan import ADAPTER_STYPE, PLAN_KEY, RoundPlan
+
+TASK = "anabranch.simulation.synthetic:SyntheticTask"
+PARAMS = '{"clients": 2}'
+SESSION = open_session(TASK, PARAMS)
+LAYOUT = {name: tuple(tensor.shape) for name, tensor in SESSION.template.tensors().items()}
+pytestmark = pytest.mark.usefixtures("flower_identity")
+
+
+def plan(**changes: Any) -> RoundPlan:
+    given: dict[str, Any] = {
+        "federation": "f",
+        "run": "r",
+        "round": 1,
+        "base_hash": SESSION.base_hash,
+        "start_hash": seeded_start(SESSION.template, 5).hash(),
+        "adapter_seed": 5,
+        "seed": 5,
+        "train": {"steps": 2, "batch_size": 8, "learning_rate": 0.01},
+        **changes,
+    }
+    return RoundPlan.model_validate(given)
+
+
+def context(**node: Any) -> Context:
+    return Context(
+        1, 2, {"partition-id": 1, **node}, RecordDict(), {"task": TASK, "task-params": PARAMS}
+    )
+
+
+def order(asked: RoundPlan, kind: str = MessageType.TRAIN) -> Message:
+    record = ConfigRecord({PLAN_KEY: asked.model_dump_json()})
+    return Message(RecordDict({PLAN_KEY: record}), 2, kind)
+
+
+def sent(reply: Message) -> dict[str, torch.Tensor]:
+    return decode_update(reply.content.array_records["update"]["update"].data, LAYOUT)[1]
+
+
+def test_training_replies_with_an_update_that_names_what_it_is() -> None:
+    reply = app(order(plan()), context(client="st-mary"))
+    meta, tensors = decode_update(reply.content.array_records["update"]["update"].data, LAYOUT)
+    assert (meta.federation, meta.run, meta.round, meta.client) == ("f", "r", 1, "st-mary")
+    assert meta.base_hash == SESSION.base_hash
+    assert meta.start_hash == plan().start_hash
+    assert meta.examples == 256
+    assert reply.content.config_records["client"]["client"] == "st-mary"
+    assert any(bool(tensor.any()) for tensor in tensors.values())
+    assert float(reply.content.metric_records["metrics"]["train-seconds"]) > 0  # type: ignore[arg-type]
+
+
+def test_another_base_is_refused_before_training() -> None:
+    for kind in (MessageType.TRAIN, MessageType.EVALUATE):
+        reply = app(order(plan(base_hash="00" * 32), kind), context())
+        assert reply.error.code == BASE_MISMATCH
+        assert "plan names 000000000000" in (reply.error.reason or "")
+
+
+def test_a_start_that_is_not_the_plan_s_stops_the_client() -> None:
+    with pytest.raises(ValueError, match="starts from adapter"):
+        app(order(plan(adapter_seed=6)), context())
+
+
+def test_a_message_without_a_plan_says_so() -> None:
+    with pytest.raises(ValueError, match="no round plan"):
+        app(Message(RecordDict(), 2, MessageType.TRAIN), context())
+
+
+def test_a_run_without_a_task_says_how_to_name_one() -> None:
+    empty = context()
+    empty.run_config = {}
+    with pytest.raises(ValueError, match="set task"):
+        app(order(plan()), empty)
+
+
+def test_an_adapter_in_another_format_is_refused() -> None:
+    message = order(plan())
+    message.content["adapter"] = ArrayRecord({"adapter": Array("uint8", (1,), "pickle", b"x")})
+    with pytest.raises(ValueError, match="came as 'pickle'"):
+        app(message, context())
+
+
+def test_the_adapter_that_is_sent_is_the_one_trained_from() -> None:
+    start = seeded_start(SESSION.template, 5)
+    moved = start.with_tensors({name: tensor + 0.01 for name, tensor in start.tensors().items()})
+    asked = plan(start_hash=moved.hash(), codec=CodecConfig(name="dense", feedback=0.0))
+    meta = UpdateMeta("adapter", SESSION.base_hash, "", "f", "r", 1, "", b"", 5, 0)
+    blob = encode_update(moved.tensors(), meta, CodecConfig(name="dense")).blob
+    message = order(asked)
+    message.content["adapter"] = ArrayRecord(
+        {"adapter": Array("uint8", (len(blob),), ADAPTER_STYPE, blob)}
+    )
+    reply = app(message, context())
+    from anabranch.client.lora import read_adapter
+
+    after = read_adapter(SESSION.model).tensors()
+    for name, change in sent(reply).items():
+        torch.testing.assert_close(moved.tensors()[name] + change, after[name])
+
+
+def test_what_the_codec_dropped_is_sent_later() -> None:
+    node = context()
+    dense = CodecConfig(name="dense", feedback=0.0)
+    truth = sent(app(order(plan(codec=dense)), context()))
+    sparse = CodecConfig(density=0.1)
+    first = sent(app(order(plan(codec=sparse)), node))
+    residual = dict(node.state.array_records[RESIDUAL_KEY].to_torch_state_dict())
+    for name, wanted in truth.items():
+        torch.testing.assert_close(first[name] + residual[name], wanted)
+    # The same round's training again: the residual comes on top, and all of it is sent.
+    second = sent(app(order(plan(round=2, codec=sparse.model_copy(update={"density": 1.0}))), node))
+    again = sent(app(order(plan(round=2, codec=dense)), context()))
+    left = dict(node.state.array_records[RESIDUAL_KEY].to_torch_state_dict())
+    for name in truth:
+        torch.testing.assert_close(second[name] + left[name], again[name] + residual[name])
+
+
+@pytest.mark.parametrize(
+    "change", [{"round": 9}, {"run": "another"}], ids=["rounds missed", "another run"]
+)
+def test_a_stale_residual_is_dropped(change: dict[str, Any]) -> None:
+    node = context()
+    app(order(plan()), node)
+    assert RESIDUAL_KEY in node.state.array_records
+    stale = sent(app(order(plan(**change)), node))
+    fresh = sent(app(order(plan(**change)), context()))
+    for name in fresh:
+        assert torch.equal(stale[name], fresh[name])
+
+
+def test_evaluation_scores_the_start() -> None:
+    reply = app(order(plan(), MessageType.EVALUATE), context())
+    metrics = reply.content.metric_records["metrics"]
+    wanted = SESSION.task.evaluate(SESSION.model, 1, "validation")
+    assert metrics["accuracy"] == wanted["accuracy"]
+
+
+def test_seeds_differ_by_client_round_and_seed() -> None:
+    seeds = {
+        client_seed(seed, server_round, client)
+        for seed in (0, 1)
+        for server_round in (1, 2)
+        for client in ("a", "b")
+    }
+    assert len(seeds) == 8

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+
+from anabranch.coordinator.admission import RefusedError, examine
+from anabranch.wire import CodecConfig, UpdateMeta, encode_update
+from anabranch.wire.plan import UPDATE_STYPE, RoundPlan
+
+LAYOUT = {"layer.lora_A": (2, 8), "layer.lora_B": (6, 2)}
+PLAN = RoundPlan(
+    federation="f",
+    run="r",
+    round=3,
+    base_hash="ab" * 32,
+    start_hash="cd" * 32,
+    adapter_seed=1,
+    seed=1,
+)
+META = UpdateMeta(
+    kind="update",
+    base_hash=PLAN.base_hash,
+    start_hash=PLAN.start_hash,
+    federation="f",
+    run="r",
+    round=3,
+    client="site-a",
+    nonce=b"n" * 16,
+    seed=1,
+    examples=10,
+)
+pytestmark = pytest.mark.usefixtures("flower_identity")
+
+
+def tensors(value: float = 0.5) -> dict[str, torch.Tensor]:
+    return {name: torch.full(shape, value) for name, shape in LAYOUT.items()}
+
+
+def blob(meta: UpdateMeta = META, value: float = 0.5) -> bytes:
+    return encode_update(tensors(value), meta, CodecConfig(name="dense")).blob
+
+
+def reply(
+    data: bytes | None = None, *, stype: str = UPDATE_STYPE, name: str = "site-a", **metrics: Any
+) -> Message:
+    data = blob() if data is None else data
+    order = Message(RecordDict(), 7, MessageType.TRAIN)
+    content = RecordDict(
+        {
+            "update": ArrayRecord({"update": Array("uint8", (len(data),), stype, data)}),
+            "client": ConfigRecord({"client": name}),
+            "metrics": MetricRecord(metrics),
+        }
+    )
+    return Message(content, reply_to=order)
+
+
+def code(message: Message, **limits: float) -> str:
+    with pytest.raises(RefusedError) as caught:
+        examine(message, PLAN, LAYOUT, "site-a", **limits)
+    assert "\n" not in str(caught.value)
+    return caught.value.code
+
+
+def test_a_good_reply_is_admitted_with_its_finite_metrics() -> None:
+    message = reply(**{"num-examples": 10, "train-loss": float("nan")})
+    candidate = examine(message, PLAN, LAYOUT, "site-a", max_norm=100)
+    assert candidate.blob == blob()
+    assert candidate.metrics == {"num-examples": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"round": 2}, "wrong-round"),
+        ({"federation": "g"}, "wrong-federation"),
+        ({"run": "s"}, "wrong-run"),
+        ({"base_hash": "00" * 32}, "wrong-base-hash"),
+        ({"start_hash": "00" * 32}, "wrong-start-hash"),
+        ({"client": "site-b"}, "wrong-client"),
+        ({"kind": "adapter"}, "wrong-kind"),
+    ],
+)
+def test_an_update_made_for_something_else_is_refused(
+    change: dict[str, Any], expected: str
+) -> None:
+    assert code(reply(blob(dataclasses.replace(META, **change)))) == expected
+
+
+def _error() -> Message:
+    return Message(Error(2, "out of memory"), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
+
+
+def _empty() -> Message:
+    return Message(RecordDict(), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (_error, "client-error"),
+        (_empty, "no-update"),
+        (lambda: reply(stype="numpy.ndarray"), "wrong-format"),
+        (lambda: reply(name="site-b"), "wrong-client"),
+    ],
+)
+def test_a_reply_of_another_form_is_refused(make: Callable[[], Message], expected: str) -> None:
+    assert code(make()) == expected
+
+
+def test_broken_bytes_are_refused_with_the_wire_s_own_reason() -> None:
+    assert code(reply(b"")) != code(reply(blob() + b"x"))
+    assert code(reply(blob()[:-1])) not in ("", "wrong-format")
+
+
+def test_an_oversized_norm_is_refused() -> None:
+    assert code(reply(blob(value=5.0)), max_norm=10.0) == "norm"
+    assert examine(reply(blob(value=5.0)), PLAN, LAYOUT, "site-a", max_norm=30.0).client == "site-a"

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from anabranch.aggregation.recipe import Recipe
+from anabranch.coordinator.federation import FederationConfig, load_federation, write_federation
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    config = FederationConfig(
+        name="f",
+        run="r",
+        quorum=3,
+        recipe=Recipe(method="ties", params={"density": 0.3}),
+        train={"steps": 5, "learning_rate": 2e-3},
+    )
+    write_federation(config, tmp_path)
+    assert load_federation(tmp_path) == config
+
+
+def test_a_wrong_value_is_one_line_with_file_and_key(tmp_path: Path) -> None:
+    (tmp_path / "federation.toml").write_text('name = "f"\nrun = "r"\nquorum = 0\n')
+    with pytest.raises(ValueError, match=r"federation\.toml: quorum: .*got 0") as caught:
+        load_federation(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"federation\.toml: cannot be read"):
+        load_federation(tmp_path)
+
+
+@pytest.mark.parametrize("refactor", [{"kind": "stack"}, {"rank": 4}])
+def test_a_recipe_that_changes_the_rank_is_refused(refactor: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="keeps its rank"):
+        FederationConfig(name="f", run="r", recipe={"method": "mean", "refactor": refactor})  # type: ignore[arg-type]
+
+
+def test_weights_by_position_are_refused() -> None:
+    with pytest.raises(ValidationError, match="by position"):
+        FederationConfig(name="f", run="r", recipe=Recipe(method="mean", weights=(1.0, 2.0)))

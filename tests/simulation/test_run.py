@@ -1,0 +1,163 @@
+"""Whole simulations on the synthetic task: results, determinism, resuming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from anabranch.client.lora import read_adapter
+from anabranch.client.session import open_session
+from anabranch.coordinator.flower import FlowerError
+from anabranch.simulation.run import simulate
+from anabranch.simulation.scenario import Scenario
+
+TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
+
+
+def scenario(**changes: Any) -> Scenario:
+    given = {
+        "name": "small",
+        "seed": 3,
+        "rounds": 4,
+        "task": TASK,
+        "train": {"steps": 10, "batch_size": 32, "learning_rate": 0.01},
+        "recipe": {"method": "ties", "params": {"density": 0.4}},
+        **changes,
+    }
+    return Scenario.model_validate(given)
+
+
+def test_a_run_leaves_what_people_look_for(tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    out = tmp_path / "out"
+    summary = simulate(
+        scenario(), out, progress=lambda phase, done, total: steps.append((phase, done, total))
+    )
+    for name in ("metrics.jsonl", "config.toml", "summary.json", "report.html", "adapter"):
+        assert (out / name).exists(), name
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["mean"]["merged"] > summary["mean"]["base"]
+    assert summary["mean"]["oracle"] > summary["mean"]["base"]
+    assert [row["client"] for row in summary["clients"]] == [
+        "group-0-1", "group-1-1", "group-0-2", "group-1-2",
+    ]  # fmt: skip
+    for column in ("base", "local_only", "fedavg", "merged", "oracle"):
+        mean = sum(row[column] for row in summary["clients"]) / 4
+        assert summary["mean"][column] == pytest.approx(mean)
+    size = summary["update_bytes"]
+    assert size["payload"] < size["ours"] < size["fp16"] < size["fp32"]
+    assert [row["status"] for row in summary["rounds"]] == ["published"] * 4
+    # Each phase's bar ends full.
+    last = {phase: (done, total) for phase, done, total in steps}
+    assert {done == total for done, total in last.values()} == {True}
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
+    assert "None: every update that was asked for was admitted." in page
+
+
+def test_peft_loads_the_merged_adapter(tmp_path: Path) -> None:
+    simulate(scenario(baselines={"local_only": False, "fedavg": False, "oracle": False}), tmp_path)
+    session = open_session(TASK["kind"], json.dumps({"clients": 4, "group_count": 2}))
+    model = PeftModel.from_pretrained(session.task.load_base(), str(tmp_path / "adapter"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    accuracy = session.task.evaluate(model, 0, "test")["accuracy"]
+    assert accuracy == summary["groups"]["group-0"]["merged"]
+    assert read_adapter(model).hash() == summary["adapter_hash"]
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(tmp_path: Path) -> None:
+    only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+    hashes = [
+        simulate(scenario(seed=seed, **only), tmp_path / name)["adapter_hash"]
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    assert hashes[0] == hashes[1]
+    assert hashes[0] != hashes[2]
+
+
+def test_both_engines_agree(tmp_path: Path) -> None:
+    only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+    ours = simulate(scenario(**only), tmp_path / "ours")
+    flower = simulate(scenario(engine="flower", **only), tmp_path / "flower")
+    assert flower["mean"]["merged"] == pytest.approx(ours["mean"]["merged"], abs=0.02)
+    from anabranch.vectors.peft_folder import read_adapter as read
+
+    a, b = (
+        read(tmp_path / name / "adapter").lora["hidden"].delta().dense()
+        for name in ("ours", "flower")
+    )
+    assert float((a - b).norm()) <= 1e-4 * float(a.norm())
+
+
+def test_a_failed_flower_run_is_reported_with_its_log(tmp_path: Path) -> None:
+    from anabranch.simulation.engine.flower import run_in_flower
+
+    with pytest.raises(FlowerError, match=r"finished:failed.*see .*run\.log"):
+        run_in_flower(tmp_path, 2, {"task": "", "task-params": ""}, timeout_s=120)
+
+
+class Stop(Exception):
+    """The test's own interruption."""
+
+
+def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
+    def progress(at: str, count: int, total: int) -> None:
+        if (at, count) == (phase, done):
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("cut", [("federation", 14), ("oracle", 0), ("local-only", 2)])
+def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> None:
+    dense = scenario(codec={"name": "dense", "feedback": 0.0})
+    whole = simulate(dense, tmp_path / "whole")
+    with pytest.raises(Stop):
+        simulate(dense, tmp_path / "cut", progress=stop_at(*cut))
+    with pytest.raises(ValueError, match="--resume"):
+        simulate(dense, tmp_path / "cut")
+    resumed = simulate(dense, tmp_path / "cut", resume=True)
+    assert resumed["adapter_hash"] == whole["adapter_hash"]
+    assert resumed["mean"] == whole["mean"]
+
+
+def test_a_folder_is_never_taken_over_silently(tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("mine")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match="holds other files"):
+            simulate(scenario(), tmp_path, **how)
+    assert (tmp_path / "diary.txt").read_text() == "mine"
+    only = {"rounds": 1, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+    simulate(scenario(**only), tmp_path / "run")
+    with pytest.raises(ValueError, match="another scenario"):
+        simulate(scenario(**{**only, "seed": 9}), tmp_path / "run", resume=True)
+    again = simulate(scenario(**{**only, "seed": 9}), tmp_path / "run", overwrite=True)
+    assert again["seed"] == 9
+
+
+def test_a_task_that_cannot_be_simulated_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no class 'Nothing'"):
+        simulate(scenario(task={"kind": "anabranch.simulation.synthetic:Nothing"}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_are_in_the_report(tmp_path: Path) -> None:
+    strict = scenario(
+        rounds=1, max_norm=1e-6, baselines={"local_only": False, "fedavg": False, "oracle": False}
+    )
+    summary = simulate(strict, tmp_path)
+    assert {row["code"] for row in summary["refused"]} == {"norm"}
+    assert summary["rounds"][0]["status"] == "abandoned"
+    assert summary["mean"]["merged"] == summary["mean"]["base"]
+    assert summary["update_bytes"]["ours"] is None
+    page = (tmp_path / "report.html").read_text()
+    assert "over the cap" in page
+    assert "abandoned" in page

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anabranch.simulation.scenario import Scenario, load_scenario, write_scenario
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_load_and_survive_being_written_out(path: Path, tmp_path: Path) -> None:
+    scenario = load_scenario(path)
+    write_scenario(scenario, tmp_path / "config.toml")
+    assert load_scenario(tmp_path / "config.toml") == scenario
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('name = "x"\nround = 3\n', "round: Extra inputs are not permitted, got 3"),
+        ('name = "x"\nrounds = "many"\n', "rounds: Input should be a valid integer"),
+        ('name = "a b"\n', "name: String should match pattern"),
+        ('name = "x"\n[codec]\ndensity = 2\n', "codec.density: Input should be less than"),
+        ('name = "x"\nengine = "spark"\n', "engine: Input should be 'inprocess' or 'flower'"),
+        ('name = "x"\n[codec\n', "broken toml"),
+        ("", "name: Field required"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_key_and_reason(
+    text: str, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"s\.toml") as caught:
+        load_scenario(path)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_quorum_is_more_than_half_of_those_asked_unless_said() -> None:
+    assert Scenario(name="x").federation(8).quorum == 5
+    assert Scenario(name="x", fraction=0.5).federation(8).quorum == 3
+    assert Scenario(name="x", quorum=7).federation(8).quorum == 7

@@ -1,0 +1,40 @@
+"""Guards on the tree: one namespace, typed portions, configuration free of torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PORTIONS = ("aggregation", "protos", "client", "coordinator", "simulation", "cli")
+TORCH_FREE = (
+    "anabranch.aggregation.recipe",
+    "anabranch.wire.config",
+    "anabranch.wire.plan",
+    "anabranch.client.task",
+    "anabranch.coordinator.federation",
+    "anabranch.coordinator.store",
+    "anabranch.simulation.scenario",
+    "anabranch.cli.main",
+)
+
+
+@pytest.mark.parametrize("portion", PORTIONS)
+def test_no_portion_hides_the_others(portion: str) -> None:
+    assert not (ROOT / portion / "anabranch" / "__init__.py").exists()
+    packages = [path for path in (ROOT / portion / "anabranch").iterdir() if path.is_dir()]
+    names = sorted(path.name for path in packages if path.name != "__pycache__")
+    untyped = [
+        name for name in names if not (ROOT / portion / "anabranch" / name / "py.typed").exists()
+    ]
+    assert names
+    assert untyped == []
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_configuration_loads_no_torch(module: str) -> None:
+    script = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
