@@ -1,7 +1,7 @@
 """The rival of benchmarks.federation: Flower's own FedAvg on dense fp32 adapters.
 
-Written as Flower's documentation would have it, and kindly: the base is loaded once per process, the
-arrays are the LoRA factors alone. Task, model, data, rounds and steps are those of our own run.
+Written as Flower's documentation would have it, and kindly: the base is loaded once per process,
+the arrays are the LoRA factors alone. Task, model, data, rounds and steps are those of our own run.
 """
 
 from __future__ import annotations

@@ -104,14 +104,14 @@ def test_a_failed_flower_run_is_reported_with_its_log(tmp_path: Path) -> None:
         run_in_flower(tmp_path, 2, {"task": "", "task-params": ""}, timeout_s=120)
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     """The test's own interruption."""
 
 
 def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
     def progress(at: str, count: int, total: int) -> None:
         if (at, count) == (phase, done):
-            raise Stop
+            raise StopHereError
 
     return progress
 
@@ -120,7 +120,7 @@ def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
 def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> None:
     dense = scenario(codec={"name": "dense", "feedback": 0.0})
     whole = simulate(dense, tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         simulate(dense, tmp_path / "cut", progress=stop_at(*cut))
     with pytest.raises(ValueError, match="--resume"):
         simulate(dense, tmp_path / "cut")

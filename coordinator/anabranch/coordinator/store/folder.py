@@ -1,7 +1,7 @@
 """A store in a folder: content-addressed artifacts and one append-only journal.
 
-``metrics.jsonl`` is both the journal and what people plot: a line per event, written before the call
-returns. A line torn by a crash is dropped when the store is opened again.
+``metrics.jsonl`` is both the journal and what people plot: a line per event, written before
+the call returns. A line torn by a crash is dropped when the store is opened again.
 """
 
 from __future__ import annotations
