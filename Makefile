@@ -20,6 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/anabranch simulate examples/quickstart.toml --out runs/quickstart --overwrite
 
+# One thread each: the tests start many processes, and two threads of each on two cores spin.
+test: export OMP_NUM_THREADS := 1
 test: install
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
 

@@ -7,6 +7,7 @@ from anabranch.aggregation import cosine_similarity
 from anabranch.aggregation.engine.cohort import gather
 from anabranch.aggregation.engine.gram import gram
 from anabranch.aggregation.method import squared_distances
+from anabranch.aggregation.registry import methods
 from anabranch.vectors import LowRank, TaskVector
 
 
@@ -59,3 +60,15 @@ def test_cosines_compare_directions() -> None:
     cosine_CC = cosine_similarity([TaskVector({"a": one.deltas["a"]}), opposite, nothing])
     expected_CC = torch.tensor([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(cosine_CC, expected_CC)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e8, 1e15])
+@pytest.mark.parametrize("method", ["geometric_median", "multi_krum"])
+def test_one_huge_contribution_does_not_move_the_result(method: str, size: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    deltas_CD = torch.randn(8, 50, generator=generator)
+    deltas_CD[3] = size * deltas_CD[3] / deltas_CD[3].norm()
+    honest_CD = deltas_CD[[0, 1, 2, 4, 5, 6, 7]]
+    merged_D = methods()[method](deltas_CD)
+    spread = float((honest_CD - honest_CD.mean(0)).norm(dim=1).max())
+    assert float((merged_D - honest_CD.mean(0)).norm()) < 0.5 * spread

@@ -218,7 +218,9 @@ def test_geometric_median_has_no_better_point_near_it() -> None:
 
 def test_geometric_median_is_weiszfeld_on_the_vectors_themselves() -> None:
     deltas_CD = deltas(6, 40).double()
-    point_D = deltas_CD.mean(0)
+    distances_CC = torch.cdist(deltas_CD, deltas_CD)
+    start_C = 1 / distances_CC.median(dim=1).values
+    point_D = (start_C[:, None] * deltas_CD).sum(0) / start_C.sum()
     for _ in range(3):
         inverse_C = 1 / (deltas_CD - point_D).norm(dim=1).clamp(min=0.1)
         point_D = (inverse_C[:, None] * deltas_CD).sum(0) / inverse_C.sum()

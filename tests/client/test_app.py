@@ -19,7 +19,7 @@ from flwr.app import (
 from anabranch.client.app import app, client_seed
 from anabranch.client.mods import BASE_MISMATCH, RESIDUAL_KEY
 from anabranch.client.session import open_session
-from anabranch.vectors import seeded_start
+from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire import CodecConfig, UpdateMeta, decode_update, encode_update
 from anabranch.wire.plan import ADAPTER_STYPE, PLAN_KEY, RoundPlan
 
@@ -37,7 +37,6 @@ def plan(**changes: Any) -> RoundPlan:
         "round": 1,
         "base_hash": SESSION.base_hash,
         "start_hash": seeded_start(SESSION.template, 5).hash(),
-        "adapter_seed": 5,
         "seed": 5,
         "train": {"steps": 2, "batch_size": 8, "learning_rate": 0.01},
         **changes,
@@ -54,6 +53,16 @@ def context(**node: Any) -> Context:
 def order(asked: RoundPlan, kind: str = MessageType.TRAIN) -> Message:
     record = ConfigRecord({PLAN_KEY: asked.model_dump_json()})
     return Message(RecordDict({PLAN_KEY: record}), 2, kind)
+
+
+def from_adapter(start: Adapter, asked: RoundPlan) -> Message:
+    """An order that carries the adapter to start from."""
+    meta = UpdateMeta("adapter", SESSION.base_hash, "", "f", "r", 1, "", b"", 5, 0)
+    blob = encode_update(start.tensors(), meta, CodecConfig(name="dense")).blob
+    message = order(asked.model_copy(update={"start_hash": start.hash()}))
+    array = Array("uint8", (len(blob),), ADAPTER_STYPE, blob)
+    message.content["adapter"] = ArrayRecord({"adapter": array})
+    return message
 
 
 def sent(reply: Message) -> dict[str, torch.Tensor]:
@@ -81,7 +90,7 @@ def test_another_base_is_refused_before_training() -> None:
 
 def test_a_start_that_is_not_the_plan_s_stops_the_client() -> None:
     with pytest.raises(ValueError, match="starts from adapter"):
-        app(order(plan(adapter_seed=6)), context())
+        app(order(plan(seed=6)), context())
 
 
 def test_a_message_without_a_plan_says_so() -> None:
@@ -106,14 +115,8 @@ def test_an_adapter_in_another_format_is_refused() -> None:
 def test_the_adapter_that_is_sent_is_the_one_trained_from() -> None:
     start = seeded_start(SESSION.template, 5)
     moved = start.with_tensors({name: tensor + 0.01 for name, tensor in start.tensors().items()})
-    asked = plan(start_hash=moved.hash(), codec=CodecConfig(name="dense", feedback=0.0))
-    meta = UpdateMeta("adapter", SESSION.base_hash, "", "f", "r", 1, "", b"", 5, 0)
-    blob = encode_update(moved.tensors(), meta, CodecConfig(name="dense")).blob
-    message = order(asked)
-    message.content["adapter"] = ArrayRecord(
-        {"adapter": Array("uint8", (len(blob),), ADAPTER_STYPE, blob)}
-    )
-    reply = app(message, context())
+    asked = plan(codec=CodecConfig(name="dense", feedback=0.0))
+    reply = app(from_adapter(moved, asked), context())
     from anabranch.client.lora import read_adapter
 
     after = read_adapter(SESSION.model).tensors()
@@ -130,12 +133,24 @@ def test_what_the_codec_dropped_is_sent_later() -> None:
     residual = dict(node.state.array_records[RESIDUAL_KEY].to_torch_state_dict())
     for name, wanted in truth.items():
         torch.testing.assert_close(first[name] + residual[name], wanted)
-    # The same round's training again: the residual comes on top, and all of it is sent.
-    second = sent(app(order(plan(round=2, codec=sparse.model_copy(update={"density": 1.0}))), node))
-    again = sent(app(order(plan(round=2, codec=dense)), context()))
+    # The next round starts elsewhere: the residual comes on top of what it trains.
+    moved = seeded_start(SESSION.template, 5)
+    moved = moved.with_tensors({name: tensor + 0.01 for name, tensor in moved.tensors().items()})
+    second = sent(app(from_adapter(moved, plan(round=2, codec=sparse)), node))
+    again = sent(app(from_adapter(moved, plan(round=2, codec=dense)), context()))
     left = dict(node.state.array_records[RESIDUAL_KEY].to_torch_state_dict())
     for name in truth:
         torch.testing.assert_close(second[name] + left[name], again[name] + residual[name])
+
+
+def test_a_change_made_again_after_an_abandoned_round_counts_once() -> None:
+    node = context()
+    sparse = CodecConfig(density=0.1)
+    first = sent(app(order(plan(codec=sparse)), node))
+    # The start has not moved: nothing of the first update was merged.
+    second = sent(app(order(plan(codec=sparse)), node))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
 
 
 @pytest.mark.parametrize(

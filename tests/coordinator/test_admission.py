@@ -10,25 +10,27 @@ from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
-    Error,
     Message,
     MessageType,
     MetricRecord,
     RecordDict,
 )
 
-from anabranch.coordinator.admission import RefusedError, examine
+from anabranch.coordinator.admission import RefusedError, claims, examine
+from anabranch.vectors import Adapter, LoraFactors
 from anabranch.wire import CodecConfig, UpdateMeta, encode_update
 from anabranch.wire.plan import UPDATE_STYPE, RoundPlan
 
 LAYOUT = {"layer.lora_A": (2, 8), "layer.lora_B": (6, 2)}
+START = Adapter(
+    {"layer": LoraFactors(torch.zeros(2, 8), torch.zeros(6, 2), 4.0)}, base_hash="ab" * 32
+)
 PLAN = RoundPlan(
     federation="f",
     run="r",
     round=3,
     base_hash="ab" * 32,
     start_hash="cd" * 32,
-    adapter_seed=1,
     seed=1,
 )
 META = UpdateMeta(
@@ -71,14 +73,14 @@ def reply(
 
 def code(message: Message, **limits: float) -> str:
     with pytest.raises(RefusedError) as caught:
-        examine(message, PLAN, LAYOUT, "site-a", **limits)
+        examine(message, PLAN, START, "site-a", **limits)
     assert "\n" not in str(caught.value)
     return caught.value.code
 
 
 def test_a_good_reply_is_admitted_with_its_finite_metrics() -> None:
     message = reply(**{"num-examples": 10, "train-loss": float("nan")})
-    candidate = examine(message, PLAN, LAYOUT, "site-a", max_norm=100)
+    candidate = examine(message, PLAN, START, "site-a", max_norm=100)
     assert candidate.blob == blob()
     assert candidate.metrics == {"num-examples": 10.0}
 
@@ -101,10 +103,6 @@ def test_an_update_made_for_something_else_is_refused(
     assert code(reply(blob(dataclasses.replace(META, **change)))) == expected
 
 
-def _error() -> Message:
-    return Message(Error(2, "out of memory"), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
-
-
 def _empty() -> Message:
     return Message(RecordDict(), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
 
@@ -112,7 +110,6 @@ def _empty() -> Message:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (_error, "client-error"),
         (_empty, "no-update"),
         (lambda: reply(stype="numpy.ndarray"), "wrong-format"),
         (lambda: reply(name="site-b"), "wrong-client"),
@@ -123,10 +120,32 @@ def test_a_reply_of_another_form_is_refused(make: Callable[[], Message], expecte
 
 
 def test_broken_bytes_are_refused_with_the_wire_s_own_reason() -> None:
-    assert code(reply(b"")) != code(reply(blob() + b"x"))
-    assert code(reply(blob()[:-1])) not in ("", "wrong-format")
+    assert code(reply(b"")) == "truncated"
+    assert code(reply(blob()[:-1])) == "truncated"
+    assert code(reply(blob() + b"x")) == "trailing"
 
 
 def test_an_oversized_norm_is_refused() -> None:
     assert code(reply(blob(value=5.0)), max_norm=10.0) == "norm"
-    assert examine(reply(blob(value=5.0)), PLAN, LAYOUT, "site-a", max_norm=30.0).client == "site-a"
+    assert examine(reply(blob(value=5.0)), PLAN, START, "site-a", max_norm=30.0).client == "site-a"
+
+
+def test_finite_factors_whose_product_is_not_are_refused() -> None:
+    assert code(reply(blob(value=1e30))) == "overflow"
+    assert code(reply(blob(value=1e10))) == "overflow"
+
+
+def test_only_known_and_possible_claims_are_kept() -> None:
+    record = MetricRecord(
+        {
+            "accuracy": 1e300,
+            "loss": -1.0,
+            "num-examples": 12,
+            "round": 7,
+            "evaluate-seconds": [1.0, 2.0],
+        }
+    )
+    assert claims(record, ("accuracy", "loss", "num-examples", "evaluate-seconds")) == {
+        "num-examples": 12.0
+    }
+    assert claims(None, ("loss",)) == {}

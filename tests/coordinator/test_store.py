@@ -61,7 +61,10 @@ def test_a_line_torn_by_a_crash_is_dropped_and_writing_goes_on(tmp_path: Path) -
     store.admit(contribution(1, "a"))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "admitted", "round": 1, "cli')
+    size = (tmp_path / "metrics.jsonl").stat().st_size
     again = FolderStore(tmp_path)
     assert [row.client for row in again.contributions(1)] == ["a"]
+    # A reader leaves the line alone: to it, it may be one that is being written.
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size
     assert again.admit(contribution(1, "b"))
     assert [row.client for row in FolderStore(tmp_path).contributions(1)] == ["a", "b"]

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 
 from anabranch.client.app import app as client_app
@@ -18,7 +28,7 @@ from anabranch.coordinator.store import FolderStore, Store
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.vectors import Adapter
-from anabranch.wire.plan import UPDATE_KEY, UPDATE_STYPE
+from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, UPDATE_STYPE, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
 PARAMS = '{"clients": 4}'
@@ -85,6 +95,25 @@ def crash(order: Message, reply: Message) -> Message:
     raise RuntimeError("CUDA out of memory")
 
 
+def huge(order: Message, reply: Message) -> Message:
+    """The honest reply with every value at 1e30: finite, and ruin for whoever multiplies it."""
+    from anabranch.wire import UpdateMeta, encode_update
+    from anabranch.wire.config import CodecConfig
+
+    plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
+    tensors = {name: torch.full_like(tensor, 1e30) for name, tensor in template().tensors().items()}
+    client = str(reply.content.config_records["client"]["client"])
+    meta = UpdateMeta(
+        "update", plan.base_hash, plan.start_hash, plan.federation, plan.run, plan.round,
+        client, b"", plan.seed, 1,
+    )  # fmt: skip
+    blob = encode_update(tensors, meta, CodecConfig(name="dense")).blob
+    reply.content[UPDATE_KEY] = ArrayRecord(
+        {UPDATE_KEY: Array("uint8", (len(blob),), UPDATE_STYPE, blob)}
+    )
+    return reply
+
+
 def without(store_folder: Path, nodes: set[int], cfg: FederationConfig) -> Adapter:
     """The adapter of a federation in which these nodes never were."""
     store = FolderStore(store_folder)
@@ -97,16 +126,18 @@ def without(store_folder: Path, nodes: set[int], cfg: FederationConfig) -> Adapt
 
 
 def test_bad_clients_are_quarantined_and_leave_no_trace_in_the_merge(tmp_path: Path) -> None:
-    cfg = config(rounds=1, clients=4, quorum=2)
+    cfg = config(rounds=1, clients=4, quorum=1)
     store = FolderStore(tmp_path / "a")
     strategy = MergeStrategy(cfg, template(), store)
-    strategy.start(grid({10: garbage, 12: crash}))
+    strategy.start(grid({10: garbage, 11: huge, 12: crash}))
     refusals = {row.client: row for row in store.refusals()}
-    assert sorted(refusals) == ["client-0000", "client-0002"]
+    assert sorted(refusals) == ["client-0000", "client-0001", "client-0002"]
+    assert refusals["client-0001"].code == "overflow"
     assert "CUDA out of memory" in refusals["client-0002"].reason
     assert refusals["client-0002"].code == "client-error"
-    assert [row.client for row in store.contributions(1)] == ["client-0001", "client-0003"]
-    honest = without(tmp_path / "b", {10, 12}, cfg.model_copy(update={"clients": 2}))
+    assert [row.client for row in store.contributions(1)] == ["client-0003"]
+    alone = cfg.model_copy(update={"clients": 1})
+    honest = without(tmp_path / "b", {10, 11, 12}, alone)
     assert strategy.adapter.hash() == honest.hash()
 
 
@@ -202,3 +233,106 @@ def test_a_start_without_a_base_hash_is_refused(tmp_path: Path) -> None:
     nameless = Adapter(nameless.lora, nameless.dense, None, nameless.peft)
     with pytest.raises(ValueError, match="base hash"):
         MergeStrategy(config(), nameless, FolderStore(tmp_path))
+
+
+def test_a_merge_that_cannot_be_done_costs_the_round_and_not_the_federation(
+    tmp_path: Path,
+) -> None:
+    tampers: dict[int, Tamper] = {}
+
+    def once(order: Message, reply: Message) -> Message:
+        tampers.clear()
+        return garbage(order, reply)
+
+    tampers[10] = once
+    cfg = config(recipe={"method": "multi_krum", "params": {"f": 0, "m": 4}}, rounds=2, quorum=2)
+    store = FolderStore(tmp_path)
+    MergeStrategy(cfg, template(), store).start(grid(tampers))
+    rows = store.notes("round")
+    assert [row["status"] for row in rows] == ["abandoned", "published"]
+    assert "lower m" in rows[0]["reason"]
+
+
+def test_finished_rounds_are_not_run_again_whatever_their_outcome(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    MergeStrategy(config(quorum=4, rounds=1), template(), store).start(grid({10: garbage}))
+    again = FolderStore(tmp_path)
+    MergeStrategy(config(quorum=4, rounds=2), template(), again).start(grid())
+    assert [(row["round"], row["status"]) for row in again.notes("round")] == [
+        (1, "abandoned"), (2, "published"),
+    ]  # fmt: skip
+
+
+def test_an_interrupted_evaluation_asks_only_who_is_missing(tmp_path: Path) -> None:
+    class Dying(FolderStore):
+        def note(self, event: str, facts: dict[str, Any]) -> None:
+            if event == "evaluate" and facts["client"] == "client-0002":
+                raise KeyboardInterrupt
+            super().note(event, facts)
+
+    cfg = config(rounds=1)
+    with pytest.raises(KeyboardInterrupt):
+        MergeStrategy(cfg, template(), Dying(tmp_path)).start(grid())
+    seen: list[tuple[str, int]] = []
+    store = FolderStore(tmp_path)
+    MergeStrategy(cfg, template(), store).start(grid(seen=seen))
+    assert [node for kind, node in seen if kind == MessageType.EVALUATE] == [12, 13]
+    assert [row["client"] for row in store.notes("evaluate")] == [
+        f"client-000{i}" for i in range(4)
+    ]
+
+
+def test_nodes_come_and_go_between_rounds(tmp_path: Path) -> None:
+    whole = grid()
+    away = whole._contexts.pop(12)
+    store = FolderStore(tmp_path)
+    strategy = MergeStrategy(config(clients=3, quorum=2, rounds=3), template(), store)
+    publish = store.publish
+
+    def move(publication: Any) -> None:
+        publish(publication)
+        if publication.round == 1:
+            whole._contexts[12] = away  # arrives late
+            del whole._contexts[10]
+        if publication.round == 2:
+            # Node 11 restarts under a new number, before the old one has gone.
+            whole._contexts[21] = whole._contexts[11]
+
+    store.publish = move  # type: ignore[method-assign]
+    strategy.start(whole)
+    clients = [[row.client[-1] for row in store.contributions(n)] for n in (1, 2, 3)]
+    assert clients == [["0", "1", "3"], ["1", "2", "3"], ["1", "2", "3"]]
+    assert "taken" in store.notes("meet-failed")[0]["reason"]
+    del whole._contexts[11]
+    strategy.roster._retry_at.clear()
+    strategy.roster.refresh(whole)
+    assert strategy.roster.nodes() == {21: "client-0001", 12: "client-0002", 13: "client-0003"}
+
+
+def test_hostile_scores_and_names_leave_the_record_clean(tmp_path: Path) -> None:
+    def lie(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type == MessageType.EVALUATE and node == 10:
+            lies = {"round": 99, "accuracy": 1e300, "loss": 0.5, "x" * 10_000: 1.0}
+            reply.content["metrics"] = MetricRecord(lies)
+        if message.metadata.message_type == MessageType.EVALUATE and node == 11:
+            return Message(Error(2, "no\x1b[2J\n" * 1000), reply_to=message)
+        if message.metadata.message_type == MessageType.QUERY and node == 13:
+            reply.content["client"] = ConfigRecord({"client": "<script>\x1b[2J"})
+        return reply
+
+    hostile = grid()
+    hostile._client_app = lie  # type: ignore[assignment]
+    store = FolderStore(tmp_path)
+    cfg = config(rounds=1, clients=3, quorum=3)
+    result = MergeStrategy(cfg, template(), store).start(hostile)
+    rows = {row["client"]: row for row in store.notes("evaluate")}
+    assert sorted(rows) == ["client-0000", "client-0002"]
+    assert rows["client-0000"] == {"round": 1, "client": "client-0000", "loss": 0.5}
+    (failed,) = store.notes("evaluate-failed")
+    assert len(failed["reason"]) <= 300
+    assert failed["reason"].isprintable()
+    assert "no name" in store.notes("meet-failed")[0]["reason"]
+    assert "\x1b" not in (tmp_path / "metrics.jsonl").read_text()
+    assert result.evaluate_metrics_clientapp[1]["loss"] > 0

@@ -121,6 +121,7 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
         quorum=NODES,
         deadline_s=240,
         join_timeout_s=120,
+        evaluate_every=2,
         train={"steps": 8, "batch_size": 16, "learning_rate": 2e-3},
         recipe={"method": "ties", "params": {"density": 0.3}, "scale": 1.5},
     )
@@ -169,7 +170,7 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
                         "--node-config", settings,
                     ],
                     node_log,
-                    {**env, "FLWR_HOME": str(tmp_path / f"home-{index}")},
+                    {**env, "FLWR_HOME": str(tmp_path / f"home-{index}"), "OMP_NUM_THREADS": "1"},
                 )
             )  # fmt: skip
             return node_log

@@ -77,8 +77,17 @@ def test_the_flat_layout_goes_both_ways() -> None:
     doubled = one.with_tensors({name: 2 * tensor for name, tensor in flat.items()})
     assert torch.equal(doubled.lora["two"].a_rn, 2 * one.lora["two"].a_rn)
     assert doubled.lora["two"].rslora
-    assert one.with_tensors(flat).hash() == one.hash() == weights_hash(flat)
+    assert one.with_tensors(flat).hash() == one.hash()
     assert doubled.hash() != one.hash()
+
+
+def test_the_hash_covers_the_scaling_too() -> None:
+    one = adapter(1)
+    halved = {
+        name: LoraFactors(factors.a_rn, factors.b_mr, factors.alpha / 2, factors.rslora)
+        for name, factors in one.lora.items()
+    }
+    assert Adapter(halved).hash() != one.hash()
 
 
 def test_the_flat_layout_refuses_other_names_and_shapes() -> None:

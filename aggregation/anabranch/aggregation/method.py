@@ -133,10 +133,13 @@ def inner_products(deltas_CD: Tensor) -> Tensor:
 
 
 def squared_distances(gram_CC: Tensor) -> Tensor:
-    """‖τ_i − τ_j‖² [C, C] from inner products, centred first so that a common part cancels once."""
-    centred_CC = gram_CC - gram_CC.mean(dim=0) - gram_CC.mean(dim=1, keepdim=True) + gram_CC.mean()
-    norms_C = centred_CC.diagonal()
-    return (norms_C[:, None] + norms_C[None, :] - 2 * centred_CC).clamp(min=0).fill_diagonal_(0)
+    """‖τ_i − τ_j‖² [C, C] from inner products.
+
+    The Gram matrix is not centred first: that would gain no digit, and one contribution of a huge
+    norm, which the mean carries to every other, would drown the distances among the rest.
+    """
+    norms_C = gram_CC.diagonal()
+    return (norms_C[:, None] + norms_C[None, :] - 2 * gram_CC).clamp(min=0).fill_diagonal_(0)
 
 
 def combine(deltas_CD: Tensor, coefficients_C: Tensor) -> Tensor:

@@ -102,8 +102,12 @@ class Adapter:
         return Adapter(lora, dense, self.base_hash, self.peft)
 
     def hash(self) -> str:
-        """``weights_hash`` of the flat layout."""
-        return weights_hash(self.tensors())
+        """``weights_hash`` of the flat layout and the scalings: what ΔW depends on."""
+        scalings = {
+            f"{name}.scaling": torch.tensor(factors.scaling, dtype=torch.float64)
+            for name, factors in self.lora.items()
+        }
+        return weights_hash({**self.tensors(), **scalings})
 
 
 def seeded_start(adapter: Adapter, seed: int) -> Adapter:

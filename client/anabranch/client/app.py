@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections import OrderedDict
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -45,7 +46,7 @@ def start_of(message: Message, plan: RoundPlan, session: Session) -> Adapter:
     """
     record = message.content.array_records.get(ADAPTER_KEY)
     if record is None:
-        start = seeded_start(session.template, plan.adapter_seed)
+        start = seeded_start(session.template, plan.seed)
     else:
         array = record[ADAPTER_KEY]
         if array.stype != ADAPTER_STYPE:
@@ -83,7 +84,10 @@ def train(message: Message, context: Context) -> Message:
         {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
     )
     started = time.perf_counter()
-    metrics = dict(session.task.train(session.model, site.partition, order))
+    # Dropout and the like draw from the global generator: each client's round has its own.
+    with torch.random.fork_rng():
+        torch.manual_seed(order.seed)
+        metrics = dict(session.task.train(session.model, site.partition, order))
     seconds = time.perf_counter() - started
     before = start.tensors()
     after = read_adapter(session.model, session.base_hash).tensors()

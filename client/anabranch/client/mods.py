@@ -6,7 +6,6 @@ import secrets
 import time
 from collections import OrderedDict
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
@@ -27,6 +26,7 @@ BASE_MISMATCH = 1001
 """``Error.code`` of a reply: this node holds another base than the plan names."""
 
 RESIDUAL_KEY = "anabranch.residual"
+OWED_KEY = "anabranch.residual-before"
 RESIDUAL_OF_KEY = "anabranch.residual-of"
 
 
@@ -56,8 +56,11 @@ def verify_base(message: Message, context: Context, call_next: ClientAppCallable
 def compress(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Encode the trained difference; what the codec dropped is kept for the next round.
 
-    Error feedback lives in ``context.state``. A SuperNode that restarts loses it, and so does a
-    change of base or a round missed: the residual then starts from zero.
+    Error feedback lives in ``context.state``. A SuperNode that restarts loses it; a change of base
+    or run, or more than ``codec.feedback_gap`` rounds missed, starts it from zero. When the start
+    has not moved since this client's last update (the round was abandoned), training makes the
+    same change again: the residual is then the one from before that update, or the change would
+    count twice.
     """
     reply = call_next(message, context)
     if message.metadata.message_type != MessageType.TRAIN or reply.has_error():
@@ -65,7 +68,8 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     plan, site = plan_of(message), site_of(context.node_config)
     started = time.perf_counter()
     differences = _tensors(reply.content.array_records.pop(UPDATE_KEY))
-    wanted = compensate(differences, _residual(context, plan), plan.codec.feedback)
+    owed = _residual(context, plan)
+    wanted = compensate(differences, owed, plan.codec.feedback)
     examples = int(reply.content.metric_records[METRICS_KEY]["num-examples"])  # type: ignore[arg-type]
     meta = UpdateMeta(
         kind="update",
@@ -76,11 +80,11 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         round=plan.round,
         client=site.name,
         nonce=secrets.token_bytes(16),
-        seed=plan.adapter_seed,
+        seed=plan.seed,
         examples=examples,
     )
     encoded = encode_update(wanted, meta, plan.codec)
-    _keep_residual(context, plan, remainder(wanted, encoded.sent))
+    _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
     reply.content[UPDATE_KEY] = ArrayRecord(
         {
             UPDATE_KEY: Array(
@@ -99,21 +103,29 @@ def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def _residual(context: Context, plan: RoundPlan) -> dict[str, Tensor]:
+    """What earlier rounds still owe; empty when there is nothing, or nothing that still fits."""
     about = context.state.config_records.get(RESIDUAL_OF_KEY)
-    if about is None or RESIDUAL_KEY not in context.state.array_records:
+    if about is None:
         return {}
-    same_base = about["base-hash"] == plan.base_hash and about["run"] == plan.run
-    if not same_base or plan.round - int(about["round"]) > plan.codec.feedback_gap:  # type: ignore[arg-type]
+    same = about["base-hash"] == plan.base_hash and about["run"] == plan.run
+    if not same or plan.round - int(about["round"]) > plan.codec.feedback_gap:  # type: ignore[arg-type]
         return {}
-    return _tensors(context.state.array_records[RESIDUAL_KEY])
+    key = OWED_KEY if about["start-hash"] == plan.start_hash else RESIDUAL_KEY
+    return _tensors(context.state.array_records[key])
 
 
-def _keep_residual(context: Context, plan: RoundPlan, residual: dict[str, Tensor]) -> None:
+def _keep_residual(
+    context: Context, plan: RoundPlan, owed: dict[str, Tensor], residual: dict[str, Tensor]
+) -> None:
     if plan.codec.feedback == 0:
         return
-    context.state[RESIDUAL_KEY] = ArrayRecord(
-        OrderedDict((name, tensor.to(torch.float32)) for name, tensor in residual.items())
-    )
+    context.state[OWED_KEY] = ArrayRecord(OrderedDict(owed))
+    context.state[RESIDUAL_KEY] = ArrayRecord(OrderedDict(residual))
     context.state[RESIDUAL_OF_KEY] = ConfigRecord(
-        {"base-hash": plan.base_hash, "run": plan.run, "round": plan.round}
+        {
+            "base-hash": plan.base_hash,
+            "run": plan.run,
+            "round": plan.round,
+            "start-hash": plan.start_hash,
+        }
     )

@@ -1,4 +1,4 @@
-"""Admission: whether one reply may take part in a round. Every refusal has a code and a reason."""
+"""Admission: what of a reply may be believed. Every refusal has a code and a reason."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from flwr.app import Message, MetricRecord
 from torch import Tensor
 
@@ -18,6 +19,13 @@ from anabranch.wire.plan import (
     UPDATE_STYPE,
     RoundPlan,
 )
+
+TRAIN_METRICS = ("num-examples", "train-loss", "train-seconds", "encode-seconds")
+"""What a client may claim of its training."""
+SCORES = ("num-examples", "accuracy", "loss", "evaluate-seconds")
+"""What a client may claim of an evaluation."""
+LARGEST = 1e12
+"""No metric beyond this is kept; accuracy lies in [0, 1]."""
 
 
 class RefusedError(ValueError):
@@ -37,9 +45,9 @@ class Candidate:
     """A reply that passed every check but uniqueness.
 
     Attributes:
-        client: The name it gives itself.
+        client: The name its node was met under.
         blob: The encoded update.
-        metrics: The finite numbers it claims.
+        metrics: What it claims, as far as it can be true.
     """
 
     client: str
@@ -52,44 +60,38 @@ def layout_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
 
 
-def claimed_name(message: Message, known: Mapping[int, str]) -> str:
-    """The client a message is from: as it was met, or its node number."""
-    node = message.metadata.src_node_id
-    return known.get(node, f"node-{node}")
-
-
-def finite_metrics(record: MetricRecord | None) -> dict[str, float]:
-    """A reply's scalar metrics, less what is not a finite number."""
-    if record is None:
-        return {}
-    return {
-        name: float(value)
-        for name, value in record.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+def claims(record: MetricRecord | None, names: tuple[str, ...]) -> dict[str, float]:
+    """The named scalars of a reply, less what cannot be true; nothing else is kept."""
+    found: dict[str, float] = {}
+    for name in names:
+        value = record.get(name) if record is not None else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            most = 1.0 if name == "accuracy" else LARGEST
+            least = -LARGEST if name == "train-loss" else 0.0
+            if least <= value <= most:
+                found[name] = float(value)
+    return found
 
 
 def examine(
     message: Message,
     plan: RoundPlan,
-    layout: Mapping[str, tuple[int, ...]],
+    start: Adapter,
     client: str,
     max_norm: float | None = None,
 ) -> Candidate:
-    """Check one reply: form, bounds, round, base, start, finiteness, norm.
+    """Check one reply: form, bounds, round, base, start, size of what it would make.
 
     Args:
         message: The reply as it arrived; nothing in it is trusted.
         plan: What was asked for.
-        layout: Names and shapes the update must have.
+        start: The round's start: gives the layout the update must have.
         client: The name its node was met under.
         max_norm: Largest ‖update‖₂ admitted; None sets no cap.
 
     Raises:
         RefusedError: With the first reason found.
     """
-    if message.has_error():
-        raise RefusedError("client-error", message.error.reason or f"code {message.error.code}")
     content = message.content
     record = content.array_records.get(UPDATE_KEY)
     if record is None or list(record) != [UPDATE_KEY]:
@@ -101,7 +103,7 @@ def examine(
     if named is None or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
     try:
-        meta, tensors = decode_update(array.data, layout)
+        meta, tensors = decode_update(array.data, layout_of(start))
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
     asked = {
@@ -120,9 +122,27 @@ def examine(
             raise RefusedError(code, f"{field} is {str(got)[:60]!r}, asked for {wanted!r}")
     if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
         raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
-    return Candidate(client, array.data, finite_metrics(content.metric_records.get(METRICS_KEY)))
+    _refuse_overflow(start, tensors)
+    metrics = claims(content.metric_records.get(METRICS_KEY), TRAIN_METRICS)
+    return Candidate(client, array.data, metrics)
 
 
 def update_norm(tensors: Mapping[str, Tensor]) -> float:
     """‖·‖₂ over all tensors, accumulated in fp64."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
+    """Refuse an update whose ΔW, or the square of its norm, would not be a finite fp32 number.
+
+    Finite factors can have a product that is not: it would make the merge fail for everybody.
+    """
+    end = start.with_tensors({name: t + changes[name] for name, t in start.tensors().items()})
+    root = math.sqrt(torch.finfo(torch.float32).max)
+    for name, factors in end.lora.items():
+        size = float(factors.b_mr.double().norm() * factors.a_rn.double().norm()) * factors.scaling
+        if not size < root:
+            raise RefusedError("overflow", f"module {name[:100]} would get a norm of {size:.3g}")
+    for name, tensor in end.dense.items():
+        if not float(tensor.double().norm()) < root:
+            raise RefusedError("overflow", f"parameter {name[:100]} would be beyond fp32's range")

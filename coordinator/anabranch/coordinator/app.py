@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from anabranch.coordinator.federation import START_FOLDER, load_federation
 from anabranch.coordinator.store import FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
+from anabranch.vectors import Adapter
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
 ADAPTER_FOLDER = "adapter"
@@ -25,4 +27,16 @@ def main(grid: Grid, context: Context) -> None:
     store = FolderStore(folder, durable=config.durable)
     strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store)
     strategy.start(grid)
-    write_adapter(strategy.adapter, folder / ADAPTER_FOLDER)
+    publish(strategy.adapter, folder / ADAPTER_FOLDER)
+
+
+def publish(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter's PEFT folder, in place of an earlier round's."""
+    fresh, old = (folder.with_name(f"{folder.name}.{word}") for word in ("new", "old"))
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    write_adapter(adapter, fresh)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

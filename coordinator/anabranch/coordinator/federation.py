@@ -29,7 +29,7 @@ class FederationConfig(BaseModel):
     """Name of the federation."""
     run: str = Field(min_length=1, max_length=200)
     """Identifier of this run; updates made for another are refused."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of A₀, client sampling and training order."""
     rounds: int = Field(8, ge=1)
     """Number of rounds."""
@@ -43,6 +43,8 @@ class FederationConfig(BaseModel):
     """Admitted updates a round needs; with fewer at the deadline it is abandoned."""
     deadline_s: float = Field(3600.0, gt=0)
     """Seconds a round waits for updates."""
+    evaluate_deadline_s: float = Field(600.0, gt=0)
+    """Seconds an evaluation waits for scores."""
     poll_s: float = Field(0.5, ge=0)
     """Seconds between two looks for replies."""
     durable: bool = True

@@ -7,7 +7,7 @@ reply is recorded with its reason and left out; it never stops a round.
 from __future__ import annotations
 
 import logging
-import random
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,26 +25,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from anabranch.aggregation import MergeReport, merge
-from anabranch.coordinator.admission import (
-    Candidate,
-    RefusedError,
-    claimed_name,
-    examine,
-    finite_metrics,
-    layout_of,
-)
-from anabranch.coordinator.collect import replies
+from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
+from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire import UpdateMeta, decode_update, encode_update
 from anabranch.wire.config import CodecConfig
+from anabranch.wire.errors import one_line
 from anabranch.wire.plan import (
     ADAPTER_KEY,
     ADAPTER_STYPE,
-    CLIENT_KEY,
     METRICS_KEY,
     PLAN_KEY,
+    UPDATE_KEY,
     RoundPlan,
 )
 
@@ -58,6 +53,9 @@ class MergeStrategy(Strategy):
         config: The federation.
         template: An adapter that gives modules, ranks, dense start values and the base hash.
         store: Where rounds are kept; an interrupted run goes on from what it holds.
+
+    Raises:
+        ValueError: The template names no base.
     """
 
     def __init__(self, config: FederationConfig, template: Adapter, store: Store) -> None:
@@ -66,15 +64,16 @@ class MergeStrategy(Strategy):
         self.config = config
         self.store = store
         self.base_hash = template.base_hash
-        self.layout = layout_of(template)
         self.adapter = seeded_start(template, config.seed)
+        self.roster = Roster(
+            config.poll_s,
+            lambda node, why: store.note("meet-failed", {"node": node, "reason": why}),
+        )
         self._blob: bytes | None = None  # the adapter in service as it is sent; None: the seed does
-        self._nodes: dict[int, str] = {}
-        self._met: set[int] = set()
-        self._bytes_down = 0
+        self._asked: dict[int, str] = {}
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
-            _, tensors = decode_update(self._blob, self.layout)
+            _, tensors = decode_update(self._blob, layout_of(self.adapter))
             self.adapter = self.adapter.with_tensors(tensors)
 
     def summary(self) -> None:
@@ -107,28 +106,39 @@ class MergeStrategy(Strategy):
             evaluate_fn: Called after each round with its number and the adapter's record.
 
         Returns:
-            Flower's result: the final adapter and every round's metrics.
+            Flower's result: the adapter in service and the metrics of the rounds run.
+
+        Raises:
+            RuntimeError: Too few clients joined.
         """
         self.summary()
         result = Result()
-        deadline_s = timeout or self.config.deadline_s
-        self._wait_for_clients(grid)
-        latest = self.store.latest()
-        first = latest.round + 1 if latest else 1
-        for server_round in range(first, (num_rounds or self.config.rounds) + 1):
-            config = train_config or ConfigRecord()
-            orders = self.configure_train(server_round, self.arrays, config, grid)
-            incoming = replies(grid, list(orders), deadline_s=deadline_s, poll_s=self.config.poll_s)
-            arrays, metrics = self.aggregate_train(server_round, incoming)
+        result.arrays = self.arrays
+        # So many that the sampled share can be a quorum.
+        needed = math.ceil(self.config.quorum / self.config.fraction)
+        first = max(self.config.clients, needed)
+        self.roster.wait_for(grid, first, self.config.join_timeout_s)
+        done = max((row["round"] for row in self.store.notes("round")), default=0)
+        if done:
+            self._evaluate(done, grid, result)
+        for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
+            # Nodes come and go between rounds: one that cannot reach its quorum is not begun.
+            self.roster.wait_for(grid, needed, self.config.join_timeout_s)
+            orders = self.configure_train(
+                server_round, self.arrays, train_config or ConfigRecord(), grid
+            )
+            incoming = replies(
+                grid,
+                list(orders),
+                deadline_s=timeout or self.config.deadline_s,
+                poll_s=self.config.poll_s,
+            )
+            arrays, metrics = self._aggregate(server_round, incoming)
             if arrays is not None:
                 result.arrays = arrays
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
-            orders = self.configure_evaluate(server_round, self.arrays, ConfigRecord(), grid)
-            incoming = replies(grid, list(orders), deadline_s=deadline_s, poll_s=self.config.poll_s)
-            scores = self.aggregate_evaluate(server_round, incoming)
-            if scores is not None:
-                result.evaluate_metrics_clientapp[server_round] = scores
+            self._evaluate(server_round, grid, result)
             if evaluate_fn and (own := evaluate_fn(server_round, self.arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = own
         return result
@@ -150,7 +160,6 @@ class MergeStrategy(Strategy):
             round=server_round,
             base_hash=self.base_hash,
             start_hash=self.adapter.hash(),
-            adapter_seed=config.seed,
             seed=config.seed,
             codec=config.codec,
             train={**config.train, **dict(train or {})},
@@ -160,13 +169,11 @@ class MergeStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Plan a round: orders for the sampled clients that have not contributed to it yet."""
-        self._meet(grid)
         self._plan = self.plan(server_round, config)
-        self._round_started = time.monotonic()
+        self._began = time.monotonic()
         done = {row.client for row in self.store.contributions(server_round)}
-        asked = [node for node in self._sample(server_round) if self._nodes[node] not in done]
-        self._asked = {node: self._nodes[node] for node in asked}
-        self._bytes_down = len(asked) * len(self._blob or b"")
+        sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
+        self._asked = {node: name for node, name in sampled.items() if name not in done}
         self.store.note(
             "planned",
             {
@@ -175,72 +182,62 @@ class MergeStrategy(Strategy):
                 "start_hash": self._plan.start_hash,
             },
         )
-        return self._orders(self._plan, asked, arrays, MessageType.TRAIN)
+        return self._orders(self._plan, list(self._asked), arrays, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Admit replies as they arrive, then merge them; below the quorum nothing changes."""
-        config, waiting = self.config, dict(self._asked)
-        for message in replies:
-            waiting.pop(message.metadata.src_node_id, None)
-            self._admit(message)
-        for client in sorted(waiting.values()):
-            reason = f"no reply within {config.deadline_s:g} s"
-            self._refuse(server_round, client, RefusedError("deadline", reason))
-        cohort = self.store.contributions(server_round)
-        facts: dict[str, Any] = {
-            "round": server_round,
-            "admitted": len(cohort),
-            "refused": sum(row.round == server_round for row in self.store.refusals()),
-            "bytes_up": sum(row.size_bytes for row in cohort),
-            "bytes_down": self._bytes_down,
-        }
-        if len(cohort) < config.quorum:
-            log.warning(
-                "round %d abandoned: %d admitted, quorum %d",
-                server_round, len(cohort), config.quorum,
-            )  # fmt: skip
-            facts["seconds"] = time.monotonic() - self._round_started
-            self.store.note("round", {**facts, "status": "abandoned"})
-            return None, None
-        started = time.perf_counter()
-        report = self._merge(server_round, cohort)
-        facts["merge_seconds"] = time.perf_counter() - started
-        facts["seconds"] = time.monotonic() - self._round_started
-        facts["truncation_error"] = report.overall_truncation
-        self.store.note("round", {**facts, "status": "published"})
-        log.info("round %d merged %d of %d", server_round, len(cohort), len(self._asked))
-        return self.arrays, _mean_metrics([row.metrics for row in cohort])
+        """Admit replies, then merge what was admitted; below the quorum nothing changes."""
+        answers = (Reply(message.metadata.src_node_id, message) for message in replies)
+        return self._aggregate(server_round, answers)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every known client to score the adapter in service."""
+        """Ask every known client that has not done so yet to score the adapter in service."""
         every = self.config.evaluate_every
         if not every or server_round % every:
             return []
-        plan = self.plan(server_round)
-        nodes = sorted(self._nodes, key=lambda node: self._nodes[node])
-        return self._orders(plan, nodes, arrays, MessageType.EVALUATE)
+        done = {
+            row["client"] for row in self.store.notes("evaluate") if row["round"] == server_round
+        }
+        self._asked = {node: name for node, name in self.roster.nodes().items() if name not in done}
+        orders = self._orders(
+            self.plan(server_round), list(self._asked), arrays, MessageType.EVALUATE
+        )
+        sent = len(orders) * len(self._blob or b"")
+        self.store.note("scoring", {"round": server_round, "bytes_down": sent})
+        return orders
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Record each client's scores; their plain mean is returned."""
-        scores: list[dict[str, float]] = []
-        for message in replies:
-            client = claimed_name(message, self._nodes)
-            if message.has_error():
-                reason = message.error.reason or f"code {message.error.code}"
+        answers = (Reply(message.metadata.src_node_id, message) for message in replies)
+        return self._record_scores(server_round, answers)
+
+    def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
+        orders = list(self.configure_evaluate(server_round, self.arrays, ConfigRecord(), grid))
+        incoming = replies(
+            grid, orders, deadline_s=self.config.evaluate_deadline_s, poll_s=self.config.poll_s
+        )
+        scores = self._record_scores(server_round, incoming)
+        if scores is not None:
+            result.evaluate_metrics_clientapp[server_round] = scores
+
+    def _record_scores(self, server_round: int, incoming: Iterable[Reply]) -> MetricRecord | None:
+        rows: list[dict[str, float]] = []
+        for reply in incoming:
+            about = {"round": server_round, "client": self._asked.get(reply.node, "unknown")}
+            if reply.message is None:
                 self.store.note(
-                    "evaluate-failed", {"round": server_round, "client": client, "reason": reason}
+                    "evaluate-failed", {**about, "code": reply.code, "reason": reply.reason}
                 )
                 continue
-            metrics = finite_metrics(message.content.metric_records.get(METRICS_KEY))
-            self.store.note("evaluate", {"round": server_round, "client": client, **metrics})
-            scores.append(metrics)
-        return _mean_metrics(scores)
+            found = claims(reply.message.content.metric_records.get(METRICS_KEY), SCORES)
+            self.store.note("evaluate", {**about, **found})
+            rows.append(found)
+        return _mean_metrics(rows)
 
     def _orders(
         self, plan: RoundPlan, nodes: Sequence[int], arrays: ArrayRecord, kind: str
@@ -253,62 +250,63 @@ class MergeStrategy(Strategy):
         ttl = self.config.deadline_s + 60
         return [Message(content, node, kind, ttl=ttl, group_id=str(plan.round)) for node in nodes]
 
-    def _wait_for_clients(self, grid: Grid) -> None:
-        end = time.monotonic() + self.config.join_timeout_s
-        while True:
-            self._meet(grid)
-            if len(self._nodes) >= self.config.clients:
-                return
-            if time.monotonic() >= end:
-                raise RuntimeError(
-                    f"{len(self._nodes)} of {self.config.clients} clients joined within "
-                    f"{self.config.join_timeout_s:g} s; start the missing nodes or lower 'clients'"
-                )
-            time.sleep(max(self.config.poll_s, 0.1))
+    def _aggregate(
+        self, server_round: int, incoming: Iterable[Reply]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        refused_bytes, refused = 0, 0
+        bytes_down = len(self._asked) * len(self._blob or b"")
+        for reply in incoming:
+            try:
+                self._admit(reply)
+            except RefusedError as error:
+                refused += 1
+                refused_bytes += _update_bytes(reply)
+                self._refuse(server_round, self._asked.get(reply.node, "unknown"), error)
+        cohort = self.store.contributions(server_round)
+        facts: dict[str, Any] = {
+            "round": server_round,
+            "admitted": len(cohort),
+            "refused": refused,
+            "bytes_up": sum(row.size_bytes for row in cohort) + refused_bytes,
+            "bytes_down": bytes_down,
+        }
+        began = time.perf_counter()
+        reason = ""
+        if len(cohort) < self.config.quorum:
+            reason = f"{len(cohort)} admitted, the quorum is {self.config.quorum}"
+        else:
+            try:
+                report = self._merge(server_round, cohort)
+            # What a method cannot merge (too few for its f, a decomposition that fails) costs this
+            # round, not the federation; the adapter in service stays.
+            except (ValueError, RuntimeError) as error:
+                reason = one_line(f"the merge failed: {error}")
+        if reason:
+            log.warning("round %d abandoned: %s", server_round, reason)
+            facts |= {"status": "abandoned", "reason": reason}
+        else:
+            facts |= {
+                "status": "published",
+                "merge_seconds": time.perf_counter() - began,
+                "truncation_error": report.overall_truncation,
+            }
+            log.info("round %d merged %d of %d", server_round, len(cohort), len(self._asked))
+        self.store.note("round", {**facts, "seconds": time.monotonic() - self._began})
+        if reason:
+            return None, None
+        return self.arrays, _mean_metrics([row.metrics for row in cohort])
 
-    def _meet(self, grid: Grid) -> None:
-        """Ask nodes that are new for their name; one name belongs to one node at a time."""
-        present = set(grid.get_node_ids())
-        self._nodes = {node: name for node, name in self._nodes.items() if node in present}
-        new = sorted(present - self._met)
-        self._met |= present
-        orders = [Message(RecordDict(), node, MessageType.QUERY, ttl=120) for node in new]
-        for message in replies(grid, orders, deadline_s=60, poll_s=self.config.poll_s):
-            node = message.metadata.src_node_id
-            if message.has_error() or CLIENT_KEY not in message.content.config_records:
-                reason = message.error.reason if message.has_error() else "no name in the reply"
-                self.store.note("meet-failed", {"node": str(node), "reason": reason})
-                continue
-            name = str(message.content.config_records[CLIENT_KEY].get(CLIENT_KEY, ""))[:200]
-            if not name or name in self._nodes.values():
-                self.store.note(
-                    "meet-failed", {"node": str(node), "reason": f"name {name!r} taken"}
-                )
-                continue
-            self._nodes[node] = name
-
-    def _sample(self, server_round: int) -> list[int]:
-        nodes = sorted(self._nodes, key=lambda node: self._nodes[node])
-        count = max(1, round(self.config.fraction * len(nodes)))
-        # Names, not node numbers, decide: Flower draws the numbers anew in each run.
-        chosen = random.Random(f"{self.config.seed}/{server_round}").sample(
-            range(len(nodes)), count
-        )
-        return [nodes[index] for index in sorted(chosen)]
-
-    def _admit(self, message: Message) -> None:
+    def _admit(self, reply: Reply) -> None:
         plan = self._plan
-        client = claimed_name(message, self._asked)
-        try:
-            candidate = examine(message, plan, self.layout, client, self.config.max_norm)
-            self._keep(candidate)
-        except RefusedError as error:
-            self._refuse(plan.round, client, error)
-
-    def _keep(self, candidate: Candidate) -> None:
+        if reply.message is None:
+            raise RefusedError(reply.code, reply.reason)
+        client = self._asked.get(reply.node)
+        if client is None:
+            raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
+        candidate = examine(reply.message, plan, self.adapter, client, self.config.max_norm)
         contribution = Contribution(
-            round=self._plan.round,
-            client=candidate.client,
+            round=plan.round,
+            client=client,
             digest=self.store.put(candidate.blob),  # the bytes first, the row second
             size_bytes=len(candidate.blob),
             metrics=dict(candidate.metrics),
@@ -317,18 +315,18 @@ class MergeStrategy(Strategy):
             raise RefusedError("duplicate", "this client already has an update in this round")
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
-        log.warning("round %d: %s refused (%s): %s", server_round, client, error.code, error)
-        reason = str(error)[:500]
+        reason = one_line(str(error))
+        log.warning("round %d: %s refused (%s): %s", server_round, client, error.code, reason)
         self.store.refuse(
             Refusal(round=server_round, client=client, code=error.code, reason=reason)
         )
 
     def _merge(self, server_round: int, cohort: Sequence[Contribution]) -> MergeReport:
         start = self.adapter
-        before = start.tensors()
+        before, layout = start.tensors(), layout_of(start)
         ends: list[Adapter] = []
         for row in cohort:
-            _, changes = decode_update(self.store.get(row.digest), self.layout)
+            _, changes = decode_update(self.store.get(row.digest), layout)
             ends.append(start.with_tensors({name: before[name] + changes[name] for name in before}))
         names = [row.client for row in cohort]
         result = merge(ends, self.config.recipe, start=start, names=names)
@@ -365,6 +363,12 @@ def _plain(report: MergeReport) -> dict[str, Any]:
     """The report as the journal keeps it; a cosine's third digit is all that anybody looks at."""
     cosine = [[round(value, 4) for value in row] for row in report.cosine]
     return {**vars(report), "truncation": dict(report.truncation), "cosine": cosine}
+
+
+def _update_bytes(reply: Reply) -> int:
+    """Bytes of the update a refused reply carried."""
+    record = reply.message.content.array_records.get(UPDATE_KEY) if reply.message else None
+    return sum(len(array.data) for array in record.values()) if record else 0
 
 
 def _mean_metrics(rows: Sequence[dict[str, float]]) -> MetricRecord | None:

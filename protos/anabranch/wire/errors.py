@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def one_line(text: str, limit: int = 300) -> str:
+    """Untrusted text, fit for a log and a record: one bounded line of printable characters."""
+    line = " ".join(text[: 4 * limit].split())[:limit]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
 class WireError(ValueError):
     """A message is refused: it is damaged, hostile, or not what the receiver expects.
 
@@ -30,6 +36,5 @@ class WireError(ValueError):
     """
 
     def __init__(self, code: str, reason: str) -> None:
-        # Untrusted text may sit in a reason: keep it to one line of bounded length.
-        super().__init__(" ".join(reason.split())[:300])
+        super().__init__(one_line(reason))
         self.code = code

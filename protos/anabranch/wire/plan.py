@@ -40,10 +40,9 @@ class RoundPlan(BaseModel):
     """``weights_hash`` of the base everybody starts from."""
     start_hash: str
     """Hash of the adapter this round starts from."""
-    adapter_seed: int
-    """Seed of A₀: a round whose message holds no adapter starts from this draw."""
-    seed: int
-    """Seed of the federation, which clients mix with the round and their name."""
+    seed: int = Field(ge=0, lt=2**64)
+    """Seed of the federation: a round whose message holds no adapter starts from its draw of A₀,
+    and clients mix it with the round and their name."""
     codec: CodecConfig = CodecConfig()
     """How the update is to be encoded."""
     train: dict[str, Scalar] = Field(default_factory=dict)

@@ -5,7 +5,6 @@ Shape legend: C contributions, D entries.
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -35,8 +34,9 @@ def geometric_median_coefficients(
     """Coefficients, summing to 1, of the point with the least sum of distances.
 
     With z = Σ c_j τ_j and Σ c_j = 1, ‖τ_i − z‖² = (Dc)_i − cᵀDc/2 for the squared distances D, so
-    the iteration runs in C x C numbers. It starts from the plain mean. Weights are ignored: a
-    client states its own.
+    the iteration runs in C x C numbers. It starts near the contributions whose median distance to
+    the others is small: from the plain mean, one huge outlier would cost steps and, by
+    cancellation, digits. Weights are ignored: a client states its own.
 
     Args:
         weights_C: Not read.
@@ -48,8 +48,8 @@ def geometric_median_coefficients(
     """
     assert gram_CC is not None
     squared_CC = squared_distances(gram_CC)
-    count = gram_CC.shape[0]
-    coefficients_C = torch.full((count,), 1 / count, dtype=gram_CC.dtype, device=gram_CC.device)
+    coefficients_C = 1 / squared_CC.median(dim=1).values.sqrt().clamp(min=config.nu)
+    coefficients_C /= coefficients_C.sum()
     for _ in range(config.iterations):
         reach_C = squared_CC @ coefficients_C
         radii_C = (reach_C - coefficients_C @ reach_C / 2).clamp(min=0).sqrt()

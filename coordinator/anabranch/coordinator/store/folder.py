@@ -1,7 +1,7 @@
 """A store in a folder: content-addressed artifacts and one append-only journal.
 
 ``metrics.jsonl`` is both the journal and what people plot: a line per event, written before
-the call returns. A line torn by a crash is dropped when the store is opened again.
+the call returns. A line torn by a crash is dropped with the next write.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class FolderStore(Store):
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self._durable = durable
         self._artifacts = folder / ARTIFACTS
-        self._artifacts.mkdir(parents=True, exist_ok=True)
         self._journal = folder / JOURNAL
-        self._rows = _read_journal(self._journal)
+        self._rows, self._whole_bytes = _read_journal(self._journal)
         self._admitted = {
             (row["round"], row["client"]) for row in self._rows if row["event"] == "admitted"
         }
@@ -42,12 +41,13 @@ class FolderStore(Store):
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
                 file.write(data)
                 self._flush(file)
             partial.replace(path)
+            self._flush_folder(path.parent)
         return digest
 
     def get(self, digest: str) -> bytes:  # noqa: D102
@@ -99,9 +99,16 @@ class FolderStore(Store):
 
     def _append(self, event: str, facts: dict[str, Any]) -> None:
         row = {"event": event, "time": round(time.time(), 3), **facts}
+        self._journal.parent.mkdir(parents=True, exist_ok=True)
         with self._journal.open("ab") as file:
+            # Only a writer drops a torn line: to a reader it is a line that is being written.
+            if file.tell() > self._whole_bytes and self._whole_bytes >= 0:
+                file.truncate(self._whole_bytes)
+            self._whole_bytes = -1
             file.write((json.dumps(row) + "\n").encode())
             self._flush(file)
+        if len(self._rows) == 0:
+            self._flush_folder(self._journal.parent)
         self._rows.append(row)
 
     def _flush(self, file: BinaryIO) -> None:
@@ -109,12 +116,18 @@ class FolderStore(Store):
         if self._durable:
             os.fsync(file.fileno())
 
+    def _flush_folder(self, folder: Path) -> None:
+        """A new name is safe only once its folder is on the disk too."""
+        if self._durable:
+            number = os.open(folder, os.O_RDONLY)
+            os.fsync(number)
+            os.close(number)
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
+
+def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal, and how many bytes they are."""
     if not path.exists():
-        return []
-    whole, newline, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        with path.open("r+b") as file:
-            file.truncate(len(whole) + len(newline))
-    return [json.loads(line) for line in whole.splitlines() if line]
+        return [], 0
+    whole, newline, _ = path.read_bytes().rpartition(b"\n")
+    rows = [json.loads(line) for line in whole.splitlines() if line]
+    return rows, len(whole) + len(newline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,8 @@ def run_in_flower(
     *,
     server_app: str = SERVER_APP,
     client_app: str = CLIENT_APP,
-    cpus_per_client: int = 2,
-    timeout_s: float = 3600,
+    cpus_per_client: int = min(2, os.cpu_count() or 1),
+    timeout_s: float = 7 * 24 * 3600,
     on_poll: Callable[[], None] = lambda: None,
 ) -> float:
     """Run a prepared federation folder under Flower's Ray simulation.
@@ -43,7 +44,7 @@ def run_in_flower(
         server_app: ``module:attribute`` of the ServerApp.
         client_app: ``module:attribute`` of the ClientApp.
         cpus_per_client: Processors Ray reserves for a client.
-        timeout_s: Seconds after which the run is given up.
+        timeout_s: Seconds after which the run is given up; each round has its own deadline.
         on_poll: Called about five times a second.
 
     Returns:

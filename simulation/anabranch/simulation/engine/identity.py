@@ -1,4 +1,4 @@
-"""The one place that touches Flower's private task identity.
+"""The one place that touches what Flower keeps private.
 
 ``flwr.app.Message`` reads run, node and task number from a process-wide identity that Flower sets
 in the processes it starts itself. An engine that calls the apps in its own process sets it here.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID, SERVER_NODE_ID, TASK_ID = 1, 1, 1
@@ -28,3 +29,8 @@ def server_identity() -> Iterator[None]:
         yield
     finally:
         TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before
+
+
+def name_message(message: Message, identifier: str) -> None:
+    """Give a message the identifier that a SuperLink would."""
+    message.metadata.__dict__["_message_id"] = identifier

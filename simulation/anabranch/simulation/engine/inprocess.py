@@ -14,7 +14,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
-from anabranch.simulation.engine.identity import RUN_ID, SERVER_NODE_ID, server_identity
+from anabranch.simulation.engine.identity import (
+    RUN_ID,
+    SERVER_NODE_ID,
+    name_message,
+    server_identity,
+)
 from anabranch.wire.plan import Scalar
 
 CLIENT_FAILED = 2
@@ -22,7 +27,7 @@ CLIENT_FAILED = 2
 
 
 class InProcessGrid(Grid):
-    """A Grid whose nodes are contexts in this process; pulling runs one waiting client.
+    """A Grid whose nodes are contexts in this process; pulling a reply runs its client.
 
     Args:
         client_app: Called for every message.
@@ -52,24 +57,21 @@ class InProcessGrid(Grid):
         for message in messages:
             self._count += 1
             identifier = f"message-{self._count}"
-            message.metadata.__dict__["_message_id"] = identifier
+            name_message(message, identifier)
             self._queue[identifier] = message
             identifiers.append(identifier)
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the first waiting client of these and return its reply."""
-        for identifier in sorted(message_ids, key=lambda name: int(name.partition("-")[2])):
-            message = self._queue.pop(identifier, None)
-            if message is not None:
-                return [self._call(message)]
-        return []
+        """Run the clients these messages wait for and return their replies."""
+        waiting = [name for name in message_ids if name in self._queue]
+        return [self._call(self._queue.pop(name)) for name in waiting]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Run every client in order; nothing is waited for, so the timeout has no use."""
-        return [self._call(self._queue.pop(name)) for name in self.push_messages(messages)]
+        return self.pull_messages(self.push_messages(messages))
 
     def _call(self, message: Message) -> Message:
         node = message.metadata.dst_node_id

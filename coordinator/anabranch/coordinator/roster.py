@@ -1,0 +1,107 @@
+"""Who is there: nodes, the names they were met under, and whom a round asks."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from anabranch.coordinator.collect import Reply, replies
+from anabranch.wire.errors import one_line
+from anabranch.wire.plan import CLIENT_KEY
+
+NAME = re.compile(r"[\w.@:-]{1,100}", re.ASCII)
+"""What a client may call itself: it stands in journals, reports and terminals."""
+
+MEET_S = 60.0
+"""Seconds a new node has to say its name; it is asked again after as long."""
+
+
+class Roster:
+    """The nodes a coordinator knows by name.
+
+    Flower draws node numbers anew in each run; names are what a seed can sample and what a
+    contribution is counted under.
+
+    Args:
+        poll_s: Seconds between two looks for replies.
+        on_trouble: Told of every node that could not be met, and why.
+    """
+
+    def __init__(self, poll_s: float, on_trouble: Callable[[str, str], None]) -> None:
+        self._poll_s = poll_s
+        self._on_trouble = on_trouble
+        self._names: dict[int, str] = {}
+        self._retry_at: dict[int, float] = {}
+        self.troubles: dict[str, str] = {}
+
+    def refresh(self, grid: Grid) -> None:
+        """Forget nodes that left, ask new ones for their name.
+
+        A name belongs to one node at a time; whoever is refused is asked again later, since the
+        node that holds the name may be the one that is about to leave.
+        """
+        present = set(grid.get_node_ids())
+        self._names = {node: name for node, name in self._names.items() if node in present}
+        now = time.monotonic()
+        new = [
+            node
+            for node in sorted(present - self._names.keys())
+            if self._retry_at.get(node, 0.0) <= now
+        ]
+        orders = [Message(RecordDict(), node, MessageType.QUERY, ttl=2 * MEET_S) for node in new]
+        for reply in replies(grid, orders, deadline_s=MEET_S, poll_s=self._poll_s):
+            self._meet(reply)
+
+    def wait_for(self, grid: Grid, count: int, timeout_s: float) -> None:
+        """Refresh until enough nodes are there.
+
+        Raises:
+            RuntimeError: They did not come in time; says what kept those out that tried.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            self.refresh(grid)
+            if len(self._names) >= count:
+                return
+            if time.monotonic() >= end:
+                why = "".join(f"; node {node}: {text}" for node, text in self.troubles.items())
+                raise RuntimeError(
+                    f"{len(self._names)} of {count} clients joined within {timeout_s:g} s; "
+                    f"start the missing nodes or lower 'clients' and 'quorum'{one_line(why)}"
+                )
+            time.sleep(max(self._poll_s, 0.1))
+
+    def nodes(self) -> dict[int, str]:
+        """Every known node and its name, in the order of names."""
+        return dict(sorted(self._names.items(), key=lambda pair: pair[1]))
+
+    def sample(self, fraction: float, seed: str) -> dict[int, str]:
+        """A share of the known nodes, at least one, drawn by name."""
+        known = list(self.nodes().items())
+        count = max(1, round(fraction * len(known)))
+        chosen = random.Random(seed).sample(range(len(known)), min(count, len(known)))
+        return dict(known[index] for index in sorted(chosen))
+
+    def _meet(self, reply: Reply) -> None:
+        node, record = reply.node, None
+        if reply.message is not None:
+            record = reply.message.content.config_records.get(CLIENT_KEY)
+        name = record.get(CLIENT_KEY) if record is not None else None
+        if reply.message is None:
+            trouble = reply.reason
+        elif not isinstance(name, str) or not NAME.fullmatch(name):
+            trouble = f"{one_line(str(name)[:100])!r} is no name: 1 to 100 of A-Z a-z 0-9 _ . @ : -"
+        elif name in self._names.values():
+            trouble = f"the name {name!r} is taken; set client='…' in each node's configuration"
+        else:
+            self._names[node] = name
+            self.troubles.pop(str(node), None)
+            return
+        self._retry_at[node] = time.monotonic() + MEET_S
+        self.troubles[str(node)] = trouble
+        self._on_trouble(str(node), trouble)
