@@ -7,12 +7,15 @@ are scored on the test data afterwards.
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -35,28 +38,42 @@ ROOT = Path(__file__).parents[1]
 QUIET = {"local_only": False, "fedavg": False, "oracle": False}
 TINY = {
     "name": "tiny-clients",
-    "rounds": 3,
+    "rounds": 10,
     "task": {
         "kind": "anabranch.simulation.synthetic:SyntheticTask",
         "clients": 100,
         "examples": 64,
     },
     "train": {"steps": 1, "batch_size": 16, "learning_rate": 0.01},
-    "recipe": {"method": "ties", "params": {"density": 0.2}},
+    # The rival's own algorithm, so that the engines alone differ.
+    "recipe": {"method": "fedit"},
+    "codec": {"name": "dense", "feedback": 0.0},
 }
 
 
+@dataclass(frozen=True)
 class Run:
-    """One measured run."""
+    """One measured run.
 
-    def __init__(
-        self, wall_s: float, memory_bytes: int, busy_s: float, up: float, adapter: Adapter
-    ) -> None:
-        self.wall_s = wall_s
-        self.memory_bytes = memory_bytes
-        self.busy_s = busy_s
-        self.bytes_up = up
-        self.adapter = adapter
+    Attributes:
+        wall_s: The whole process, or for Flower from ``flwr run`` to finished.
+        rounds_s: From the strategy's start to its end.
+        busy_s: Σ seconds of the train calls.
+        memory_bytes: Peak memory of all its processes.
+        bytes_up: Mean size of one update.
+        adapter: What it ended with.
+    """
+
+    wall_s: float
+    rounds_s: float
+    busy_s: float
+    memory_bytes: float
+    bytes_up: float
+    adapter: Adapter
+
+    def overhead(self, clients_at_once: int) -> float:
+        """Share of the rounds' time in which no client trained."""
+        return max(0.0, 1 - self.busy_s / clients_at_once / self.rounds_s)
 
 
 def measured(work: Callable[[], None]) -> tuple[float, int]:
@@ -124,18 +141,16 @@ def ours(scenario: Scenario, engine: str, folder: Path) -> Run:
     wall_s, memory = measured(work)
     store = FolderStore(out)
     rows = store.notes("admitted")
+    journal = (out / "metrics.jsonl").read_text()
+    times = {row["event"]: row["time"] for row in map(json.loads, journal.splitlines())}
     return Run(
-        wall_s,
-        memory,
-        sum(row["metrics"]["train-seconds"] for row in rows),
-        fmean(row["size_bytes"] for row in rows),
-        read_adapter(out / ADAPTER_FOLDER),
+        wall_s=wall_s,
+        rounds_s=times["ended"] - times["begun"],
+        busy_s=sum(row["metrics"]["train-seconds"] for row in rows),
+        memory_bytes=memory,
+        bytes_up=fmean(row["size_bytes"] for row in rows),
+        adapter=read_adapter(out / ADAPTER_FOLDER),
     )
-
-
-def round_seconds(folder: Path) -> float:
-    """Seconds our rounds took, from the first order to the last merge."""
-    return float(sum(row["seconds"] for row in FolderStore(folder / "run").notes("round")))
 
 
 def plain(scenario: Scenario, folder: Path, template: Adapter, clients: int, cpus: int) -> Run:
@@ -165,10 +180,16 @@ def plain(scenario: Scenario, folder: Path, template: Adapter, clients: int, cpu
         )
 
     _, memory = measured(work)
-    rounds = [line.split() for line in (folder / "fedavg.txt").read_text().splitlines()]
-    adapter = template.with_tensors(load_file(folder / "fedavg.safetensors"))
-    busy = sum(float(seconds) for seconds, _ in rounds) * clients
-    return Run(seconds[0], memory, busy, fmean(float(size) for _, size in rounds), adapter)
+    lines = [line.split() for line in (folder / "fedavg.txt").read_text().splitlines()]
+    (rounds_s, _), rounds = lines[0], lines[1:]
+    return Run(
+        wall_s=seconds[0],
+        rounds_s=float(rounds_s),
+        busy_s=sum(float(mean_s) for mean_s, _ in rounds) * clients,
+        memory_bytes=memory,
+        bytes_up=fmean(float(size) for _, size in rounds),
+        adapter=template.with_tensors(load_file(folder / "fedavg.safetensors")),
+    )
 
 
 def compare(scenario: Scenario, label: str, runs: int) -> Iterator[Row]:
@@ -176,64 +197,64 @@ def compare(scenario: Scenario, label: str, runs: int) -> Iterator[Row]:
     session = open_task(scenario)
     task = session.task
     assert isinstance(task, SimulatedTask)
-    clients = task.num_partitions
+    clients, cores = task.num_partitions, os.cpu_count() or 1
 
-    def accuracy(adapter: Adapter) -> float:
-        return fmean(row["accuracy"] for row in score(session, adapter)["test"].values())
+    def accuracy(found: list[Run]) -> float:
+        """Mean test accuracy over the groups; equal runs give equal adapters."""
+        return fmean(row["accuracy"] for row in score(session, found[0].adapter)["test"].values())
 
+    # The rival in both settings: one client at a time on all cores, or one on each.
+    settings = sorted({cores, 1}, reverse=True)
+    rivals: dict[int, list[Run]] = {cpus: [] for cpus in settings}
     mine: dict[str, list[Run]] = {"inprocess": [], "flower": []}
-    rivals: dict[int, list[Run]] = {2: [], 1: []}
-    overheads: dict[str, list[float]] = {"inprocess": [], "flower": []}
     for _ in range(runs):
-        for cpus, found in rivals.items():
+        for cpus in settings:
             with tempfile.TemporaryDirectory() as folder:
-                found.append(plain(scenario, Path(folder), session.template, clients, cpus))
+                run = plain(scenario, Path(folder), session.template, clients, cpus)
+                rivals[cpus].append(run)
         for engine, found in mine.items():
             with tempfile.TemporaryDirectory() as folder:
-                run = ours(scenario, engine, Path(folder))
-                found.append(run)
-                spent = round_seconds(Path(folder))
-                overheads[engine].append(max(0.0, spent - run.busy_s) / spent)
+                found.append(ours(scenario, engine, Path(folder)))
 
     def middle(found: list[Run], field: str) -> float:
         return float(median(getattr(run, field) for run in found))
 
-    # The rival gets its better setting: one client at a time on two cores, or two on one each.
-    best = min(rivals, key=lambda cpus: middle(rivals[cpus], "wall_s"))
-    name = f"Flower 1.41 FedAvg dense fp32, Ray, {best} cpu a client"
+    best = min(settings, key=lambda cpus: middle(rivals[cpus], "wall_s"))
     other = rivals[best]
+    slower = max(middle(found, "wall_s") for found in rivals.values())
+    name = f"Flower 1.41 FedAvg, dense fp32, Ray, {best} cpu a client"
+    notes = {
+        "wall seconds": "whole process; the rival from 'flwr run' to finished, in its faster "
+        f"setting (the other took {slower:.1f} s)",
+        "round seconds": "from the strategy's start to its end",
+        "overhead fraction": "share of the rounds' time in which no client trains",
+        "bytes up": "mean bytes of one update",
+        "accuracy": "mean test accuracy over groups",
+        "peak memory": "bytes, proportional set size summed over all processes of the run",
+    }
     for engine, found in mine.items():
-        where = f"{label}, {engine}"
-        yield Row(
-            "wall seconds", middle(found, "wall_s"), middle(other, "wall_s"), name, where,
-            "whole process; rival from 'flwr run' to finished; rival's other setting took "
-            f"{middle(rivals[3 - best], 'wall_s'):.1f} s",
-        )  # fmt: skip
-        idle = median(1 - run.busy_s / (run.wall_s * (2 if best == 1 else 1)) for run in other)
-        yield Row(
-            "overhead fraction", median(overheads[engine]), max(0.0, idle), name, where,
-            "ours: rounds' wall beyond train calls; rival: run's wall beyond them",
-        )  # fmt: skip
-        yield Row(
-            "bytes up", middle(found, "bytes_up"), middle(other, "bytes_up"), name, where,
-            "mean bytes of one update",
-        )  # fmt: skip
-        yield Row(
-            "accuracy", accuracy(found[0].adapter), accuracy(other[0].adapter), name, where,
-            "mean test accuracy over groups",
-        )  # fmt: skip
-        yield Row(
-            "peak memory", middle(found, "memory_bytes"), middle(other, "memory_bytes"), name,
-            where, "bytes, PSS summed over all processes of the run",
-        )  # fmt: skip
+        at_once = 1 if engine == "inprocess" else max(1, cores // min(2, cores))
+        figures = {
+            "wall seconds": (middle(found, "wall_s"), middle(other, "wall_s")),
+            "round seconds": (middle(found, "rounds_s"), middle(other, "rounds_s")),
+            "overhead fraction": (
+                median(run.overhead(at_once) for run in found),
+                median(run.overhead(cores // best) for run in other),
+            ),
+            "bytes up": (middle(found, "bytes_up"), middle(other, "bytes_up")),
+            "accuracy": (accuracy(found), accuracy(other)),
+            "peak memory": (middle(found, "memory_bytes"), middle(other, "memory_bytes")),
+        }
+        for what, (us, them) in figures.items():
+            yield Row(what, us, them, name, f"{label}, {engine}", notes[what])
 
 
 def measure(quick: bool, only: str | None) -> Iterator[Row]:
-    """Rows of both scenarios: ``quickstart`` and ``tiny``."""
-    if only in (None, "tiny"):
+    """Rows of the scenarios ``tiny`` and ``quickstart``; ``only`` may name one, or a row."""
+    if only != "quickstart":
         tiny = Scenario.model_validate({**TINY, "baselines": QUIET, "evaluate_every": 0})
         yield from compare(tiny, "tiny: 100 clients, 1 step", 1 if quick else 3)
-    if only in (None, "quickstart"):
+    if only != "tiny":
         scenario = load_scenario(ROOT / "examples" / "quickstart.toml")
         change: dict[str, Any] = {"baselines": scenario.baselines.model_copy(update=QUIET)}
         if quick:

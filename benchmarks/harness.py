@@ -55,11 +55,13 @@ def main(name: str, measure: Measure) -> None:
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller, fewer runs; not kept")
-    parser.add_argument("--only", metavar="ROW", help="only the rows of this scenario")
+    parser.add_argument("--only", metavar="ROW", help="only this row, or this scenario")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for row in measure(options.quick, options.only):
+        if options.only and options.only not in row.what and options.only not in row.scenario:
+            continue
         rows.append({**asdict(row), "ratio": row.ratio})
         if not options.json:
             ratio = "" if row.ratio is None else f"ratio {row.ratio:.3g}"
@@ -68,6 +70,8 @@ def main(name: str, measure: Measure) -> None:
                 f"{row.scenario:<34} {row.what:<18} ours {row.ours:<9.4g} {rival}  {ratio}",
                 flush=True,
             )
+    if not rows:
+        parser.error(f"--only {options.only}: no such row or scenario")
     result = {"machine": machine(), "quick": options.quick, "rows": rows}
     if options.json:
         json.dump(result, sys.stdout, indent=2)

@@ -59,13 +59,15 @@ def main(grid: Grid, context: Context) -> None:
     session = session_of(config, {})
     start = seeded_start(session.template, int(config["seed"]))
     strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=int(config["clients"]))
+    began = time.perf_counter()
     result = strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(OrderedDict(start.tensors())),
         num_rounds=int(config["rounds"]),
     )
+    seconds = time.perf_counter() - began
     folder = Path(str(config["federation"]))
     save_file(dict(result.arrays.to_torch_state_dict()), folder / "fedavg.safetensors")
     rounds = result.train_metrics_clientapp
     lines = [f"{row['train-seconds']} {row['bytes']}\n" for _, row in sorted(rounds.items())]
-    (folder / "fedavg.txt").write_text("".join(lines))
+    (folder / "fedavg.txt").write_text(f"{seconds} 0\n" + "".join(lines))

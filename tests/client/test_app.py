@@ -90,7 +90,7 @@ def test_another_base_is_refused_before_training() -> None:
 
 def test_a_start_that_is_not_the_plan_s_stops_the_client() -> None:
     with pytest.raises(ValueError, match="starts from adapter"):
-        app(order(plan(seed=6)), context())
+        app(order(plan(start_hash="00" * 32)), context())
 
 
 def test_a_message_without_a_plan_says_so() -> None:
@@ -106,7 +106,7 @@ def test_a_run_without_a_task_says_how_to_name_one() -> None:
 
 
 def test_an_adapter_in_another_format_is_refused() -> None:
-    message = order(plan())
+    message = order(plan(start_hash="00" * 32))
     message.content["adapter"] = ArrayRecord({"adapter": Array("uint8", (1,), "pickle", b"x")})
     with pytest.raises(ValueError, match="came as 'pickle'"):
         app(message, context())

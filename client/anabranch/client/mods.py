@@ -5,8 +5,20 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
+from functools import lru_cache
+from typing import TypeVar
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
@@ -30,16 +42,30 @@ OWED_KEY = "anabranch.residual-before"
 RESIDUAL_OF_KEY = "anabranch.residual-of"
 
 
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
+
+
+def record_of(content: RecordDict, key: str, kind: type[Record]) -> Record | None:
+    """A record of the expected kind; Flower's own typed views copy everything on each access."""
+    record = content.get(key)
+    return record if isinstance(record, kind) else None
+
+
 def plan_of(message: Message) -> RoundPlan:
     """The plan a message carries.
 
     Raises:
         ValueError: It carries none, or a broken one.
     """
-    record = message.content.config_records.get(PLAN_KEY)
+    record = record_of(message.content, PLAN_KEY, ConfigRecord)
     if record is None:
         raise ValueError("the message holds no round plan; is the coordinator Anabranch's?")
-    return RoundPlan.model_validate_json(str(record[PLAN_KEY]))
+    return _parsed(str(record[PLAN_KEY]))
+
+
+@lru_cache(maxsize=4)
+def _parsed(plan: str) -> RoundPlan:
+    return RoundPlan.model_validate_json(plan)
 
 
 def verify_base(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -67,10 +93,12 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         return reply
     plan, site = plan_of(message), site_of(context.node_config)
     started = time.perf_counter()
-    differences = _tensors(reply.content.array_records.pop(UPDATE_KEY))
+    trained = record_of(reply.content, UPDATE_KEY, ArrayRecord)
+    metrics = record_of(reply.content, METRICS_KEY, MetricRecord)
+    assert trained is not None
+    assert metrics is not None
     owed = _residual(context, plan)
-    wanted = compensate(differences, owed, plan.codec.feedback)
-    examples = int(reply.content.metric_records[METRICS_KEY]["num-examples"])  # type: ignore[arg-type]
+    wanted = compensate(_tensors(trained), _tensors(owed), plan.codec.feedback)
     meta = UpdateMeta(
         kind="update",
         base_hash=plan.base_hash,
@@ -81,7 +109,7 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         client=site.name,
         nonce=secrets.token_bytes(16),
         seed=plan.seed,
-        examples=examples,
+        examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
     )
     encoded = encode_update(wanted, meta, plan.codec)
     _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
@@ -93,7 +121,6 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         }
     )
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
-    metrics = reply.content.metric_records[METRICS_KEY]
     metrics["encode-seconds"] = time.perf_counter() - started
     return reply
 
@@ -102,24 +129,24 @@ def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
     return dict(record.to_torch_state_dict())
 
 
-def _residual(context: Context, plan: RoundPlan) -> dict[str, Tensor]:
+def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:
     """What earlier rounds still owe; empty when there is nothing, or nothing that still fits."""
-    about = context.state.config_records.get(RESIDUAL_OF_KEY)
+    about = record_of(context.state, RESIDUAL_OF_KEY, ConfigRecord)
     if about is None:
-        return {}
+        return ArrayRecord()
     same = about["base-hash"] == plan.base_hash and about["run"] == plan.run
     if not same or plan.round - int(about["round"]) > plan.codec.feedback_gap:  # type: ignore[arg-type]
-        return {}
+        return ArrayRecord()
     key = OWED_KEY if about["start-hash"] == plan.start_hash else RESIDUAL_KEY
-    return _tensors(context.state.array_records[key])
+    return record_of(context.state, key, ArrayRecord) or ArrayRecord()
 
 
 def _keep_residual(
-    context: Context, plan: RoundPlan, owed: dict[str, Tensor], residual: dict[str, Tensor]
+    context: Context, plan: RoundPlan, owed: ArrayRecord, residual: dict[str, Tensor]
 ) -> None:
     if plan.codec.feedback == 0:
         return
-    context.state[OWED_KEY] = ArrayRecord(OrderedDict(owed))
+    context.state[OWED_KEY] = owed
     context.state[RESIDUAL_KEY] = ArrayRecord(OrderedDict(residual))
     context.state[RESIDUAL_OF_KEY] = ConfigRecord(
         {

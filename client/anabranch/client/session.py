@@ -15,7 +15,7 @@ from anabranch.vectors import Adapter
 from anabranch.wire.plan import Scalar
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """A loaded task.
 
@@ -23,11 +23,13 @@ class Session:
         task: The user's task.
         model: Base with the LoRA layers attached (a ``PeftModel``).
         template: An adapter with this task's modules, ranks and dense start values.
+        start: Hash and values of the last round's start: the clients of a process share them.
     """
 
     task: LoraTask
     model: nn.Module
     template: Adapter
+    start: tuple[str, Adapter] | None = None
 
     @property
     def base_hash(self) -> str:

@@ -112,6 +112,7 @@ class MergeStrategy(Strategy):
             RuntimeError: Too few clients joined.
         """
         self.summary()
+        self.store.note("begun", {"rounds": num_rounds or self.config.rounds})
         result = Result()
         result.arrays = self.arrays
         # So many that the sampled share can be a quorum.
@@ -141,6 +142,7 @@ class MergeStrategy(Strategy):
             self._evaluate(server_round, grid, result)
             if evaluate_fn and (own := evaluate_fn(server_round, self.arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = own
+        self.store.note("ended", {"adapter_hash": self.adapter.hash()})
         return result
 
     @property
