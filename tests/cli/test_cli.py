@@ -154,7 +154,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     scenario = tmp_path / "scenario.toml"
     scenario.write_text('name = "x"\nrounds = 0\n')
     fine = tmp_path / "fine.toml"
-    fine.write_text('name = "x"\n')
+    fine.write_text('name = "x"\n[task]\nkind = "anabranch.simulation.synthetic:SyntheticTask"\n')
     task = tmp_path / "task.toml"
     task.write_text('name = "x"\n[task]\nkind = "nowhere:Task"\n')
     unknown = tmp_path / "unknown.toml"
@@ -173,6 +173,10 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "bad scenario": (["simulate", str(scenario)], "rounds"),
         "bad engine": (["simulate", str(fine), "--engine", "x"], "--engine: engine: Input"),
         "no task": (["simulate", str(task), "--out", str(tmp_path / "r")], "nowhere"),
+        "unknown option": (["methods", "--frobnicate"], "No such option"),
+        "no argument": (["inspect"], "Missing argument"),
+        "out is a file": (["simulate", str(fine), "--out", str(junk)], "is a file"),
+        "bracketed name": (["inspect", str(tmp_path / "[/x]")], "[/x]"),
         "no data set": (["simulate", str(unknown), "--out", str(tmp_path / "r")], "imdb"),
     }
 
@@ -181,6 +185,10 @@ CASES = (
     "no recipe", "unknown method", "bad parameter", "no adapter", "broken adapter", "another base",
     "out exists", "inspect nothing", "inspect junk", "bad scenario", "bad engine", "no task",
     "no data set",
+    "unknown option",
+    "no argument",
+    "out is a file",
+    "bracketed name",
 )  # fmt: skip
 
 
@@ -218,3 +226,13 @@ def test_simulate_prints_a_table_and_leaves_a_report(run: Any, tmp_path: Path) -
     code, _, err = run("simulate", scenario, "--out", out_folder)
     assert code == 2
     assert "--resume" in err
+
+
+def test_names_from_strangers_are_shown_as_they_are(run: Any, tmp_path: Path) -> None:
+    meta = UpdateMeta("update", "ab" * 32, "cd" * 32, "f", "r", 4, "[/bold]x", b"n", 1, 99)
+    file = tmp_path / "update"
+    file.write_bytes(encode_update({"[/a]": torch.ones(3)}, meta, CodecConfig()).blob)
+    code, out, _ = run("inspect", file)
+    assert code == 0
+    assert "[/bold]x" in out
+    assert "[/a]" in out

@@ -24,6 +24,13 @@ class Toy:
     def evaluate(self) -> None: ...
 
 
+class Plain:
+    def load_base(self) -> None: ...
+    def lora_config(self) -> None: ...
+    def train(self) -> None: ...
+    def evaluate(self) -> None: ...
+
+
 class Unfinished:
     def load_base(self) -> None: ...
     def train(self) -> None: ...
@@ -49,7 +56,9 @@ def test_builds_the_named_class() -> None:
         ("toy_tasks:Absent", {}, "module toy_tasks has no class 'Absent'"),
         ("toy_tasks:Toy", {"rang": 1}, "rang: Extra inputs are not permitted (got 1)"),
         ("toy_tasks:Toy", {"rank": "x"}, "rank: Input should be a valid integer"),
-        ("toy_tasks:Unfinished", {"rank": 1}, "does not take these parameters"),
+        ("toy_tasks:Plain", {"rank": 1}, "does not take these parameters"),
+        ("os:system", {"command": "false"}, "no class"),
+        (".toy_tasks:Toy", {}, "not of the form"),
         ("toy_tasks:Unfinished", {}, "lacks lora_config, evaluate"),
     ],
 )

@@ -104,14 +104,14 @@ def test_a_failed_flower_run_is_reported_with_its_log(tmp_path: Path) -> None:
         run_in_flower(tmp_path, 2, {"task": "", "task-params": ""}, timeout_s=120)
 
 
-class StopHereError(Exception):
+class StopHere(KeyboardInterrupt):
     """The test's own interruption."""
 
 
 def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
     def progress(at: str, count: int, total: int) -> None:
         if (at, count) == (phase, done):
-            raise StopHereError
+            raise StopHere
 
     return progress
 
@@ -120,7 +120,7 @@ def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
 def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> None:
     dense = scenario(codec={"name": "dense", "feedback": 0.0})
     whole = simulate(dense, tmp_path / "whole")
-    with pytest.raises(StopHereError):
+    with pytest.raises(StopHere):
         simulate(dense, tmp_path / "cut", progress=stop_at(*cut))
     with pytest.raises(ValueError, match="--resume"):
         simulate(dense, tmp_path / "cut")
@@ -132,9 +132,14 @@ def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> Non
 def test_a_folder_is_never_taken_over_silently(tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("mine")
     for how in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(ValueError, match="holds other files"):
+        with pytest.raises(ValueError, match=r"'diary\.txt', which no run wrote"):
             simulate(scenario(), tmp_path, **how)
+    (tmp_path / "config.toml").write_text('[tool]\nname = "mine"\n')
+    with pytest.raises(ValueError, match="which no run wrote"):
+        simulate(scenario(), tmp_path, overwrite=True)
     assert (tmp_path / "diary.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="one of them"):
+        simulate(scenario(), tmp_path / "x", overwrite=True, resume=True)
     only = {"rounds": 1, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     simulate(scenario(**only), tmp_path / "run")
     with pytest.raises(ValueError, match="another scenario"):
@@ -153,7 +158,9 @@ def test_refusals_are_in_the_report(tmp_path: Path) -> None:
     strict = scenario(
         rounds=1, max_norm=1e-6, baselines={"local_only": False, "fedavg": False, "oracle": False}
     )
-    summary = simulate(strict, tmp_path)
+    with pytest.raises(RuntimeError, match=r"nothing was merged; first refusal: .*over the cap"):
+        simulate(strict, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert {row["code"] for row in summary["refused"]} == {"norm"}
     assert summary["rounds"][0]["status"] == "abandoned"
     assert summary["mean"]["merged"] == summary["mean"]["base"]
@@ -161,3 +168,21 @@ def test_refusals_are_in_the_report(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "over the cap" in page
     assert "abandoned" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"quorum": 9}, "quorum: 9 is more than the 4 of 4 clients"),
+        ({"recipe": {"method": "none"}}, "'none' is not a merge method"),
+        ({"recipe": {"method": "multi_krum", "params": {"f": 2}}}, "f: 2 malicious need"),
+        ({"task": {**TASK, "features": -1}}, "features"),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_written(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=expected) as caught:
+        simulate(scenario(**changes), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -26,6 +26,12 @@ def test_the_examples_load_and_survive_being_written_out(path: Path, tmp_path: P
         ('name = "x"\nengine = "spark"\n', "engine: Input should be 'inprocess' or 'flower'"),
         ('name = "x"\n[codec\n', "broken toml"),
         ("", "name: Field required"),
+        ('name = ".."\n', "name: String should match pattern"),
+        ('name = "x"\nseed = -1\n', "seed: Input should be greater than or equal to 0"),
+        ('name = "x"\n[train]\nsteps = 1\nlr = 1\n', "lr: Extra inputs are not permitted"),
+        ('name = "x"\n[train]\nbatch_size = 4\n', "steps: Field required"),
+        ('name = "x"\n[train]\nsteps = 1\nlearning_rate = inf\n', "finite number"),
+        ('name = "x"\n[recipe]\nmethod = "mean"\nweights = [1]\n', "counts clients alike"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_reason(

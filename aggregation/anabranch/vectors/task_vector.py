@@ -5,6 +5,7 @@ Shape legend: m rows (out features), n columns (in features), k inner rank of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,11 @@ class LowRank:
     def dense(self) -> Tensor:
         """The whole product [m, n], in fp32."""
         return self.rows(0, self.b_mk.shape[0])
+
+    def norm(self) -> float:
+        """‖B·A‖_F from the factors: √tr((BᵀB)(AAᵀ)), fp64, without forming the product."""
+        b_mk, a_kn = self.b_mk.double(), self.a_kn.double()
+        return math.sqrt(max(0.0, float(((b_mk.T @ b_mk) * (a_kn @ a_kn.T)).sum())))
 
 
 Delta = LowRank | Tensor

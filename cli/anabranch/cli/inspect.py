@@ -23,18 +23,18 @@ def inspect_command(
     if as_json:
         print_json(facts)
         return
+    from rich.markup import escape
     from rich.table import Table
 
     tensors = facts.pop("tensors")
     for key, value in facts.items():
-        stdout.print(f"[dim]{key.replace('_', ' '):>16}[/]  {value}")
+        stdout.print(f"[dim]{key.replace('_', ' '):>16}[/]  {escape(str(value))}")
     table = Table(box=None, pad_edge=False)
     for key in tensors[0] if tensors else ():
         table.add_column(key, justify="left" if key == "name" else "right", overflow="fold")
     for row in tensors:
-        table.add_row(
-            *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
-        )
+        cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        table.add_row(*map(escape, cells))
     stdout.print(table)
 
 
@@ -48,7 +48,7 @@ def _folder(folder: Path) -> dict[str, Any]:
             "shape": f"{factors.b_mr.shape[0]}x{factors.a_rn.shape[1]}",
             "rank": factors.rank,
             "scaling": factors.scaling,
-            "norm": float((factors.delta().dense()).norm()),
+            "norm": factors.delta().norm(),
         }
         for name, factors in sorted(adapter.lora.items())
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
+import click
 import typer
 
 from anabranch.cli.inspect import inspect_command
@@ -45,13 +46,20 @@ def main() -> None:
         app()
         return
     try:
-        app()
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        code = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(BAD_INPUT)
+    except click.ClickException as error:
+        complain(f"{error.format_message()} (see anabranch --help)")
+        sys.exit(BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        complain("interrupted; anabranch simulate --resume goes on with a run that was cut short")
+        sys.exit(INTERRUPTED)
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         complain(str(error))
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        complain("interrupted; what was finished is kept (--resume goes on from there)")
-        sys.exit(INTERRUPTED)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, KeyError) as error:
         complain(str(error))
         sys.exit(FAILED)
+    sys.exit(code or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,30 +20,41 @@ def merge_command(
         list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter folders.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")],
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Adapter all of them started from; needed where heads were trained."),
+    ] = None,
     budget_mb: Annotated[
         int, typer.Option(min=16, help="Working memory of the merge, in MB (10^6 bytes).")
     ] = 2000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge PEFT adapters into one that `PeftModel.from_pretrained` loads."""
+    from rich.markup import escape
+
     from anabranch.aggregation import load_recipe, merge, resolve
 
     loaded = load_recipe(recipe)
     method, _ = resolve(loaded, str(recipe))
     if out.exists():
         raise ValueError(f"{out}: already exists; name a new folder with --out")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{out}: cannot be written, {above} is no folder one may write to")
     from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
     with stderr.status(f"reading {len(adapters)} adapters") as status:
         contributions = [read_adapter(folder) for folder in adapters]
+        begun = read_adapter(start) if start else None
         status.update(f"merging {len(adapters)} adapters by {method.name}")
         result = merge(
             contributions,
             loaded,
+            start=begun,
             names=[str(folder) for folder in adapters],
             budget_bytes=budget_mb * 1_000_000,
         )
-        status.update(f"writing {out}")
+        status.update("writing")
         write_adapter(result.adapter, out)
     report = asdict(result.report)
     if as_json:
@@ -50,7 +62,7 @@ def merge_command(
         return
     ranks = sorted({factors.rank for factors in result.adapter.lora.values()})
     stdout.print(
-        f"[bold]{out}[/]: {len(adapters)} adapters by {method.name}, "
+        f"[bold]{escape(str(out))}[/]: {len(adapters)} adapters by {method.name}, "
         f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, ranks))}, "
         f"truncation error {result.report.overall_truncation:.2%}",
         soft_wrap=True,

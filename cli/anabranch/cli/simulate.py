@@ -90,17 +90,18 @@ COLUMNS = (
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{summary['name']}: test accuracy", title_justify="left")
-    table.add_column("client")
+    table.add_column("client", overflow="fold")
     for key, heading in COLUMNS:
         table.add_column(heading, justify="right", style="bold" if key == "merged" else None)
     for row in summary["clients"]:
-        table.add_row(row["client"], *(_percent(row[key]) for key, _ in COLUMNS))
+        table.add_row(escape(row["client"]), *(_percent(row[key]) for key, _ in COLUMNS))
     table.add_section()
     for group, scores in summary["groups"].items():
-        table.add_row(f"task {group}", *(_percent(scores.get(key)) for key, _ in COLUMNS))
+        table.add_row(escape(f"task {group}"), *(_percent(scores.get(key)) for key, _ in COLUMNS))
     table.add_section()
     table.add_row("mean", *(_percent(summary["mean"][key]) for key, _ in COLUMNS), style="bold")
     stdout.print(table)
@@ -119,7 +120,8 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     if refused:
         stdout.print(f"[yellow]{refused} updates were not admitted; the report says why[/]")
     stdout.print(
-        f"{summary['seconds']:.0f} s; results in [bold]{folder}[/], open report.html there"
+        f"{summary['seconds']:.0f} s; results in [bold]{escape(str(folder))}[/], "
+        "open report.html there"
     )
 
 

@@ -79,6 +79,24 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ValueError: There is none here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    # An unknown name, no such hardware, a torch built without it, a plug-in that is missing.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device: {name!r} cannot be used here ({reason}); give 'auto'") from error
+    return device
+
+
 def bf16_pays(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 natively; elsewhere it is emulated and slower."""
     if device.type == "cuda":
@@ -95,9 +113,11 @@ def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
         return factory.from_pretrained(
             str(folder) if here else model, local_files_only=here, **options
         )
-    except (OSError, ValueError) as error:
+    # Whatever a broken file makes transformers, tokenizers and safetensors raise: each has its own.
+    except Exception as error:
         names = ", ".join(PACKAGED)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot load model {model!r}: give {names}, a folder, or the id of a hub you can "
-            f"reach ({str(error).splitlines()[0]})"
+            f"reach ({reason})"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -22,7 +23,7 @@ HeldOut = Literal["validation", "test"]
 class TrainPlan(BaseModel):
     """How much one client trains in one round, and on which draw of its data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(gt=0)
     """Optimiser steps."""
@@ -32,7 +33,7 @@ class TrainPlan(BaseModel):
     """Learning rate of the LoRA factors."""
     head_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of parameters trained in full; None means ``learning_rate``."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the draw, already mixed from the scenario's seed, the round and the client."""
 
 
@@ -69,6 +70,10 @@ class LoraTask(Protocol):
         ...
 
 
+METHODS = ("load_base", "lora_config", "train", "evaluate")
+"""What makes a class a ``LoraTask``."""
+
+
 def load_task(path: str, params: Mapping[str, Any] | None = None) -> LoraTask:
     """Build the task that a configuration names.
 
@@ -77,10 +82,22 @@ def load_task(path: str, params: Mapping[str, Any] | None = None) -> LoraTask:
         params: Keyword arguments of the class.
 
     Raises:
-        ValueError: The path names nothing, the parameters do not fit, or a method is missing.
+        ValueError: The path names no task class, or the parameters do not fit.
     """
+    factory = _task_class(path)
+    try:
+        task: LoraTask = factory(**(params or {}))
+    except ValidationError as error:
+        raise ValueError(f"task {path!r}: {_first_problem(error)}") from error
+    except TypeError as error:
+        raise ValueError(f"task {path!r} does not take these parameters: {error}") from error
+    return task
+
+
+def _task_class(path: str) -> type[Any]:
+    """The class a path names. A path may come from afar: what is no task is never called."""
     module_name, _, class_name = path.partition(":")
-    if not module_name or not class_name:
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
         raise ValueError(f"task {path!r} is not of the form 'package.module:Class'")
     try:
         module = importlib.import_module(module_name)
@@ -88,20 +105,15 @@ def load_task(path: str, params: Mapping[str, Any] | None = None) -> LoraTask:
         raise ValueError(
             f"task {path!r}: there is no module {error.name!r}; install the package that holds it"
         ) from error
+    except ImportError as error:
+        raise ValueError(f"task {path!r}: module {module_name} does not import: {error}") from error
     factory = getattr(module, class_name, None)
-    if not callable(factory):
+    if not inspect.isclass(factory):
         raise ValueError(f"task {path!r}: module {module_name} has no class {class_name!r}")
-    try:
-        task = factory(**(params or {}))
-    except ValidationError as error:
-        raise ValueError(f"task {path!r}: {_first_problem(error)}") from error
-    except TypeError as error:
-        raise ValueError(f"task {path!r} does not take these parameters: {error}") from error
-    if not isinstance(task, LoraTask):
-        methods = ("load_base", "lora_config", "train", "evaluate")
-        missing = ", ".join(name for name in methods if not hasattr(task, name))
+    missing = ", ".join(name for name in METHODS if not callable(getattr(factory, name, None)))
+    if missing:
         raise ValueError(f"task {path!r} lacks {missing}; see anabranch.client.task.LoraTask")
-    return task
+    return factory
 
 
 def _first_problem(error: ValidationError) -> str:

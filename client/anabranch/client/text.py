@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from anabranch.client.models import (
     TextClassifier,
     bf16_pays,
+    find_device,
     load_encoder,
     load_tokenizer,
     mean_pool,
@@ -37,7 +38,7 @@ from anabranch.client.tokens import (
 class TextConfig(BaseModel):
     """The model and its adapter; the same on every node of a federation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = "minilm"
     """``minilm`` (fetched as a package), a local folder, or a hub id."""
@@ -62,7 +63,7 @@ class TextConfig(BaseModel):
     """``auto`` (a GPU if there is one), or any torch device."""
     evaluation_batch: int = Field(64, gt=0)
     """Texts scored at once."""
-    head_seed: int = 0
+    head_seed: int = Field(0, ge=0, lt=2**64)
     """Seed of a trained head's start, which is part of the base."""
 
 
@@ -104,8 +105,7 @@ class TextClassification:
             )
         self.config = config
         self.source = source
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(auto if config.device == "auto" else config.device)
+        self._device = find_device(config.device)
         self._bf16 = config.precision == "bf16" or (
             config.precision == "auto" and bf16_pays(self._device)
         )
@@ -122,8 +122,19 @@ class TextClassification:
         return load_tokenizer(self.config.model)
 
     def load_base(self) -> nn.Module:
-        """The encoder, under a seeded linear head if heads are trained."""
+        """The encoder, under a seeded linear head if heads are trained.
+
+        Raises:
+            ValueError: The model or its tokenizer cannot be loaded, or reads shorter texts.
+        """
         encoder = load_encoder(self.config.model)
+        longest = getattr(encoder.config, "max_position_embeddings", None)
+        if longest is not None and self.config.max_length > longest:
+            raise ValueError(
+                f"max_length: {self.config.max_length} tokens are more than the {longest} that "
+                f"model {self.config.model!r} reads; lower it"
+            )
+        _ = self._tokenizer  # a broken one is found here and not by the first batch
         base: nn.Module = encoder
         if self.config.head == "trained":
             base = TextClassifier(encoder, len(self._task_K), self.config.head_seed)

@@ -102,17 +102,21 @@ def _inside_data_folder(name: str) -> Path:
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line numbers and records of a JSONL or CSV file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield reader.line_num, row
-        elif path.suffix == ".jsonl":
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _record(path, number, line)
-        else:
-            raise ValueError(f"data file {path.name!r} is neither .jsonl nor .csv; convert it")
+    # Spreadsheets begin a UTF-8 file with a byte order mark; it is no part of the first key.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            if path.suffix == ".csv":
+                reader = csv.DictReader(file)
+                for row in reader:
+                    yield reader.line_num, row
+            elif path.suffix == ".jsonl":
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield number, _record(path, number, line)
+            else:
+                raise ValueError(f"data file {path.name!r} is neither .jsonl nor .csv; convert it")
+        except UnicodeDecodeError:
+            raise ValueError(f"data file {path.name!r} is not UTF-8 text; convert it") from None
 
 
 def _record(path: Path, number: int, line: str) -> Mapping[str, Any]:

@@ -62,6 +62,15 @@ class PartitionedText(TextClassification):
         """One client per group: to evaluate these is to evaluate every group once."""
         return {group: self.groups.index(group) for group in dict.fromkeys(self.groups)}
 
+    def check_data(self) -> None:
+        """Read every client's texts and cut the data sets.
+
+        Raises:
+            ValueError: A data set cannot be cut as asked.
+        """
+        for partition in range(self.num_partitions):
+            self.source.examples(partition, "train")
+
     def train_all(self, model: nn.Module, plan: TrainPlan) -> Mapping[str, float]:
         """Train on the union of all clients' data: what a federation could at best be."""
         return self.train_pooled(model, range(self.num_partitions), plan)

@@ -13,13 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from anabranch.aggregation import resolve
 from anabranch.aggregation.recipe import Recipe
 from anabranch.client.app import app as client_app
 from anabranch.client.session import Session, open_session
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
-from anabranch.coordinator.federation import START_FOLDER, write_federation
+from anabranch.coordinator.federation import FEDERATION_FILE, START_FOLDER, write_federation
 from anabranch.coordinator.store import FolderStore
+from anabranch.coordinator.store.folder import ARTIFACTS, JOURNAL
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
 from anabranch.simulation.engine.inprocess import run_in_process
@@ -38,6 +42,14 @@ CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE = (
     "scores.json",
 )
 FEDAVG_FOLDER = "fedavg"
+RUN_NAMES = frozenset(
+    {
+        CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE, FEDAVG_FOLDER, ADAPTER_FOLDER,
+        START_FOLDER, FEDERATION_FILE, JOURNAL, ARTIFACTS, "flower",
+        f"{ADAPTER_FOLDER}.new", f"{ADAPTER_FOLDER}.old", "scores.partial",
+    }
+)  # fmt: skip
+"""Every name a run writes into its folder."""
 
 Progress = Callable[[str, int, int], None]
 """``progress(phase, done, total)``."""
@@ -47,26 +59,51 @@ def _silent(phase: str, done: int, total: int) -> None:
     """No progress shown."""
 
 
-def open_folder(scenario: Scenario, folder: Path, *, resume: bool, overwrite: bool) -> None:
+def open_folder(scenario: Scenario, folder: Path, *, resume: bool, overwrite: bool) -> bool:
     """Make a run's folder, or check that a run in it may be gone on with.
+
+    Returns:
+        Whether an earlier run is gone on with.
 
     Raises:
         ValueError: The folder holds something else, or another scenario's run.
     """
-    config = folder / CONFIG_FILE
-    if folder.exists() and any(folder.iterdir()):
-        if not config.exists():
-            raise ValueError(f"{folder}: holds other files; name a new folder with --out")
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; name a new folder with --out")
+    held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if held:
+        foreign = [name for name in held if name not in RUN_NAMES]
+        if foreign or CONFIG_FILE not in held:
+            odd = foreign[0] if foreign else held[0]
+            raise ValueError(
+                f"{folder}: holds {odd!r}, which no run wrote; name a new folder with --out"
+            )
         if overwrite:
-            shutil.rmtree(folder)
+            _delete_run(folder, held)
         elif not resume:
             raise ValueError(f"{folder}: already holds a run; give --resume, --overwrite or --out")
-        elif load_scenario(config) != scenario:
+        elif load_scenario(folder / CONFIG_FILE) != scenario:
             raise ValueError(
                 f"{folder}: holds a run of another scenario than this; use --overwrite"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_scenario(scenario, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made ({error.strerror}); name another") from error
+    write_scenario(scenario, folder / CONFIG_FILE)
+    return bool(held) and resume
+
+
+def _delete_run(folder: Path, names: list[str]) -> None:
+    """Delete what a run wrote, and nothing else."""
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def open_task(scenario: Scenario) -> Session:
@@ -85,8 +122,33 @@ def open_task(scenario: Scenario) -> Session:
 
 
 def task_params(scenario: Scenario) -> str:
-    """The task's parameters as every process of the run is given them."""
-    return json.dumps(scenario.task.params(), sort_keys=True)
+    """The task's parameters as every process of the run is given them.
+
+    Raises:
+        ValueError: One is a date or another value that JSON does not hold.
+    """
+    try:
+        return json.dumps(scenario.task.params(), sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"task: {error}; use text, numbers, lists and tables") from error
+
+
+def check(scenario: Scenario, task: SimulatedTask) -> None:
+    """Find what would go wrong later, before anything is written.
+
+    Raises:
+        ValueError: The recipe, the quorum or the data cannot work; names the key.
+    """
+    config = scenario.federation(task.num_partitions)
+    method, parameters = resolve(scenario.recipe)
+    asked = max(1, round(config.fraction * config.clients))
+    for count in (config.quorum, asked):
+        try:
+            method(torch.ones(count, 4), None, parameters)
+        except ValueError as error:
+            between = f"a round merges {config.quorum} to {asked} updates"
+            raise ValueError(f"recipe: {error} ({between})") from error
+    task.check_data()
 
 
 def run_federation(
@@ -142,6 +204,8 @@ def fedavg_of(scenario: Scenario) -> Scenario:
     return scenario.model_copy(
         update={
             "engine": "inprocess",
+            "down": "fp32",
+            "max_norm": None,
             "recipe": Recipe(method="fedit"),
             "codec": CodecConfig(name="dense", feedback=0.0),
             "evaluate_every": 0,
@@ -173,13 +237,14 @@ def simulate(
 
     Raises:
         ValueError: The scenario or the folder cannot be used.
+        RuntimeError: No round could be merged; summary and report are there all the same.
     """
     began = time.perf_counter()
     session = open_task(scenario)
     task = session.task
     assert isinstance(task, SimulatedTask)
-    scenario.federation(task.num_partitions)  # refuses what cannot work before anything is written
-    open_folder(scenario, folder, resume=resume, overwrite=overwrite)
+    check(scenario, task)
+    resumed = open_folder(scenario, folder, resume=resume, overwrite=overwrite)
     seconds = _Phases(folder / SCORES_FILE)
     wanted = scenario.baselines
 
@@ -222,8 +287,13 @@ def simulate(
         phases=seconds.phases,
     )
     summary = summarise(scenario, measured, total_s=time.perf_counter() - began)
+    summary["resumed"] = resumed
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     write_report(summary, measured, folder / REPORT_FILE)
+    if measured.store.latest() is None:
+        refusals = measured.store.refusals()
+        why = f"; first refusal: {refusals[0].reason}" if refusals else ""
+        raise RuntimeError(f"{folder}: no round reached its quorum, nothing was merged{why}")
     return summary
 
 

@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
+from anabranch.client.task import TrainPlan
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar
@@ -47,9 +55,9 @@ class Scenario(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the scenario and of its results folder."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """One seed for everything: A₀, partitions, sampling, the order of examples."""
     engine: Literal["inprocess", "flower"] = "inprocess"
     """``inprocess``: this process. ``flower``: Flower's Ray simulation through ``flwr run``."""
@@ -67,7 +75,7 @@ class Scenario(BaseModel):
     """Score the adapter on the clients' validation data every so many rounds; 0 never."""
     task: TaskConfig = TaskConfig()
     """What is trained, on which data, by which clients."""
-    train: dict[str, Scalar] = Field(default_factory=dict)
+    train: dict[str, Scalar] = Field({"steps": 5}, validate_default=True)
     """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
     codec: CodecConfig = CodecConfig()
     """How updates are encoded."""
@@ -78,31 +86,67 @@ class Scenario(BaseModel):
     baselines: Baselines = Baselines()
     """What to compare with."""
 
+    @field_validator("train")
+    @classmethod
+    def _is_a_train_plan(cls, train: dict[str, Scalar]) -> dict[str, Scalar]:
+        if "seed" in train:
+            raise ValueError("seed is mixed for each client from the scenario's: leave it out")
+        try:
+            TrainPlan.model_validate(train)
+        except ValidationError as error:
+            raise ValueError(validation_line(error, "the clients' TrainPlan")) from error
+        return train
+
+    @model_validator(mode="after")
+    def _can_be_a_federation(self) -> Scenario:
+        refactor = self.recipe.refactor
+        if refactor.kind == "stack" or refactor.rank is not None or self.recipe.weights is not None:
+            raise ValueError(
+                "recipe: a federation keeps its adapter's rank and counts clients alike: "
+                "leave out refactor.kind = 'stack', refactor.rank and weights"
+            )
+        return self
+
+    def asked(self, clients: int) -> int:
+        """Clients asked in each round."""
+        return max(1, round(self.fraction * clients))
+
     def federation(self, clients: int) -> FederationConfig:
         """The coordinator's configuration of this scenario.
 
         Raises:
-            ValueError: The recipe or codec cannot serve a federation.
+            ValueError: The recipe or codec cannot serve a federation, or there are too few clients.
         """
-        asked = max(1, round(self.fraction * clients))
-        return FederationConfig(
-            name=self.name,
-            run=f"{self.name}-{self.seed}",
-            seed=self.seed,
-            rounds=self.rounds,
-            clients=clients,
-            fraction=self.fraction,
-            quorum=self.quorum or asked // 2 + 1,
-            deadline_s=self.deadline_s,
-            poll_s=0.0 if self.engine == "inprocess" else 0.1,
-            durable=False,  # a simulation that lost power is run again
-            max_norm=self.max_norm,
-            evaluate_every=self.evaluate_every,
-            codec=self.codec,
-            down=self.down,
-            recipe=self.recipe,
-            train=self.train,
-        )
+        asked = self.asked(clients)
+        quorum = self.quorum or asked // 2 + 1
+        if quorum > asked:
+            raise ValueError(
+                f"quorum: {quorum} updates cannot come from the {asked} clients that are asked "
+                f"(of {clients}); lower it, or raise fraction"
+            )
+        try:
+            return FederationConfig(
+                name=self.name,
+                run=f"{self.name}-{self.seed}",
+                seed=self.seed,
+                rounds=self.rounds,
+                clients=clients,
+                fraction=self.fraction,
+                quorum=quorum,
+                deadline_s=self.deadline_s,
+                poll_s=0.0 if self.engine == "inprocess" else 0.1,
+                durable=False,  # a simulation that lost power is run again
+                max_norm=self.max_norm,
+                evaluate_every=self.evaluate_every,
+                codec=self.codec,
+                down=self.down,
+                recipe=self.recipe,
+                train=self.train,
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise ValueError(f"{where}{first['msg'].removeprefix('Value error, ')}") from error
 
 
 def load_scenario(path: Path) -> Scenario:

@@ -114,18 +114,30 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
         "mean": {column: _mean([row[column] for row in clients]) for column in columns},
         "groups": {
             group: {
-                key: measured.accuracy(key, group) for key in ("base", "fedavg", "merged", "oracle")
+                column: _mean([row[column] for row in clients if row["group"] == group])
+                for column in columns
             }
             for group in measured.scored
         },
         "update_bytes": _update_bytes(measured),
-        "rounds": store.notes("round"),
+        "rounds": _rounds(store),
         "refused": [row.model_dump() for row in store.refusals()],
         "adapter_hash": latest.adapter_hash if latest else measured.adapter.hash(),
         "phases": {name: round(value, 3) for name, value in measured.phases.items()},
         "seconds": round(total_s, 3),
         "about": ABOUT,
     }
+
+
+def _rounds(store: Store) -> list[dict[str, Any]]:
+    """The rounds, with what scoring the adapter sent down counted in."""
+    scoring: dict[int, int] = {}
+    for row in store.notes("scoring"):
+        scoring[row["round"]] = scoring.get(row["round"], 0) + row["bytes_down"]
+    return [
+        {**row, "bytes_down": row["bytes_down"] + scoring.get(row["round"], 0)}
+        for row in store.notes("round")
+    ]
 
 
 def _update_bytes(measured: Measured) -> dict[str, float | None]:

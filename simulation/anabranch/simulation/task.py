@@ -29,6 +29,14 @@ class SimulatedTask(LoraTask, Protocol):
         """One client per group: to evaluate these is to evaluate every group once."""
         ...
 
+    def check_data(self) -> None:
+        """Read every client's data once.
+
+        Raises:
+            ValueError: It cannot be had, or not be cut as asked.
+        """
+        ...
+
     def train_all(self, model: nn.Module, plan: TrainPlan) -> Mapping[str, float]:
         """Train on the union of all clients' data."""
         ...

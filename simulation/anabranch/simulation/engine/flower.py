@@ -42,8 +42,8 @@ def run_in_flower(
         run_config: Run configuration of both apps.
         server_app: ``module:attribute`` of the ServerApp.
         client_app: ``module:attribute`` of the ClientApp.
-        cpus_per_client: Processors Ray reserves for a client. Clients side by side on a core each are
-            faster than one after the other on all cores (Flower's default is 2).
+        cpus_per_client: Processors Ray reserves for a client. Clients side by side on a core each
+            are faster than one after the other on all cores (Flower's default is 2).
         timeout_s: Seconds after which the run is given up; each round has its own deadline.
         on_poll: Called about five times a second.
 

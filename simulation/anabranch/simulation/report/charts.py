@@ -62,7 +62,8 @@ def accuracy_over_rounds(
                 xs, ys = [point[0] for point in points], [point[1] for point in points]
                 (line,) = panel.plot(xs, ys, color=MERGED, linewidth=2, marker="o", markersize=3.5)
                 legend["merged, each client"] = line
-            panel.set_title(f"{group}: {', '.join(clients)}", loc="left", fontweight="bold")
+            who = ", ".join(clients) if len(clients) <= 3 else f"{len(clients)} clients"
+            panel.set_title(f"{group}: {who}", loc="left", fontweight="bold")
             panel.set_xlabel("round")
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
