@@ -173,7 +173,7 @@ def test_refusals_are_in_the_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"quorum": 9}, "quorum: 9 is more than the 4 of 4 clients"),
+        ({"quorum": 9}, "quorum: 9 updates cannot come from the 4 clients"),
         ({"recipe": {"method": "none"}}, "'none' is not a merge method"),
         ({"recipe": {"method": "multi_krum", "params": {"f": 2}}}, "f: 2 malicious need"),
         ({"task": {**TASK, "features": -1}}, "features"),
