@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -120,6 +119,8 @@ def test_inspect_shows_a_folder_and_an_update(run: Any, tmp_path: Path) -> None:
     assert facts["base_hash"] == "ab" * 32
     assert [row["name"] for row in facts["tensors"]] == ["layer.query", "layer.value"]
     assert facts["tensors"][0]["shape"] == "16x24"
+    dense = adapter(0).lora["layer.query"].delta().dense()
+    assert facts["tensors"][0]["norm"] == pytest.approx(float(dense.norm()), rel=1e-5)
     meta = UpdateMeta("update", "ab" * 32, "cd" * 32, "f", "r", 4, "site-a", b"n", 1, 99)
     blob = encode_update(adapter(0).tensors(), meta, CodecConfig()).blob
     file = tmp_path / "update"
@@ -136,74 +137,130 @@ def test_inspect_shows_a_folder_and_an_update(run: Any, tmp_path: Path) -> None:
     assert "layer.query.lora_A" in out
 
 
-def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
-    names = folders(tmp_path)
-    out = ["-o", str(tmp_path / "out")]
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "adapter_config.json").write_text("{")
-    junk = tmp_path / "junk.bin"
-    junk.write_bytes(os.urandom(64))
-    other = tmp_path / "other"
-    foreign = adapter(9)
-    write_adapter(Adapter(foreign.lora, base_hash="cd" * 32), other)
-    typo = tmp_path / "typo.toml"
-    typo.write_text('method = "tiess"\n')
-    value = tmp_path / "value.yaml"
-    value.write_text("method: ties\nparams: {density: 7}\n")
-    scenario = tmp_path / "scenario.toml"
-    scenario.write_text('name = "x"\nrounds = 0\n')
-    fine = tmp_path / "fine.toml"
-    fine.write_text('name = "x"\n[task]\nkind = "anabranch.simulation.synthetic:SyntheticTask"\n')
-    task = tmp_path / "task.toml"
-    task.write_text('name = "x"\n[task]\nkind = "nowhere:Task"\n')
-    unknown = tmp_path / "unknown.toml"
-    unknown.write_text('name = "x"\n[task]\ndatasets = ["imdb"]\n')
-    good = recipe(tmp_path)
-    return {
-        "no recipe": (["merge", "none.toml", *names, *out], "none.toml: cannot be read"),
-        "unknown method": (["merge", str(typo), *names, *out], "'tiess' is not a merge method"),
-        "bad parameter": (["merge", str(value), *names, *out], "params.density"),
-        "no adapter": (["merge", good, str(tmp_path / "none"), *out], "none"),
-        "broken adapter": (["merge", good, str(broken), *out], "broken"),
-        "another base": (["merge", good, *names, str(other), *out], "base"),
-        "out exists": (["merge", good, *names, "-o", names[0]], "already exists"),
-        "inspect nothing": (["inspect", str(tmp_path / "none")], "no such file"),
-        "inspect junk": (["inspect", str(junk)], "is no Anabranch update"),
-        "bad scenario": (["simulate", str(scenario)], "rounds"),
-        "bad engine": (["simulate", str(fine), "--engine", "x"], "--engine: engine: Input"),
-        "no task": (["simulate", str(task), "--out", str(tmp_path / "r")], "nowhere"),
-        "unknown option": (["methods", "--frobnicate"], "No such option"),
-        "no argument": (["inspect"], "Missing argument"),
-        "out is a file": (["simulate", str(fine), "--out", str(junk)], "is a file"),
-        "bracketed name": (["inspect", str(tmp_path / "[/x]")], "[/x]"),
-        "no data set": (["simulate", str(unknown), "--out", str(tmp_path / "r")], "imdb"),
-    }
+SYNTHETIC = '[task]\nkind = "anabranch.simulation.synthetic:SyntheticTask"\n'
+FILES = {
+    "good.toml": 'method = "mean"\n',
+    "typo.toml": 'method = "tiess"\n',
+    "value.yaml": "method: ties\nparams: {density: 7}\n",
+    "weights.toml": 'method = "mean"\nweights = [1, 2]\n',
+    "stack.toml": 'method = "ties"\nrefactor = { kind = "stack" }\n',
+    "rank.toml": 'method = "mean"\nrefactor = { rank = 1000000000 }\n',
+    "rounds.toml": 'name = "x"\nrounds = 0\n',
+    "fine.toml": 'name = "x"\n' + SYNTHETIC,
+    "task.toml": 'name = "x"\n[task]\nkind = "nowhere:Task"\n',
+    "date.toml": f'name = "x"\n{SYNTHETIC}start = 2024-01-01\n',
+    "data.toml": 'name = "x"\n[task]\ndatasets = ["imdb"]\n',
+    "cut.toml": 'name = "x"\n[task]\ndatasets = ["bbc"]\n'
+    'partition = { kind = "dirichlet", min_examples = 100000 }\n',
+    "long.toml": 'name = "x"\n[task]\ndatasets = ["bbc"]\nmax_length = 4096\n',
+    "device.toml": 'name = "x"\n[task]\ndatasets = ["bbc"]\ndevice = "tpu9"\n',
+    "train.toml": f'name = "x"\n{SYNTHETIC}[train]\nsteps = -1\n',
+    "krum.toml": f'name = "x"\n{SYNTHETIC}[recipe]\nmethod = "multi_krum"\n',
+    "density.toml": f'name = "x"\n{SYNTHETIC}[recipe]\nmethod = "ties"\nparams = {{density = 7}}\n',
+    "rank-kept.toml": f'name = "x"\n{SYNTHETIC}[recipe]\nmethod = "mean"\n'
+    'refactor = { kind = "stack" }\n',
+    "broken/adapter_config.json": "{",
+    "junk.bin": "junk",
+}
+BAD_INPUT = {
+    "no recipe": ("merge {tmp}/none.toml {adapters} -o {out}", "none.toml: cannot be read"),
+    "unknown method": (
+        "merge {tmp}/typo.toml {adapters} -o {out}",
+        "'tiess' is not a merge method",
+    ),
+    "bad parameter": ("merge {tmp}/value.yaml {adapters} -o {out}", "value.yaml: params.density"),
+    "odd weights": ("merge {tmp}/weights.toml {adapters} -o {out}", "weights.toml: weights: 2"),
+    "odd stack": ("merge {tmp}/stack.toml {adapters} -o {out}", "stack.toml: refactor.kind: stack"),
+    "huge rank": (
+        "merge {tmp}/rank.toml {adapters} -o {out}",
+        "rank.toml: refactor.rank: 1000000000 is above 16",
+    ),
+    "no adapter": ("merge {tmp}/good.toml {tmp}/none -o {out}", "{tmp}/none"),
+    "broken adapter": ("merge {tmp}/good.toml {tmp}/broken -o {out}", "{tmp}/broken"),
+    "another base": ("merge {tmp}/good.toml {adapters} {tmp}/other -o {out}", "base"),
+    "no start": ("merge {tmp}/good.toml {tmp}/headed -o {out}", "started from with --start"),
+    "out exists": ("merge {tmp}/good.toml {adapters} -o {tmp}/other", "already exists"),
+    "out in a file": ("merge {tmp}/good.toml {tmp}/none -o {tmp}/junk.bin/x", "junk.bin is no"),
+    "inspect nothing": ("inspect {tmp}/none", "no such file"),
+    "inspect junk": ("inspect {tmp}/junk.bin", "is no Anabranch update"),
+    "bracketed name": ("inspect {tmp}/[/x]", "[/x]"),
+    "bad scenario": ("simulate {tmp}/rounds.toml", "rounds"),
+    "bad engine": ("simulate {tmp}/fine.toml --engine x", "--engine: engine: Input"),
+    "bad plan": ("simulate {tmp}/train.toml --out {out}", "train.toml: train.steps: Input"),
+    "date": ("simulate {tmp}/date.toml --out {out}", "date.toml: task.start: not text"),
+    "no task": ("simulate {tmp}/task.toml --out {out}", "task.toml: task 'nowhere:Task'"),
+    "no data set": ("simulate {tmp}/data.toml --out {out}", "imdb"),
+    "no such cut": ("simulate {tmp}/cut.toml --out {out}", "cut.toml: Dirichlet"),
+    "too long": ("simulate {tmp}/long.toml --out {out}", "max_length: 4096 tokens are more"),
+    "no device": ("simulate {tmp}/device.toml --out {out}", "device: 'tpu9' cannot be used"),
+    "too few": (
+        "simulate {tmp}/krum.toml --out {out}",
+        "krum.toml: recipe: a round merges 3 (quor",
+    ),
+    "recipe's key": ("simulate {tmp}/density.toml --out {out}", "density.toml: recipe.params.dens"),
+    "rank kept": ("simulate {tmp}/rank-kept.toml --out {out}", "recipe.refactor.kind: a fed"),
+    "simulate into a file": ("simulate {tmp}/fine.toml --out {tmp}/junk.bin", "junk.bin is no"),
+    "simulate under a file": ("simulate {tmp}/fine.toml --out {tmp}/junk.bin/x", "junk.bin is no"),
+    "both": ("simulate {tmp}/fine.toml --out {out} --resume --overwrite", "give one of them"),
+    "unknown option": ("methods --frobnicate", "'--frobnicate'; see anabranch methods --help"),
+    "no argument": ("inspect", "Missing argument 'FILE'; see anabranch inspect --help"),
+    "unknown command": ("bogus", "No such command 'bogus'"),
+}
 
 
-CASES = (
-    "no recipe", "unknown method", "bad parameter", "no adapter", "broken adapter", "another base",
-    "out exists", "inspect nothing", "inspect junk", "bad scenario", "bad engine", "no task",
-    "no data set",
-    "unknown option",
-    "no argument",
-    "out is a file",
-    "bracketed name",
-)  # fmt: skip
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    tmp = tmp_path_factory.mktemp("inputs")
+    for name, text in FILES.items():
+        (tmp / name).parent.mkdir(exist_ok=True)
+        (tmp / name).write_text(text)
+    factors = adapter(9).lora
+    write_adapter(Adapter(factors, base_hash="cd" * 32), tmp / "other")
+    write_adapter(Adapter(factors, {"head": torch.ones(3)}, "ab" * 32), tmp / "headed")
+    return {"tmp": str(tmp), "out": str(tmp / "out"), "adapters": " ".join(folders(tmp))}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Any, tmp_path: Path) -> None:
-    arguments, expected = bad_inputs(tmp_path)[case]
-    code, out, err = run(*arguments)
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Any, inputs: dict[str, str]) -> None:
+    line, expected = BAD_INPUT[case]
+    code, out, err = run(*line.format(**inputs).split())
     assert code == 2, err
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
-    assert expected in lines[0]
+    assert expected.format(**inputs) in lines[0]
     assert out == ""
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "r").exists()
+    assert not Path(inputs["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "goes_on"), [("simulate s.toml", True), ("inspect file", False)]
+)
+def test_an_interruption_is_one_line(
+    command: str, goes_on: bool, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anabranch.simulation.scenario.load_scenario", interrupt)
+    monkeypatch.setattr("pathlib.Path.exists", interrupt)
+    code, _, err = run(*command.split())
+    assert code == 130
+    assert err.startswith("error: interrupted")
+    assert ("--resume" in err) == goes_on
+
+
+def test_merge_of_trained_heads_goes_by_their_start(run: Any, tmp_path: Path) -> None:
+    for name, head in (("start", 1.0), ("a", 2.0), ("b", 4.0)):
+        dense = {"head.weight": torch.full((2, 3), head)}
+        write_adapter(Adapter(adapter(0).lora, dense, "ab" * 32), tmp_path / name)
+    adapters = [tmp_path / "a", tmp_path / "b"]
+    out = tmp_path / "out"
+    code, _, err = run(
+        "merge", recipe(tmp_path), *adapters, "--start", tmp_path / "start", "-o", out
+    )
+    assert code == 0, err
+    torch.testing.assert_close(read_adapter(out).dense["head.weight"], torch.full((2, 3), 3.0))
 
 
 def test_simulate_prints_a_table_and_leaves_a_report(run: Any, tmp_path: Path) -> None:

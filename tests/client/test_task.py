@@ -68,9 +68,24 @@ def test_says_in_one_line_what_is_wrong(path: str, params: dict[str, Any], messa
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_task_is_never_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trap:
+        load_base = lora_config = train = None
+
+        def __init__(self) -> None:
+            pytest.fail("called")
+
+    for trap in (Trap, lambda: pytest.fail("called")):
+        monkeypatch.setattr(sys.modules["toy_tasks"], "Trap", trap, raising=False)
+        with pytest.raises(ValueError, match="toy_tasks:Trap"):
+            load_task("toy_tasks:Trap")
+
+
 def test_a_plan_is_strict() -> None:
     with pytest.raises(ValueError, match="greater than 0"):
         TrainPlan(steps=0)
+    with pytest.raises(ValueError, match="finite"):
+        TrainPlan(steps=1, learning_rate=float("inf"))
 
 
 def test_importing_the_protocol_loads_no_torch() -> None:

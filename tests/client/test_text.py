@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from anabranch.client.lora import attach, read_adapter, write_adapter
+from anabranch.client.models import load_encoder
 from anabranch.client.task import Split, TrainPlan, load_task
 from anabranch.client.text import Examples, TextClassification, TextConfig
 from anabranch.client.text_files import TextFiles, TextFilesSource
@@ -151,6 +152,32 @@ def test_a_model_that_is_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         TextClassification(TextConfig(model="/no/such"), OneTask()).load_base()
 
 
+def test_a_broken_model_is_one_line(tmp_path: Path) -> None:
+    encoder = load_encoder("minilm")
+    encoder.save_pretrained(tmp_path)
+    broken = TextClassification(TextConfig(model=str(tmp_path)), OneTask())
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(ValueError, match=r"^cannot load model .*give minilm, a folder"):
+        broken.load_base()
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match=r"^cannot load model .*give minilm, a folder"):
+        load_encoder(str(tmp_path))
+
+
+def test_texts_longer_than_the_model_reads_are_refused() -> None:
+    task = TextClassification(TextConfig(max_length=513), OneTask())
+    with pytest.raises(ValueError, match=r"max_length: 513 tokens are more than the 512 .* lower"):
+        task.load_base()
+
+
+@pytest.mark.parametrize("device", ["tpu9", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device: '{device}' cannot be used here") as caught:
+        TextClassification(TextConfig(device=device), OneTask())
+    assert "\n" not in str(caught.value)
+
+
 LABELS = {"neg": "a bad review", "pos": "a good review"}
 
 
@@ -170,6 +197,22 @@ def test_an_institution_trains_on_its_own_files(data: Path) -> None:
     model = attach(task.load_base(), task.lora_config())
     assert task.train(model, 0, PLAN)["num-examples"] == 2
     assert task.evaluate(model, 0, "test")["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "text,label\ngood,pos\n"), ("a.jsonl", '{"text": "good", "label": "pos"}')],
+)
+def test_a_byte_order_mark_is_no_part_of_the_data(data: Path, name: str, content: str) -> None:
+    (data / name).write_text(content, encoding="utf-8-sig")
+    examples = TextFilesSource(TextFiles(labels=LABELS, test=name)).examples(0, "test")
+    assert (examples.texts, examples.labels) == (["good"], [1])
+
+
+def test_text_that_is_not_utf_8_names_the_file(data: Path) -> None:
+    (data / "a.csv").write_bytes("text,label\nsehr schön,pos\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^data file 'a.csv' is not UTF-8 text; convert it$"):
+        TextFilesSource(TextFiles(labels=LABELS, test="a.csv")).examples(0, "test")
 
 
 @pytest.mark.parametrize(

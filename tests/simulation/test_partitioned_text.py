@@ -53,11 +53,21 @@ def test_dirichlet_reaches_the_clients() -> None:
         ({"datasets": ["bbc"], "partition": {"kind": "domain"}}, "0 domains of 'bbc'"),
         ({"partition": {"kind": "random"}}, "partition.kind: Input should be 'iid'"),
         ({"clients": 3}, "clients: Extra inputs"),
+        ({"partition": {"alpha": float("inf")}}, "partition.alpha: Input should be a finite"),
     ],
 )
 def test_parameters_that_do_not_fit(params: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_task(PATH, params)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "domain"])
+def test_no_part_is_smaller_than_asked(kind: str) -> None:
+    params = {"datasets": ["sentiment"], "clients_per_dataset": 4}
+    cut = {"kind": kind, "alpha": 100.0}
+    PartitionedText(**params, partition={**cut, "min_examples": 500}).check_data()
+    with pytest.raises(ValueError, match=r"fewer than 9000[ :;].*lower"):
+        PartitionedText(**params, partition={**cut, "min_examples": 9000}).check_data()
 
 
 def test_an_unknown_partition_is_refused() -> None:
@@ -72,12 +82,16 @@ def test_it_trains_and_scores_like_any_task() -> None:
     assert isinstance(task, LoraTask)
     assert isinstance(task, PartitionedText)
     model = attach(task.load_base(), task.lora_config())
-    start = read_adapter(model).hash()
-    plan = TrainPlan(steps=2, batch_size=8, learning_rate=1e-3)
-    assert task.train(model, 7, plan)["num-examples"] == 64
-    assert task.train_all(model, plan)["num-examples"] == 8 * 64
+
+    def losses() -> list[float]:
+        scores = [task.evaluate(model, one, "test") for one in task.scored_partitions.values()]
+        assert [score["num-examples"] for score in scores] == [20] * 4
+        return [score["loss"] for score in scores]
+
+    before, start = losses(), read_adapter(model).hash()
+    assert task.train(model, 7, TrainPlan(steps=1, batch_size=8))["num-examples"] == 64
     assert read_adapter(model).hash() != start
-    for partition in task.scored_partitions.values():
-        metrics = task.evaluate(model, partition, "test")
-        assert metrics["num-examples"] == 20
-        assert 0 <= metrics["accuracy"] <= 1
+    plan = TrainPlan(steps=8, batch_size=32, learning_rate=5e-3)
+    assert task.train_all(model, plan)["num-examples"] == 8 * 64
+    # Every group learns from the union, by more than a fifth on average.
+    assert sum(losses()) < 0.8 * sum(before)

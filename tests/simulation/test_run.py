@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from peft import PeftModel
 from anabranch.client.lora import read_adapter
 from anabranch.client.session import open_session
 from anabranch.coordinator.flower import FlowerError
-from anabranch.simulation.run import simulate
-from anabranch.simulation.scenario import Scenario
+from anabranch.simulation.run import fedavg_of, simulate
+from anabranch.simulation.scenario import Scenario, write_scenario
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
 
@@ -49,6 +50,10 @@ def test_a_run_leaves_what_people_look_for(tmp_path: Path) -> None:
     for column in ("base", "local_only", "fedavg", "merged", "oracle"):
         mean = sum(row[column] for row in summary["clients"]) / 4
         assert summary["mean"][column] == pytest.approx(mean)
+    rows = [row for row in summary["clients"] if row["group"] == "group-1"]
+    for column in ("base", "local_only", "local_only_own", "fedavg", "merged", "oracle"):
+        task_mean = sum(row[column] for row in rows) / 2
+        assert summary["groups"]["group-1"][column] == pytest.approx(task_mean)
     size = summary["update_bytes"]
     assert size["payload"] < size["ours"] < size["fp16"] < size["fp32"]
     assert [row["status"] for row in summary["rounds"]] == ["published"] * 4
@@ -57,6 +62,7 @@ def test_a_run_leaves_what_people_look_for(tmp_path: Path) -> None:
     assert {done == total for done, total in last.values()} == {True}
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 3
+    assert "task group-1" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
@@ -125,27 +131,59 @@ def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="--resume"):
         simulate(dense, tmp_path / "cut")
     resumed = simulate(dense, tmp_path / "cut", resume=True)
+    assert (whole["resumed"], resumed["resumed"]) == (False, True)
     assert resumed["adapter_hash"] == whole["adapter_hash"]
     assert resumed["mean"] == whole["mean"]
 
 
+ONLY = {"rounds": 1, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+
+
 def test_a_folder_is_never_taken_over_silently(tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("mine")
+    write_scenario(scenario(), tmp_path / "config.toml")
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(ValueError, match=r"'diary\.txt', which no run wrote"):
             simulate(scenario(), tmp_path, **how)
-    (tmp_path / "config.toml").write_text('[tool]\nname = "mine"\n')
-    with pytest.raises(ValueError, match="which no run wrote"):
-        simulate(scenario(), tmp_path, overwrite=True)
-    assert (tmp_path / "diary.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="one of them"):
-        simulate(scenario(), tmp_path / "x", overwrite=True, resume=True)
-    only = {"rounds": 1, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
-    simulate(scenario(**only), tmp_path / "run")
+    (tmp_path / "diary.txt").unlink()
+    # Also somebody's scenario is no run.
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=r"'config\.toml', which no run wrote"):
+            simulate(scenario(), tmp_path, **how)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_overwriting_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    simulate(scenario(**ONLY), out)
     with pytest.raises(ValueError, match="another scenario"):
-        simulate(scenario(**{**only, "seed": 9}), tmp_path / "run", resume=True)
-    again = simulate(scenario(**{**only, "seed": 9}), tmp_path / "run", overwrite=True)
+        simulate(scenario(**{**ONLY, "seed": 9}), out, resume=True)
+    (out / "notes.txt").write_text("mine")
+    (out / ".adapter.new.0123abcd").mkdir()
+    with pytest.raises(ValueError, match=r"'notes\.txt', which no run wrote"):
+        simulate(scenario(**ONLY), out, overwrite=True)
+    assert (out / "summary.json").exists()
+    (out / "notes.txt").rename(tmp_path / "notes.txt")
+    again = simulate(scenario(**{**ONLY, "seed": 9}), out, overwrite=True)
     assert again["seed"] == 9
+    assert not (out / ".adapter.new.0123abcd").exists()
+    config = out / "config.toml"
+    config.write_text('[tool]\nname = "mine"\n')
+    with pytest.raises(ValueError, match=r"'config\.toml', which no run wrote"):
+        simulate(scenario(**ONLY), out, overwrite=True)
+    assert (out / "summary.json").exists()
+
+
+def test_a_run_whose_artifacts_are_gone_cannot_go_on(tmp_path: Path) -> None:
+    simulate(scenario(**ONLY), tmp_path)
+    shutil.rmtree(tmp_path / "artifacts")
+    with pytest.raises(ValueError, match=r"cannot be gone on with: no artifact .* --overwrite"):
+        simulate(scenario(**ONLY), tmp_path, resume=True)
+
+
+def test_fedavg_is_dense_whatever_the_scenario_compresses() -> None:
+    rival = fedavg_of(scenario(down="int8", max_norm=1e-3, codec={"density": 0.1}))
+    assert (rival.down, rival.max_norm, rival.codec.name) == ("fp32", None, "dense")
 
 
 def test_a_task_that_cannot_be_simulated_is_named(tmp_path: Path) -> None:
@@ -158,7 +196,7 @@ def test_refusals_are_in_the_report(tmp_path: Path) -> None:
     strict = scenario(
         rounds=1, max_norm=1e-6, baselines={"local_only": False, "fedavg": False, "oracle": False}
     )
-    with pytest.raises(RuntimeError, match=r"nothing was merged; first refusal: .*over the cap"):
+    with pytest.raises(RuntimeError, match=r"nothing was merged: 0 admitted.*0000: .*over the cap"):
         simulate(strict, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {row["code"] for row in summary["refused"]} == {"norm"}

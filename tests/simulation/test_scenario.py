@@ -28,10 +28,22 @@ def test_the_examples_load_and_survive_being_written_out(path: Path, tmp_path: P
         ("", "name: Field required"),
         ('name = ".."\n', "name: String should match pattern"),
         ('name = "x"\nseed = -1\n', "seed: Input should be greater than or equal to 0"),
-        ('name = "x"\n[train]\nsteps = 1\nlr = 1\n', "lr: Extra inputs are not permitted"),
-        ('name = "x"\n[train]\nbatch_size = 4\n', "steps: Field required"),
+        ('name = "x"\n[train]\nsteps = 1\nlr = 1\n', "train.lr: Extra inputs are not permitted"),
+        ('name = "x"\n[train]\nbatch_size = 4\n', "train.steps: Field required"),
         ('name = "x"\n[train]\nsteps = 1\nlearning_rate = inf\n', "finite number"),
-        ('name = "x"\n[recipe]\nmethod = "mean"\nweights = [1]\n', "counts clients alike"),
+        (
+            'name = "x"\n[recipe]\nmethod = "mean"\nweights = [1]\n',
+            "recipe.weights: clients come and go",
+        ),
+        (
+            'name = "x"\n[recipe]\nmethod = "mean"\nrefactor = { rank = 2 }\n',
+            "recipe.refactor.rank: a federation's adapter keeps its rank",
+        ),
+        ('name = "x"\n[train]\nsteps = "5"\n', "train.steps: Input should be a valid integer"),
+        ('name = "x"\n[train]\nsteps = 5\nseed = 1\n', "train.seed: drawn for each client"),
+        ('name = "x"\nseed = 18446744073709551616\n', "seed: Input should be less than"),
+        ('name = "x"\ndeadline_s = inf\n', "deadline_s: Input should be a finite number"),
+        ('name = "x"\n[task]\nfrom = 2024-01-01\n', "task.from: not text, number, list or table"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_reason(
@@ -49,3 +61,5 @@ def test_the_quorum_is_more_than_half_of_those_asked_unless_said() -> None:
     assert Scenario(name="x").federation(8).quorum == 5
     assert Scenario(name="x", fraction=0.5).federation(8).quorum == 3
     assert Scenario(name="x", quorum=7).federation(8).quorum == 7
+    with pytest.raises(ValueError, match=r"quorum: 5 .* 4 clients that are asked .of 8.; lower it"):
+        Scenario(name="x", fraction=0.5, quorum=5).federation(8)

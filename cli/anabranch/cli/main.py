@@ -45,21 +45,32 @@ def main() -> None:
     if os.environ.get("ANABRANCH_DEBUG"):
         app()
         return
+    code = BAD_INPUT
     try:
-        code = app(standalone_mode=False)
+        # Typer makes an interruption the exit code 130; what a command returns is no code.
+        code = app(prog_name=app.info.name, standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            go_on = "; --resume goes on with what is done" if "simulate" in sys.argv[1:2] else ""
+            complain(f"interrupted{go_on}")
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
-        sys.exit(BAD_INPUT)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "anabranch"
+        complain(f"{error.format_message().rstrip('.')}; see {path} --help")
     except click.ClickException as error:
-        complain(f"{error.format_message()} (see anabranch --help)")
-        sys.exit(BAD_INPUT)
-    except (KeyboardInterrupt, click.Abort):
-        complain("interrupted; anabranch simulate --resume goes on with a run that was cut short")
-        sys.exit(INTERRUPTED)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        complain(error.format_message())
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        complain(_reason(error))
+    except ValueError as error:
         complain(str(error))
-        sys.exit(BAD_INPUT)
-    except (RuntimeError, OSError, KeyError) as error:
+    except OSError as error:
+        complain(_reason(error))
+        code = FAILED
+    except RuntimeError as error:
         complain(str(error))
-        sys.exit(FAILED)
-    sys.exit(code or 0)
+        code = FAILED
+    sys.exit(code)
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)

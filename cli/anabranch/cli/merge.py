@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anabranch.cli.output import print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from anabranch.vectors import Adapter
 
 
 def merge_command(
@@ -43,17 +47,32 @@ def merge_command(
         raise ValueError(f"{out}: cannot be written, {above} is no folder one may write to")
     from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
+    names = [str(folder) for folder in adapters]
     with stderr.status(f"reading {len(adapters)} adapters") as status:
         contributions = [read_adapter(folder) for folder in adapters]
-        begun = read_adapter(start) if start else None
+        begun = None if start is None else read_adapter(start)
+        for name, adapter in zip(names, contributions, strict=True):
+            if adapter.dense and begun is None:
+                trained = ", ".join(sorted(adapter.dense))
+                raise ValueError(
+                    f"{name}: holds weights trained in full ({trained}); "
+                    "name the adapter they started from with --start"
+                )
+        _check_rank(loaded.refactor.rank, contributions, recipe)
         status.update(f"merging {len(adapters)} adapters by {method.name}")
-        result = merge(
-            contributions,
-            loaded,
-            start=begun,
-            names=[str(folder) for folder in adapters],
-            budget_bytes=budget_mb * 1_000_000,
-        )
+        try:
+            result = merge(
+                contributions,
+                loaded,
+                start=begun,
+                names=names,
+                budget_bytes=budget_mb * 1_000_000,
+            )
+        except ValueError as error:
+            # What is wrong with an adapter names it; the rest the recipe asked for.
+            if any(name in str(error) for name in names):
+                raise
+            raise ValueError(f"{recipe}: {error}") from error
         status.update("writing")
         write_adapter(result.adapter, out)
     report = asdict(result.report)
@@ -67,3 +86,14 @@ def merge_command(
         f"truncation error {result.report.overall_truncation:.2%}",
         soft_wrap=True,
     )
+
+
+def _check_rank(rank: int | None, adapters: Sequence[Adapter], recipe: Path) -> None:
+    """Refuse a rank that no module has; zeros up to a mistyped one would fill the memory."""
+    shapes = [factors.delta().shape for one in adapters for factors in one.lora.values()]
+    largest = max((min(shape) for shape in shapes), default=0)
+    if rank is not None and shapes and rank > largest:
+        raise ValueError(
+            f"{recipe}: refactor.rank: {rank} is above {largest}, the largest any module can have; "
+            "lower it"
+        )

@@ -6,15 +6,16 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, emoji=False)
+stderr = Console(stderr=True, highlight=False, emoji=False)
 
 
 def complain(message: str) -> None:
     """One line on stderr."""
     line = " ".join(message.split()) or "failed without a message; ANABRANCH_DEBUG=1 shows where"
-    stderr.print(f"[bold red]error:[/] {_escaped(line)}", soft_wrap=True)
+    stderr.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -29,9 +30,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

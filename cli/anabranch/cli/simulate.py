@@ -14,16 +14,40 @@ from anabranch.cli.output import human_bytes, print_json, stderr, stdout
 def simulate_command(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO", help="Scenario file, TOML.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Results folder; runs/NAME when left out.")
+        Path | None,
+        typer.Option(
+            help="Folder for the results; runs/NAME, by the scenario's name, when left out."
+        ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="inprocess or flower; the scenario's own when left out.")
+        str | None,
+        typer.Option(
+            help="Instead of the scenario's own: inprocess (this process, quick) or flower "
+            "(Flower's Ray simulation, the deployed path)."
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with this scenario's interrupted run in the folder; "
+            "what is finished is read back.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Delete the earlier run in the folder first; refused if anything else lies there.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json, no table.")] = False,
 ) -> None:
-    """Run a scenario: federation, baselines, summary and report."""
+    """Run a federation on this machine, and what it is compared with.
+
+    The folder then holds the merged adapter (a PEFT folder), summary.json, report.html, the
+    journal metrics.jsonl and config.toml, the scenario with every default spelled out.
+    """
     from anabranch.aggregation.recipe import validation_line
     from anabranch.simulation.scenario import Scenario, load_scenario
 
@@ -35,12 +59,16 @@ def simulate_command(
             loaded = Scenario.model_validate({**loaded.model_dump(), "engine": engine})
         except ValidationError as error:
             raise ValueError(validation_line(error, "--engine")) from error
-    from anabranch.aggregation import resolve
-
-    resolve(loaded.recipe, str(scenario))
     folder = out or Path("runs") / loaded.name
     # Flower and transformers log much that a person who watches a bar does not need.
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    with stderr.status("loading the base and the data"):
+        from anabranch.simulation.run import prepare
+
+        try:
+            prepare(loaded)
+        except ValueError as error:
+            raise ValueError(f"{scenario}: {error}") from error
     summary = _run(loaded, folder, resume=resume, overwrite=overwrite)
     if as_json:
         print_json(summary)
@@ -58,10 +86,8 @@ def _run(scenario: Any, folder: Path, *, resume: bool, overwrite: bool) -> dict[
         TimeElapsedColumn,
     )
 
-    with stderr.status("loading the base and the data"):
-        from anabranch.simulation.run import open_task, simulate
+    from anabranch.simulation.run import simulate
 
-        open_task(scenario)
     columns = (
         TextColumn("{task.description:<16}"),
         BarColumn(),

@@ -24,14 +24,14 @@ ATTEMPTS = 200
 class Partition(BaseModel):
     """How one data set is spread over its clients."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["iid", "dirichlet", "domain"] = "iid"
     """``iid``; ``dirichlet``, by label; ``domain``, every client in one domain."""
     alpha: float = Field(1.0, gt=0)
     """Dirichlet concentration: the smaller, the fewer labels a client sees."""
     min_examples: int = Field(16, gt=0)
-    """No client holds fewer."""
+    """No client's part is smaller. Dirichlet draws until that is so; others are refused."""
 
 
 def iid(count: int, clients: int, generator: np.random.Generator) -> list[Indices]:

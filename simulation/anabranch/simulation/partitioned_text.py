@@ -26,7 +26,7 @@ class PartitionedTextConfig(TextConfig):
     partition: Partition = Partition()
     """How it is cut."""
     train_examples: int | None = Field(None, gt=0)
-    """At most so many training texts per client; None means all."""
+    """At most so many training texts per client, out of its part; None means all."""
     validation_examples: int = Field(100, gt=0)
     """At most so many validation texts per group."""
     test_examples: int = Field(200, gt=0)
@@ -145,6 +145,13 @@ class _Clients:
                 parts = dirichlet(dataset.labels, clients, how.alpha, how.min_examples, generator)
             else:
                 parts = iid(len(dataset), clients, generator)
+            fewest = min(len(part) for part in parts)
+            if fewest < how.min_examples:
+                raise ValueError(
+                    f"partition.min_examples: {fewest} of {len(dataset)} {name} texts would be "
+                    f"left for some of {clients} clients, fewer than {how.min_examples}; "
+                    "lower it, or clients_per_dataset"
+                )
             self._parts[name] = parts
         return self._parts[name]
 

@@ -7,7 +7,6 @@ are read back, the rest is done.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,35 +20,27 @@ from anabranch.client.app import app as client_app
 from anabranch.client.session import Session, open_session
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
-from anabranch.coordinator.federation import FEDERATION_FILE, START_FOLDER, write_federation
+from anabranch.coordinator.federation import START_FOLDER, write_federation
 from anabranch.coordinator.store import FolderStore
-from anabranch.coordinator.store.folder import ARTIFACTS, JOURNAL
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
 from anabranch.simulation.engine.inprocess import run_in_process
+from anabranch.simulation.folder import (
+    FEDAVG_FOLDER,
+    REPORT_FILE,
+    SCORES_FILE,
+    SUMMARY_FILE,
+    open_folder,
+)
 from anabranch.simulation.report import write_report
-from anabranch.simulation.scenario import Baselines, Scenario, load_scenario, write_scenario
+from anabranch.simulation.scenario import Baselines, Scenario
 from anabranch.simulation.summary import Measured, summarise
 from anabranch.simulation.task import SimulatedTask
 from anabranch.vectors import seeded_start
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 from anabranch.wire.config import CodecConfig
 
-CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE = (
-    "config.toml",
-    "summary.json",
-    "report.html",
-    "scores.json",
-)
-FEDAVG_FOLDER = "fedavg"
-RUN_NAMES = frozenset(
-    {
-        CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE, FEDAVG_FOLDER, ADAPTER_FOLDER,
-        START_FOLDER, FEDERATION_FILE, JOURNAL, ARTIFACTS, "flower",
-        f"{ADAPTER_FOLDER}.new", f"{ADAPTER_FOLDER}.old", "scores.partial",
-    }
-)  # fmt: skip
-"""Every name a run writes into its folder."""
+NO_BASELINES = Baselines(local_only=False, fedavg=False, oracle=False)
 
 Progress = Callable[[str, int, int], None]
 """``progress(phase, done, total)``."""
@@ -57,53 +48,6 @@ Progress = Callable[[str, int, int], None]
 
 def _silent(phase: str, done: int, total: int) -> None:
     """No progress shown."""
-
-
-def open_folder(scenario: Scenario, folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Make a run's folder, or check that a run in it may be gone on with.
-
-    Returns:
-        Whether an earlier run is gone on with.
-
-    Raises:
-        ValueError: The folder holds something else, or another scenario's run.
-    """
-    if resume and overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; name a new folder with --out")
-    held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if held:
-        foreign = [name for name in held if name not in RUN_NAMES]
-        if foreign or CONFIG_FILE not in held:
-            odd = foreign[0] if foreign else held[0]
-            raise ValueError(
-                f"{folder}: holds {odd!r}, which no run wrote; name a new folder with --out"
-            )
-        if overwrite:
-            _delete_run(folder, held)
-        elif not resume:
-            raise ValueError(f"{folder}: already holds a run; give --resume, --overwrite or --out")
-        elif load_scenario(folder / CONFIG_FILE) != scenario:
-            raise ValueError(
-                f"{folder}: holds a run of another scenario than this; use --overwrite"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be made ({error.strerror}); name another") from error
-    write_scenario(scenario, folder / CONFIG_FILE)
-    return bool(held) and resume
-
-
-def _delete_run(folder: Path, names: list[str]) -> None:
-    """Delete what a run wrote, and nothing else."""
-    for name in names:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def open_task(scenario: Scenario) -> Session:
@@ -122,33 +66,39 @@ def open_task(scenario: Scenario) -> Session:
 
 
 def task_params(scenario: Scenario) -> str:
-    """The task's parameters as every process of the run is given them.
+    """The task's parameters as every process of the run is given them."""
+    return json.dumps(scenario.task.params(), sort_keys=True)
+
+
+def prepare(scenario: Scenario) -> Session:
+    """Load the scenario's task, and find before anything is written what would go wrong later.
 
     Raises:
-        ValueError: One is a date or another value that JSON does not hold.
+        ValueError: The task, recipe, quorum or data cannot work; names the key.
     """
+    session = open_task(scenario)
+    assert isinstance(session.task, SimulatedTask)
+    config = scenario.federation(session.task.num_partitions)
+    _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
+    session.task.check_data()
+    return session
+
+
+def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
+    """Try the method on as few and on as many updates as a round may merge."""
     try:
-        return json.dumps(scenario.task.params(), sort_keys=True)
-    except TypeError as error:
-        raise ValueError(f"task: {error}; use text, numbers, lists and tables") from error
-
-
-def check(scenario: Scenario, task: SimulatedTask) -> None:
-    """Find what would go wrong later, before anything is written.
-
-    Raises:
-        ValueError: The recipe, the quorum or the data cannot work; names the key.
-    """
-    config = scenario.federation(task.num_partitions)
-    method, parameters = resolve(scenario.recipe)
-    asked = max(1, round(config.fraction * config.clients))
-    for count in (config.quorum, asked):
+        method, parameters = resolve(recipe, "recipe")
+    except ValueError as error:
+        raise ValueError(f"recipe.{str(error).removeprefix('recipe: ')}") from error
+    generator = torch.Generator().manual_seed(0)
+    for count in sorted({quorum, asked}):
         try:
-            method(torch.ones(count, 4), None, parameters)
+            method(torch.randn(count, 4, generator=generator), config=parameters)
         except ValueError as error:
-            between = f"a round merges {config.quorum} to {asked} updates"
-            raise ValueError(f"recipe: {error} ({between})") from error
-    task.check_data()
+            raise ValueError(
+                f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
+                f"{method.name} cannot: {error}"
+            ) from error
 
 
 def run_federation(
@@ -170,8 +120,7 @@ def run_federation(
         write_adapter(seeded_start(session.template, scenario.seed), folder / START_FOLDER)
     if (folder / ADAPTER_FOLDER).exists():
         return
-    asked = max(1, round(config.fraction * config.clients))
-    total = config.rounds * asked
+    total = config.rounds * scenario.asked(config.clients)
     if config.evaluate_every:
         total += (config.rounds // config.evaluate_every) * config.clients
     store = FolderStore(folder)
@@ -209,7 +158,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "recipe": Recipe(method="fedit"),
             "codec": CodecConfig(name="dense", feedback=0.0),
             "evaluate_every": 0,
-            "baselines": Baselines(local_only=False, fedavg=False, oracle=False),
+            "baselines": NO_BASELINES,
         }
     )
 
@@ -240,16 +189,16 @@ def simulate(
         RuntimeError: No round could be merged; summary and report are there all the same.
     """
     began = time.perf_counter()
-    session = open_task(scenario)
+    session = prepare(scenario)
     task = session.task
     assert isinstance(task, SimulatedTask)
-    check(scenario, task)
     resumed = open_folder(scenario, folder, resume=resume, overwrite=overwrite)
     seconds = _Phases(folder / SCORES_FILE)
-    wanted = scenario.baselines
-
     with seconds.phase("federation"):
         run_federation(scenario, folder, session, progress)
+    # What kept every round from its quorum would keep the baselines from training.
+    published = FolderStore(folder).latest() is not None
+    wanted = scenario.baselines if published else NO_BASELINES
     merged = read_adapter(folder / ADAPTER_FOLDER)
     start = read_adapter(folder / START_FOLDER)
     scores = seconds.scores
@@ -290,10 +239,12 @@ def simulate(
     summary["resumed"] = resumed
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     write_report(summary, measured, folder / REPORT_FILE)
-    if measured.store.latest() is None:
-        refusals = measured.store.refusals()
-        why = f"; first refusal: {refusals[0].reason}" if refusals else ""
-        raise RuntimeError(f"{folder}: no round reached its quorum, nothing was merged{why}")
+    if not published:
+        rounds, refusals = measured.store.notes("round"), measured.store.refusals()
+        why = rounds[0].get("reason", "") if rounds else ""
+        if refusals:
+            why += f"; first refusal: {refusals[0].client}: {refusals[0].reason}"
+        raise RuntimeError(f"{folder}: nothing was merged: {why}; report.html there has the rest")
     return summary
 
 

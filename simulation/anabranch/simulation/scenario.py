@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
     field_validator,
-    model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.client.task import TrainPlan
@@ -24,10 +26,24 @@ from anabranch.wire.plan import Scalar
 DEFAULT_TASK = "anabranch.simulation.partitioned_text:PartitionedText"
 
 
+def _as_json(value: Any) -> Any:
+    """What every process of a run can be told, which TOML's dates and times are not."""
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise PydanticCustomError(
+            "json", "not text, number, list or table ({type}); write it in quotes",
+            {"type": str(error)},
+        ) from error  # fmt: skip
+    return value
+
+
 class TaskConfig(BaseModel):
     """Which task the clients train: its class and, as further keys, that class's parameters."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
+
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_as_json)]] = Field(init=False)
 
     kind: str = DEFAULT_TASK
     """``package.module:Class`` of a simulated task."""
@@ -53,7 +69,7 @@ class Baselines(BaseModel):
 class Scenario(BaseModel):
     """A federation to simulate."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the scenario and of its results folder."""
@@ -75,7 +91,7 @@ class Scenario(BaseModel):
     """Score the adapter on the clients' validation data every so many rounds; 0 never."""
     task: TaskConfig = TaskConfig()
     """What is trained, on which data, by which clients."""
-    train: dict[str, Scalar] = Field({"steps": 5}, validate_default=True)
+    train: dict[str, Scalar] = Field({"steps": 5})
     """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
     codec: CodecConfig = CodecConfig()
     """How updates are encoded."""
@@ -86,26 +102,26 @@ class Scenario(BaseModel):
     baselines: Baselines = Baselines()
     """What to compare with."""
 
-    @field_validator("train")
+    # The validators raise what pydantic nests: its keys come to stand under the field's own.
+    @field_validator("train", mode="before")
     @classmethod
-    def _is_a_train_plan(cls, train: dict[str, Scalar]) -> dict[str, Scalar]:
+    def _is_a_train_plan(cls, train: Any) -> Any:
+        TrainPlan.model_validate(train, strict=True)
         if "seed" in train:
-            raise ValueError("seed is mixed for each client from the scenario's: leave it out")
-        try:
-            TrainPlan.model_validate(train)
-        except ValidationError as error:
-            raise ValueError(validation_line(error, "the clients' TrainPlan")) from error
+            raise _wrong(("seed",), "drawn for each client and round; set the scenario's own seed")
         return train
 
-    @model_validator(mode="after")
-    def _can_be_a_federation(self) -> Scenario:
-        refactor = self.recipe.refactor
-        if refactor.kind == "stack" or refactor.rank is not None or self.recipe.weights is not None:
-            raise ValueError(
-                "recipe: a federation keeps its adapter's rank and counts clients alike: "
-                "leave out refactor.kind = 'stack', refactor.rank and weights"
-            )
-        return self
+    @field_validator("recipe")
+    @classmethod
+    def _keeps_the_rank(cls, recipe: Recipe) -> Recipe:
+        kept = "a federation's adapter keeps its rank from round to round; leave it out"
+        if recipe.refactor.kind == "stack":
+            raise _wrong(("refactor", "kind"), kept)
+        if recipe.refactor.rank is not None:
+            raise _wrong(("refactor", "rank"), kept)
+        if recipe.weights is not None:
+            raise _wrong(("weights",), "clients come and go between rounds; leave it out")
+        return recipe
 
     def asked(self, clients: int) -> int:
         """Clients asked in each round."""
@@ -148,6 +164,14 @@ class Scenario(BaseModel):
             first = error.errors()[0]
             where = "".join(f"{part}: " for part in first["loc"])
             raise ValueError(f"{where}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _wrong(key: tuple[str, ...], reason: str) -> ValidationError:
+    """An error at a key inside a field."""
+    problem = PydanticCustomError("scenario", "{reason}", {"reason": reason})
+    return ValidationError.from_exception_data(
+        "scenario", [InitErrorDetails(type=problem, loc=key, input=None)]
+    )
 
 
 def load_scenario(path: Path) -> Scenario:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import matplotlib as mpl
@@ -19,6 +21,9 @@ LEVELS = {
     "local": ("local-only, own data", ALONE, "--"),
     "oracle": ("central oracle", TOGETHER, "-."),
 }
+MAX_PANELS = 12
+"""Groups drawn; the table on the page holds all of them."""
+NAME_CHARACTERS, TITLE_CHARACTERS = 24, 44
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -49,12 +54,13 @@ def accuracy_over_rounds(
         levels: Accuracy of base, local and oracle per group; what was not run is left out.
     """
     with mpl.rc_context(STYLE):
-        columns = min(len(curves), 2)
-        rows = -(-len(curves) // columns)
+        shown = dict(islice(curves.items(), MAX_PANELS))
+        columns = min(len(shown), 2)
+        rows = -(-len(shown) // columns)
         figure = Figure(figsize=(9, 2.6 * rows + 0.6), layout="constrained")
         panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
         legend: dict[str, Artist] = {}
-        for panel, (group, clients) in zip(panels, curves.items(), strict=False):
+        for panel, (group, clients) in zip(panels, shown.items(), strict=False):
             for key, value in levels.get(group, {}).items():
                 label, colour, dash = LEVELS[key]
                 legend[label] = panel.axhline(value, color=colour, linestyle=dash, linewidth=1.5)
@@ -62,17 +68,31 @@ def accuracy_over_rounds(
                 xs, ys = [point[0] for point in points], [point[1] for point in points]
                 (line,) = panel.plot(xs, ys, color=MERGED, linewidth=2, marker="o", markersize=3.5)
                 legend["merged, each client"] = line
-            who = ", ".join(clients) if len(clients) <= 3 else f"{len(clients)} clients"
-            panel.set_title(f"{group}: {who}", loc="left", fontweight="bold")
+            panel.set_title(_title(group, clients), loc="left", fontweight="bold", parse_math=False)
             panel.set_xlabel("round")
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for panel in panels[len(curves) :]:
+        for panel in panels[len(shown) :]:
             panel.set_visible(False)
+        if len(shown) < len(curves):
+            figure.supxlabel(f"the first {len(shown)} of {len(curves)} groups", color=QUIET)
         figure.legend(
             list(legend.values()), list(legend), loc="outside upper left", ncols=4, frameon=False
         )
         return _svg(figure)
+
+
+def _title(group: str, clients: Collection[str]) -> str:
+    """A panel's group and its clients, by name where they are few and short."""
+    names = ", ".join(clients)
+    few = len(clients) <= 4 and len(names) <= TITLE_CHARACTERS
+    count = f"{len(clients)} client{'s' if len(clients) > 1 else ''}"
+    return f"{_short(group)}: {names if few else count}"
+
+
+def _short(name: str) -> str:
+    """A name in the space a chart has for it."""
+    return name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 1]}…"
 
 
 def bytes_per_round(rounds: Sequence[Mapping[str, Any]], dense_update: int) -> str:
@@ -115,11 +135,14 @@ def similarity(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         panel: Axes = figure.subplots()
         picture = panel.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
-        small = len(names) <= 30
-        panel.set_xticks(
-            range(len(names)), names if small else [""] * len(names), rotation=45, ha="right"
-        )
-        panel.set_yticks(range(len(names)), names if small else [""] * len(names))
+        if len(names) <= 30:
+            labels = [_short(name) for name in names]
+            panel.set_xticks(range(len(names)), labels, rotation=45, ha="right", parse_math=False)
+            panel.set_yticks(range(len(names)), labels, parse_math=False)
+        else:
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_xlabel(f"{len(names)} clients, in the order of the table")
         for spine in panel.spines.values():
             spine.set_visible(False)
         if len(names) <= 12:
@@ -135,6 +158,9 @@ def similarity(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        # The reader's browser sets the text, in fonts that this machine may lack.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
