@@ -48,7 +48,13 @@ def free_port() -> int:
 
 def environment(home: Path, port: int) -> dict[str, str]:
     """This process's environment with Flower made private."""
-    private = {"FLWR_HOME": str(home), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port)}
+    # Flower starts its helpers by bare name: they must be found without an activated environment.
+    scripts = str(Path(sys.executable).parent)
+    private = {
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+    }
     return {**os.environ, **PRIVATE_ENVIRONMENT, **private}
 
 
