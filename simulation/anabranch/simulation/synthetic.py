@@ -71,6 +71,11 @@ class SyntheticTask:
         """One client per group."""
         return {group: self.groups.index(group) for group in dict.fromkeys(self.groups)}
 
+    @property
+    def side_by_side(self) -> bool:
+        """No: a step is over before another thread gets a word in."""
+        return False
+
     def check_data(self) -> None:
         """Nothing can be wrong with numbers that are drawn."""
 
@@ -120,7 +125,7 @@ class SyntheticTask:
         self, model: nn.Module, inputs_NF: Tensor, labels_N: Tensor, plan: TrainPlan
     ) -> Mapping[str, float]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0, fused=True)
         generator = torch.Generator().manual_seed(plan.seed)
         losses = []
         for _ in range(plan.steps):

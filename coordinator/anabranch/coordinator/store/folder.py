@@ -41,10 +41,8 @@ class FolderStore(Store):
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
         if not path.exists():
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
+            with _made(partial) as file:
                 file.write(data)
                 self._flush(file)
             partial.replace(path)
@@ -123,6 +121,15 @@ class FolderStore(Store):
             number = os.open(folder, os.O_RDONLY)
             os.fsync(number)
             os.close(number)
+
+
+def _made(path: Path) -> BinaryIO:
+    """A new file, with its folder where that is missing: asking first would cost every write."""
+    try:
+        return path.open("wb")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
 
 
 def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
