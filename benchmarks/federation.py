@@ -159,6 +159,8 @@ def plain(scenario: Scenario, folder: Path, template: Adapter, clients: int, cpu
         "rounds": scenario.rounds,
     }
     seconds: list[float] = []
+    # Flower's processes import the rival's app from this tree, wherever they are started.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
     def work() -> None:
         seconds.append(

@@ -221,6 +221,12 @@ def test_fedit_refuses_what_it_cannot_average(
         merge(adapters, Recipe(method="fedit"))
 
 
+def test_a_rank_beyond_every_module_is_refused(make_adapter: MakeAdapter) -> None:
+    adapters = [make_adapter(seed) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"refactor.rank: 100000 is above \d+, the largest"):
+        merge(adapters, Recipe(method="mean", refactor=Refactor(rank=100_000)))
+
+
 def test_fedit_keeps_its_rank(make_adapter: MakeAdapter) -> None:
     with pytest.raises(ValueError, match=r"keeps rank 4 and cannot go to refactor.rank 2"):
         merge([make_adapter(0)], Recipe(method="fedit", refactor=Refactor(rank=2)))

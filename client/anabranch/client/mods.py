@@ -101,7 +101,8 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
     )
     encoded = encode_update(wanted, meta, plan.codec)
-    _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
+    if plan.codec.feedback:
+        _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
     blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)
     reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: blob})
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
@@ -124,8 +125,6 @@ def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:
 def _keep_residual(
     context: Context, plan: RoundPlan, owed: ArrayRecord, residual: dict[str, Tensor]
 ) -> None:
-    if plan.codec.feedback == 0:
-        return
     context.state[OWED_KEY] = owed
     context.state[RESIDUAL_KEY] = pack(residual)
     context.state[RESIDUAL_OF_KEY] = ConfigRecord(

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
 from anabranch.vectors import Adapter
+from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX
 from anabranch.wire import WireError, decode_update
 from anabranch.wire.plan import (
     CLIENT_KEY,
@@ -131,7 +132,7 @@ def examine(
 
 def update_norm(tensors: Mapping[str, Tensor]) -> float:
     """‖·‖₂ over all tensors, accumulated in fp64."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    return math.hypot(*(_norm(tensor) for tensor in tensors.values()))
 
 
 def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
@@ -139,12 +140,17 @@ def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
 
     Finite factors can have a product that is not: it would make the merge fail for everybody.
     """
-    end = start.with_tensors({name: t + changes[name] for name, t in start.tensors().items()})
+    end = {name: tensor + changes[name] for name, tensor in start.tensors().items()}
     root = math.sqrt(torch.finfo(torch.float32).max)
-    for name, factors in end.lora.items():
-        size = float(factors.b_mr.double().norm() * factors.a_rn.double().norm()) * factors.scaling
+    for name, factors in start.lora.items():
+        size = _norm(end[name + A_SUFFIX]) * _norm(end[name + B_SUFFIX]) * factors.scaling
         if not size < root:
             raise RefusedError("overflow", f"module {name[:100]} would get a norm of {size:.3g}")
-    for name, tensor in end.dense.items():
-        if not float(tensor.double().norm()) < root:
+    for name in start.dense:
+        if not _norm(end[name]) < root:
             raise RefusedError("overflow", f"parameter {name[:100]} would be beyond fp32's range")
+
+
+def _norm(tensor: Tensor) -> float:
+    """‖·‖₂, accumulated in fp64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

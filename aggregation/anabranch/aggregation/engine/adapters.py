@@ -77,6 +77,7 @@ def merge_adapters(
             f"refactor.kind: stack keeps Σ c_i·ΔW_i as it is, and {method.name} gives no such sum; "
             "set it to svd"
         )
+    _check_rank(recipe.refactor.rank, adapters)
     names = contribution_names(names, len(adapters))
     cohort = gather(_task_vectors(adapters, start, names), names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
@@ -108,6 +109,16 @@ def merge_adapters(
         cosine=tuple(tuple(row) for row in cosines(gram_CC).tolist()),
     )
     return MergeResult(adapter, report)
+
+
+def _check_rank(rank: int | None, adapters: Sequence[Adapter]) -> None:
+    """Refuse a rank that no module has; zeros up to a mistyped one would fill the memory."""
+    modules = [factors for adapter in adapters for factors in adapter.lora.values()]
+    largest = max((min(len(one.b_mr), one.a_rn.shape[1]) for one in modules), default=0)
+    if rank is not None and modules and rank > largest:
+        raise ValueError(
+            f"refactor.rank: {rank} is above {largest}, the largest any module can have; lower it"
+        )
 
 
 def _task_vectors(
