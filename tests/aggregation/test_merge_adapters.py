@@ -13,7 +13,7 @@ from anabranch.aggregation import MergeResult, Recipe, merge
 from anabranch.aggregation.engine import rows as rows_module
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
 from anabranch.aggregation.methods import BUILT_IN
-from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.recipe import Refactor
 from anabranch.vectors import Adapter, LoraFactors, task_vector
 
@@ -70,7 +70,7 @@ def test_entry_merges_add_the_start_back_before_they_truncate(
     for name, merged_mn in products(result.adapter).items():
         before = product(start.lora[name])
         deltas_CD = torch.stack([(products(a)[name] - before).flatten() for a in adapters]).float()
-        change = ties(deltas_CD, torch.tensor(WEIGHTS), TiesConfig(density=0.3)).view_as(before)
+        change = TIES(deltas_CD, torch.tensor(WEIGHTS), TiesConfig(density=0.3)).view_as(before)
         exact = before + 0.7 * change
         error = float((exact - best(exact, 4)).norm() / exact.norm())
         assert result.report.truncation[name] == pytest.approx(error, rel=0.02)

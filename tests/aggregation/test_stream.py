@@ -11,7 +11,7 @@ from torch import Tensor
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
 from anabranch.aggregation.engine.stream import merge_task_vectors
 from anabranch.aggregation.methods import BUILT_IN
-from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.vectors import Delta, LowRank, TaskVector
 from anabranch.vectors.counter import bernoulli
@@ -106,7 +106,7 @@ def test_ties_over_the_model_trims_over_the_model() -> None:
     whole = [entries(vector) for vector in cohort]
     modules = sorted(whole[0])
     flat_CD = torch.stack([torch.cat([v[m].flatten() for m in modules]) for v in whole])
-    expected_D = ties(flat_CD, torch.ones(COUNT), TiesConfig(density=0.1))
+    expected_D = TIES(flat_CD, torch.ones(COUNT), TiesConfig(density=0.1))
     recipe = Recipe(method="ties", params={"scope": "model", "density": 0.1})
     merged = entries(merge_task_vectors(cohort, recipe))
     merged_D = torch.cat([merged[m].flatten() for m in modules])
