@@ -62,13 +62,8 @@ def stream_kth(chunks: Iterable[Tensor], count: int, magnitude: bool = True) -> 
     bucket_K, above_K = _descend(upper_KH, torch.full((len(upper_KH),), count))
     lower_KH = _histogram(chunks, bucket_K, magnitude)
     low_K, _ = _descend(lower_KH, count - above_K)
-    order_K = ((bucket_K - _offset(magnitude)) << 16) | low_K
+    order_K = ((bucket_K - (0 if magnitude else _BUCKETS // 2)) << 16) | low_K
     return _flipped(order_K.to(torch.int32)).view(torch.float32)
-
-
-def _offset(magnitude: bool) -> int:
-    """How many of the upper halves are below zero: none of a magnitude's."""
-    return 0 if magnitude else _BUCKETS // 2
 
 
 def _flipped(bits_D: Tensor) -> Tensor:
@@ -84,10 +79,11 @@ def _histogram(chunks: Iterable[Tensor], bucket_K: Tensor | None, magnitude: boo
         for row, values_D in enumerate(values_KD):
             if magnitude:
                 order_D = values_D.abs().view(torch.int32)
+                upper_D = order_D >> 16
             else:
                 # Adding zero makes −0 the same number as 0.
                 order_D = _flipped((values_D + 0.0).view(torch.int32))
-            upper_D = (order_D >> 16).add_(_offset(magnitude))
+                upper_D = (order_D >> 16).add_(_BUCKETS // 2)
             if bucket_K is None:
                 counts.append(torch.bincount(upper_D, minlength=_BUCKETS))
             else:

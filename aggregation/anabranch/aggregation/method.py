@@ -117,7 +117,7 @@ class MergeMethod:
             found = gather_statistics(self.statistics, [chunk], rows * columns, weights_C, config)
             return self.merge_chunk(chunk, weights_C, config, found).view(shape)
         assert self.coefficients is not None
-        gram_CC = inner_products(chunk.deltas_CD) if self.needs_gram else None
+        gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
         merged_D = combine(chunk.deltas_CD, self.coefficients(weights_C, gram_CC, config))
         return merged_D.view(shape)
 
