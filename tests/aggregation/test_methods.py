@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -319,3 +320,5 @@ def test_what_a_method_gathers_must_make_sense() -> None:
             merge=median,
             statistics=TIES.statistics * 2,
         )
+    with pytest.raises(ValueError, match="handed to a merge of entries"):
+        replace(MEAN, draws=DARE_LINEAR.draws)

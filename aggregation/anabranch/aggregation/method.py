@@ -73,6 +73,11 @@ class MergeMethod:
                 f"method {self.name}: what it gathers is taken over a tensor or the model; "
                 "set scope to one of them"
             )
+        if (self.statistics or self.draws) and (self.merge is None or self.factors):
+            raise ValueError(
+                f"method {self.name}: statistics and draws are handed to a merge of entries; "
+                "leave them out, or set merge and not factors"
+            )
         keywords = [statistic.name for statistic in self.statistics]
         keywords += [draw.name for draw in self.draws]
         if len(set(keywords)) < len(keywords):

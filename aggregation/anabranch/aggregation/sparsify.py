@@ -58,9 +58,28 @@ def rank_probabilities(rows_Rc: Tensor, density: float, epsilon: float) -> Tenso
     columns = rows_Rc.shape[1]
     if columns == 1:
         return torch.full_like(rows_Rc, density)
-    magnitudes_Rc = rows_Rc.abs()
-    ordered_Rc = magnitudes_Rc.sort(dim=1).values
-    # 2(rank − 1): those below, and those below or equal, less itself.
-    twice_Rc = torch.searchsorted(ordered_Rc, magnitudes_Rc)
-    twice_Rc += torch.searchsorted(ordered_Rc, magnitudes_Rc, right=True).sub_(1)
+    ordered_Rc, order_Rc = rows_Rc.abs().sort(dim=1)
+    place_c = torch.arange(columns, device=rows_Rc.device)
+    twice_Rc = (2 * place_c).expand_as(order_Rc)
+    equal_Rc = ordered_Rc[:, 1:] == ordered_Rc[:, :-1]
+    if bool(equal_Rc.any()):
+        twice_Rc = _first_and_last(equal_Rc, place_c)
+    # 2(rank − 1), put back where the entries are. Which of two equal ones the sort set first does
+    # not show.
+    twice_Rc = torch.empty_like(order_Rc).scatter_(1, order_Rc, twice_Rc)
     return twice_Rc.float().mul_(epsilon / (columns - 1)).add_(density - epsilon)
+
+
+def _first_and_last(equal_Rc: Tensor, place_c: Tensor) -> Tensor:
+    """For every place of a sorted row, the first plus the last place of its equals [R, c].
+
+    Args:
+        equal_Rc: Whether a place, from the second on, holds what the one before it does [R, c − 1].
+        place_c: 0 to c − 1.
+    """
+    edge_R1 = equal_Rc.new_zeros(len(equal_Rc), 1)
+    starts_Rc = torch.cat([edge_R1, equal_Rc], dim=1).logical_not_()
+    ends_Rc = torch.cat([equal_Rc, edge_R1], dim=1).logical_not_()
+    first_Rc = torch.where(starts_Rc, place_c, 0).cummax(dim=1).values
+    last_Rc = torch.where(ends_Rc, place_c, len(place_c)).flip(1).cummin(dim=1).values.flip(1)
+    return first_Rc + last_Rc
