@@ -68,7 +68,7 @@ def test_a_missing_recipe_is_one_line(tmp_path: Path) -> None:
 
 def test_unknown_methods_and_parameters_name_the_choice() -> None:
     with pytest.raises(
-        ValueError, match=r"r.toml: method: 'tiez' .* choose from dare_linear, .*ties"
+        ValueError, match=r"r.toml: method: 'tiez' .* choose from breadcrumbs, .*ties"
     ):
         resolve(Recipe(method="tiez"), "r.toml")
     with pytest.raises(ValueError, match=r"r.toml: params.density: .* less than .* got 7"):
