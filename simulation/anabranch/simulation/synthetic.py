@@ -50,6 +50,7 @@ class SyntheticTask:
     def __init__(self, **params: int) -> None:
         self.config = SyntheticConfig(**params)
         self._held: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._teachers: dict[str, nn.Module] = {}
         if self.config.group_count > self.config.clients:
             raise ValueError(
                 f"group_count = {self.config.group_count} is more than clients = "
@@ -149,11 +150,17 @@ class SyntheticTask:
         generator = self._generator("examples", split, str(partition))
         inputs_NF = torch.randn(count, config.features, generator=generator)
         with torch.no_grad():
+            labels_N = self._teacher(self.groups[partition])(inputs_NF).argmax(1)
+        return inputs_NF, labels_N
+
+    def _teacher(self, group: str) -> nn.Module:
+        """The network that labels a group's examples."""
+        if group not in self._teachers:
             teacher = self.load_base()
             weight_HF = teacher.get_parameter("hidden.weight")
-            weight_HF.add_(self._change("common") + self._change(self.groups[partition]) / 3)
-            labels_N = teacher(inputs_NF).argmax(1)
-        return inputs_NF, labels_N
+            weight_HF.add_(self._change("common") + self._change(group) / 3)
+            self._teachers[group] = teacher
+        return self._teachers[group]
 
     def _change(self, name: str) -> Tensor:
         """A low-rank change [H, F] as large as the base's own weights."""
