@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from anabranch.client.app import client_seed
 from anabranch.client.lora import read_adapter, write_adapter
 from anabranch.client.session import Session, client_name
-from anabranch.client.task import TrainPlan
+from anabranch.client.task import HeldOut, TrainPlan
 from anabranch.simulation.scenario import Scenario
 from anabranch.simulation.task import SimulatedTask
 from anabranch.vectors import Adapter
@@ -20,20 +20,29 @@ def score(
     session: Session,
     adapter: Adapter,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    validated: Collection[str] | None = None,
 ) -> Scores:
-    """Score an adapter on every group's validation and test texts."""
+    """Score an adapter on every group's test data, and on the validation data of those named.
+
+    Args:
+        session: The loaded task.
+        adapter: What to score.
+        progress: Told of every score.
+        validated: Groups; None stands for all.
+    """
     task = session.task
     assert isinstance(task, SimulatedTask)
     write_adapter(session.model, adapter)
     scores: Scores = {"validation": {}, "test": {}}
     groups = task.scored_partitions
-    done, total = 0, 2 * len(groups)
-    for split in ("validation", "test"):
-        for group, partition in groups.items():
-            metrics = task.evaluate(session.model, partition, split)
-            scores[split][group] = {name: float(value) for name, value in metrics.items()}
-            done += 1
-            progress("test scores", done, total)
+    wanted: list[tuple[HeldOut, str]] = [
+        ("validation", group) for group in groups if validated is None or group in validated
+    ]
+    wanted += [("test", group) for group in groups]
+    for done, (split, group) in enumerate(wanted, start=1):
+        metrics = task.evaluate(session.model, groups[group], split)
+        scores[split][group] = {name: float(value) for name, value in metrics.items()}
+        progress("test scores", done, len(wanted))
     return scores
 
 

@@ -256,13 +256,15 @@ def _score_alone(
     scenario: Scenario, session: Session, start: Adapter, seconds: _Phases, progress: Progress
 ) -> None:
     """Train and score every client alone, as many at once as the federation's rounds."""
-    assert isinstance(session.task, SimulatedTask)
-    total = session.task.num_partitions
+    task = session.task
+    assert isinstance(task, SimulatedTask)
+    total = task.num_partitions
     missing = [client for client in range(total) if f"local-{client}" not in seconds.scores]
 
     def alone(client: int) -> Scores:
         mine = open_task(scenario)  # this thread's
-        return score(mine, train_alone(scenario, mine, start, client))
+        own = [task.groups[client]]
+        return score(mine, train_alone(scenario, mine, start, client), validated=own)
 
     with ClientThreads(at_once(session, total)) as threads:
         begun = {client: threads.begin(partial(alone, client)) for client in missing}
