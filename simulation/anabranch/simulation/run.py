@@ -93,7 +93,9 @@ def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for count in sorted({quorum, asked}):
         try:
-            method(torch.randn(count, 4, generator=generator), config=parameters)
+            # A matrix for methods that merge matrices: of vectors they would take the mean.
+            shape = (count, 4, 4) if method.matrices is not None else (count, 4)
+            method(torch.randn(shape, generator=generator), config=parameters)
         except ValueError as error:
             raise ValueError(
                 f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
