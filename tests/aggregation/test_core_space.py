@@ -28,10 +28,12 @@ def test_cores_are_the_task_vectors_in_orthonormal_bases() -> None:
             torch.testing.assert_close(
                 basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64)
             )
-        for core_pq, delta in zip(space.cores, deltas, strict=True):
-            rebuilt_mn = space.left_mp @ core_pq @ space.right_nq.T
+        for core, delta in zip(space.cores, deltas, strict=True):
+            assert isinstance(core, LowRank)
+            rebuilt_mn = space.left_mp @ (core.b_mk @ core.a_kn) @ space.right_nq.T
             torch.testing.assert_close(rebuilt_mn, delta.b_mk @ delta.a_kn)
-            assert max(core_pq.shape) <= 7
+            assert core.rank == delta.rank
+            assert max(core.shape) <= 7
 
 
 def test_what_is_lifted_is_the_sum_and_has_balanced_factors_of_its_own_rank() -> None:
@@ -55,6 +57,24 @@ def test_one_dense_task_vector_makes_all_dense() -> None:
     assert isinstance(total_mn, Tensor)
     expected_mn = deltas[0].dense() + deltas[1].dense().bfloat16().float()
     torch.testing.assert_close(total_mn, expected_mn)
+
+
+def test_the_rank_they_share_is_that_of_the_space_and_not_of_its_factors() -> None:
+    deltas = products((2, 4, 3), 30, 20)
+    shared = [LowRank(delta.b_mk, draw(4, 20, seed=9)[: delta.rank]) for delta in deltas]
+    for some, rank in ((deltas, 9), ([*deltas, deltas[0]], 9), (shared, 4), (deltas[:1] * 3, 2)):
+        assert core_space(some).rank() == rank
+        assert core_space([delta.b_mk @ delta.a_kn for delta in some]).rank() == rank
+    values = torch.linalg.svdvals(torch.cat([delta.b_mk @ delta.a_kn for delta in deltas], 1))
+    torch.testing.assert_close(core_space(deltas).joint().s_r, values[:9])
+
+
+def test_a_product_has_the_directions_of_its_entries() -> None:
+    (delta,) = products((4,), 30, 20)
+    found, plain = directions(delta, 3), directions(delta.b_mk @ delta.a_kn, 3)
+    torch.testing.assert_close(found.s_r, plain.s_r)
+    for one, other in ((found.u_pr, plain.u_pr), (found.v_rq.T, plain.v_rq.T)):
+        torch.testing.assert_close((one.T @ other).abs(), torch.eye(3, dtype=torch.float64))
 
 
 def test_nothing_lifts_to_nothing() -> None:

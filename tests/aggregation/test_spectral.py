@@ -23,7 +23,7 @@ from anabranch.aggregation.methods.knots_ties import KNOTS_TIES, KnotsTiesConfig
 from anabranch.aggregation.methods.lora_lego import LORA_LEGO
 from anabranch.aggregation.methods.mean import MEAN
 from anabranch.aggregation.methods.opcm import OPCM
-from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.methods.tsv_m import TSV_M, TsvMConfig
 from anabranch.aggregation.recipe import Refactor
 from anabranch.vectors import Adapter, LoraFactors, LowRank, TaskVector
@@ -108,7 +108,7 @@ def naive_knots_ties(taus: Sequence[Tensor], weights: Sequence[float], density: 
     supported = s > 1e-5
     pieces = (s[supported, None] * v[supported]).split(taus[0].shape[1], dim=1)
     flat_CD = torch.stack([piece.flatten().float() for piece in pieces])
-    merged = ties(flat_CD, torch.tensor(weights), TiesConfig(density=density))
+    merged = TIES(flat_CD, torch.tensor(weights), TiesConfig(density=density))
     return u[:, supported] @ merged.view_as(pieces[0]).double()
 
 
@@ -179,7 +179,7 @@ def test_linear_knots_is_task_arithmetic() -> None:
 
 def test_knots_trims_in_its_own_basis() -> None:
     taus = torch.stack([dense(delta) for delta in low(40, 24)]).float()
-    plain_mn = ties(taus.flatten(1), torch.ones(3), TiesConfig(density=0.2)).view(40, 24)
+    plain_mn = TIES(taus.flatten(1), torch.ones(3), TiesConfig(density=0.2)).view(40, 24)
     assert apart(KNOTS_TIES(taus), plain_mn.double()) > 0.1
 
 

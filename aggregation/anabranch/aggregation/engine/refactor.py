@@ -54,8 +54,8 @@ def low_rank_spectrum(delta: LowRank, rank: int) -> Spectrum:
         delta: The product.
         rank: Triplets wanted.
     """
-    q_mK, (core_KK,), p_nK = factor_cores([delta])
-    u_KK, s_K, v_KK = torch.linalg.svd(core_KK, full_matrices=False)
+    q_mK, (core,), p_nK = factor_cores([delta])
+    u_KK, s_K, v_KK = torch.linalg.svd(core.b_mk @ core.a_kn, full_matrices=False)
     return Spectrum(
         q_mK @ u_KK[:, :rank],
         s_K[:rank],

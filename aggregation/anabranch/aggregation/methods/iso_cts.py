@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from anabranch.aggregation.core_space import CoreSpace, Directions, core_space, directions, polar
+from anabranch.aggregation.core_space import Directions, core_space, directions, polar
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.methods.iso_c import flattened
-from anabranch.vectors.task_vector import Delta
+from anabranch.vectors.task_vector import Delta, LowRank, norm
 
 
 class IsoCtsConfig(MethodConfig):
@@ -38,7 +38,8 @@ def iso_cts(deltas: Sequence[Delta], weights_C: Tensor, config: IsoCtsConfig) ->
 
     On task vectors of full rank d = min(m, n) and this is the paper. d is here the rank of the
     space the task vectors share (C·r for adapters of rank r in general position), and directions
-    whose value is zero do not count: see ``core_space``.
+    whose value is zero do not count: see ``core_space``. With few directions for each contribution
+    the rounding may leave none but the common ones, which is Iso-C.
 
     Args:
         deltas: One change [m, n] per contribution.
@@ -50,19 +51,27 @@ def iso_cts(deltas: Sequence[Delta], weights_C: Tensor, config: IsoCtsConfig) ->
     """
     space = core_space(deltas)
     whole = directions(space.total(weights_C))
-    rank = joint_rank(space, whole)
+    rank = min(space.cores[0].shape)
+    if len(whole.s_r) < rank:
+        rank = space.rank()
     rank = rank if config.rank is None else min(rank, config.rank)
     common, specific = split(rank, len(deltas), config.common)
     basis_pr = whole.u_pr[:, :common]
     parts = [Directions(basis_pr, whole.s_r[:common], whole.v_rq[:common])]
-    for core_pq, weight in zip(space.cores, weights_C.tolist(), strict=True):
-        wide_pq = core_pq.double() * weight
-        rest_pq = wide_pq - basis_pr @ (basis_pr.T @ wide_pq)
-        # Against the whole: what a projection leaves of nothing is rounding.
-        parts.append(directions(rest_pq, specific, of=float(wide_pq.norm())))
+    for core, weight in zip(space.cores, weights_C.tolist(), strict=True):
+        # Zero is measured on the whole: what a projection leaves of nothing is rounding.
+        size = weight * norm(core)
+        parts.append(directions(_outside(core, basis_pr, weight), specific, of=size))
     u_pK = polar(torch.cat([part.u_pr for part in parts], dim=1))
     v_Kq = polar(torch.cat([part.v_rq for part in parts]))
     return space.lift(flattened(Directions(u_pK, torch.cat([p.s_r for p in parts]), v_Kq)))
+
+
+def _outside(core: Delta, basis_pr: Tensor, weight: float) -> Delta:
+    """w·core less its part in a subspace of columns, fp64."""
+    columns = core.b_mk if isinstance(core, LowRank) else core.double()
+    rest = (columns - basis_pr @ (basis_pr.T @ columns)) * weight
+    return LowRank(rest, core.a_kn) if isinstance(core, LowRank) else rest
 
 
 def split(rank: int, count: int, share: float) -> tuple[int, int]:
@@ -73,21 +82,6 @@ def split(rank: int, count: int, share: float) -> tuple[int, int]:
     """
     specific = min(round((rank - int(rank * share)) / count), rank // count)
     return rank - specific * count, specific
-
-
-def joint_rank(space: CoreSpace, whole: Directions) -> int:
-    """Directions of the space all task vectors share: their joint row or column rank, the lesser.
-
-    Args:
-        space: The task vectors.
-        whole: The directions of their sum, which often show that the rank is full.
-    """
-    full = min(space.cores[0].shape)
-    if len(whole.s_r) == full:
-        return full
-    beside = directions(torch.cat([core.double() for core in space.cores], dim=1))
-    below = directions(torch.cat([core.double() for core in space.cores], dim=0))
-    return min(len(beside.s_r), len(below.s_r))
 
 
 ISO_CTS = MergeMethod(name="iso_cts", config=IsoCtsConfig, scope="tensor", matrices=iso_cts)

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from anabranch.aggregation.core_space import core_space, directions
+from anabranch.aggregation.core_space import core_space
 from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.vectors.task_vector import Delta, LowRank
 
 
@@ -28,8 +28,9 @@ class KnotsTiesConfig(MethodConfig):
 def knots_ties(deltas: Sequence[Delta], weights_C: Tensor, config: KnotsTiesConfig) -> Delta:
     """U·TIES(Z_1 … Z_C), where [τ_1 | … | τ_C] = U·[Z_1 | … | Z_C] is a joint SVD.
 
-    TIES is ours (``ties``): weighted election, one density per module. With a linear merge in its
-    place the basis drops out, U·Σ w_i Z_i = Σ w_i τ_i.
+    TIES is ours: weighted election, one density per module. With a linear merge in its place the
+    basis drops out, U·Σ w_i Z_i = Σ w_i τ_i. The Z_i are C·r·n entries with r ≤ Σ r_i, the most any
+    method of this kind holds at once.
 
     Args:
         deltas: One change [m, n] per contribution.
@@ -40,7 +41,7 @@ def knots_ties(deltas: Sequence[Delta], weights_C: Tensor, config: KnotsTiesConf
         The merged change [m, n]: factors of rank Σ r_i at most where all inputs are factors.
     """
     basis_mr, z_Crn = shared_basis(deltas)
-    merged_D = ties(z_Crn.flatten(1), weights_C, TiesConfig(density=config.density))
+    merged_D = TIES(z_Crn.flatten(1), weights_C, TiesConfig(density=config.density))
     merged_rn = merged_D.view(z_Crn.shape[1:])
     if all(isinstance(delta, LowRank) for delta in deltas):
         return LowRank(basis_mr.float(), merged_rn)
@@ -60,10 +61,13 @@ def shared_basis(deltas: Sequence[Delta]) -> tuple[Tensor, Tensor]:
         U [m, r] in fp64, one direction at least, and the Z_i = Uᵀ·τ_i [C, r, n] in fp32.
     """
     space = core_space(deltas)
-    u_pr = directions(torch.cat([core.double() for core in space.cores], dim=1)).u_pr
+    u_pr = space.joint().u_pr
     if not u_pr.shape[1]:
         u_pr = torch.eye(len(u_pr), 1, dtype=u_pr.dtype, device=u_pr.device)
-    turned = [u_pr.T @ core_pq.double() for core_pq in space.cores]
+    turned = [
+        (u_pr.T @ core.b_mk) @ core.a_kn if isinstance(core, LowRank) else u_pr.T @ core.double()
+        for core in space.cores
+    ]
     if space.left_mp is None or space.right_nq is None:
         return u_pr, torch.stack([z_rn.float() for z_rn in turned])
     right_qn = space.right_nq.T

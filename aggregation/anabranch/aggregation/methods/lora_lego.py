@@ -37,9 +37,10 @@ def lora_lego(deltas: Sequence[Delta], weights_C: Tensor, config: LoraLegoConfig
     A unit is a row of A with its column of B, the LoRA scaling folded into B. The centroid of a
     cluster is stretched by (mean norm of its members) / (its own), B by ``strength``.
 
-    About factors, not about ΔW: other factors of the same adapters give other clusters. The engine
-    hands it the adapters' own factors and not the task vectors against a start, whose units would
-    be every adapter's and C copies of the start's.
+    About factors, not about ΔW: other factors of the same adapters give other clusters, and
+    [−a; −b] stands opposite to [a; b], which adds the same. The engine hands it the adapters' own
+    factors and not the task vectors against a start, whose units would be every adapter's and C
+    copies of the start's.
 
     Args:
         deltas: One change [m, n] per contribution.
@@ -58,7 +59,7 @@ def lora_lego(deltas: Sequence[Delta], weights_C: Tensor, config: LoraLegoConfig
             total_mn.add_(delta_mn, alpha=share)
         return total_mn
     ranks = torch.tensor([part.rank for part in factors])
-    weights_N = weights_C.repeat_interleave(ranks).to(factors[0].b_mk.device)
+    weights_N = weights_C.double().repeat_interleave(ranks).to(factors[0].b_mk.device)
     units = torch.cat([torch.cat([part.a_kn.T, part.b_mk]) for part in factors], dim=1)
     units_Nd = units.T.double()
     # Distances are the same in the space the units span, which is small.

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from anabranch.aggregation.core_space import Directions, directions, factor_cores
+from anabranch.aggregation.core_space import Directions, directions
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, norm, scaled
 
@@ -81,9 +81,7 @@ def add_cleaned(total: Directions, delta: Delta, weight: float, config: OpcmConf
     if not isinstance(delta, LowRank):
         return directions((u_mr @ core_rr @ v_rn).add_(delta, alpha=weight), config.rank)
     stacked = LowRank(torch.cat([u_mr @ core_rr, weight * b_mk], 1), torch.cat([v_rn, a_kn]))
-    left_mp, (core_pq,), right_nq = factor_cores([stacked])
-    u_pr, s_r, v_rq = directions(core_pq, config.rank)
-    return Directions(left_mp @ u_pr, s_r, v_rq @ right_nq.T)
+    return directions(stacked, config.rank)
 
 
 @dataclass(frozen=True)

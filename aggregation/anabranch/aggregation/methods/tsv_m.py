@@ -46,7 +46,7 @@ def tsv_m(deltas: Sequence[Delta], weights_C: Tensor, config: TsvMConfig) -> Del
     """
     space = core_space(deltas)
     kept = config.rank or max(1, min(deltas[0].shape) // len(deltas))
-    parts = [directions(core_pq, kept) for core_pq in space.cores]
+    parts = [directions(core, kept) for core in space.cores]
     u_pK = polar(torch.cat([part.u_pr for part in parts], dim=1))
     v_Kq = polar(torch.cat([part.v_rq for part in parts]))
     s_K = torch.cat([w * part.s_r for w, part in zip(weights_C.tolist(), parts, strict=True)])
