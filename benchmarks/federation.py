@@ -27,6 +27,7 @@ from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.baselines import score
 from anabranch.simulation.engine.flower import run_in_flower
+from anabranch.simulation.engine.threads import at_once
 from anabranch.simulation.run import open_task, task_params
 from anabranch.simulation.scenario import Scenario, load_scenario, write_scenario
 from anabranch.simulation.task import SimulatedTask
@@ -125,19 +126,10 @@ def ours(scenario: Scenario, engine: str, folder: Path) -> Run:
     path = folder / "scenario.toml"
     write_scenario(only, path)
     out = folder / "run"
-    code = (
-        "import sys, json, pathlib\n"
-        "from anabranch.simulation.run import open_folder, open_task, run_federation\n"
-        "from anabranch.simulation.scenario import load_scenario\n"
-        "scenario = load_scenario(pathlib.Path(sys.argv[1]))\n"
-        "out = pathlib.Path(sys.argv[2])\n"
-        "session = open_task(scenario)\n"
-        "open_folder(scenario, out, resume=False, overwrite=False)\n"
-        "run_federation(scenario, out, session)\n"
-    )
 
     def work() -> None:
-        subprocess.run([sys.executable, "-c", code, str(path), str(out)], check=True, cwd=ROOT)
+        arguments = [sys.executable, "-m", "benchmarks.our_federation", str(path), str(out)]
+        subprocess.run(arguments, check=True, cwd=ROOT)
 
     wall_s, memory = measured(work)
     store = FolderStore(out)
@@ -167,6 +159,8 @@ def plain(scenario: Scenario, folder: Path, template: Adapter, clients: int, cpu
         "rounds": scenario.rounds,
     }
     seconds: list[float] = []
+    # Flower's processes import the rival's app from this tree, wherever they are started.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
     def work() -> None:
         seconds.append(
@@ -223,13 +217,13 @@ def compare(scenario: Scenario, label: str, runs: int) -> Iterator[Row]:
     notes = {
         "wall seconds": "whole process; the rival from 'flwr run' to finished",
         "round seconds": "from the strategy's start to its end",
-        "overhead fraction": "share of the rounds' time in which no client trains",
+        "overhead fraction": "share of the rounds' time, per client trained at once, not training",
         "bytes up": "mean bytes of one update",
         "accuracy": "mean test accuracy over groups",
         "peak memory": "bytes, proportional set size summed over all processes of the run",
     }
     for engine, found in mine.items():
-        at_once = 1 if engine == "inprocess" else cores
+        together = at_once(session, clients) if engine == "inprocess" else cores
         for cpus, other in rivals.items():
             default = " (its default)" if cpus == FLOWER_DEFAULT_CPUS else ""
             name = f"Flower 1.41 FedAvg, dense fp32, Ray, {cpus} cpu a client{default}"
@@ -237,7 +231,7 @@ def compare(scenario: Scenario, label: str, runs: int) -> Iterator[Row]:
                 "wall seconds": (middle(found, "wall_s"), middle(other, "wall_s")),
                 "round seconds": (middle(found, "rounds_s"), middle(other, "rounds_s")),
                 "overhead fraction": (
-                    median(run.overhead(at_once) for run in found),
+                    median(run.overhead(together) for run in found),
                     median(run.overhead(max(1, cores // cpus)) for run in other),
                 ),
                 "bytes up": (middle(found, "bytes_up"), middle(other, "bytes_up")),

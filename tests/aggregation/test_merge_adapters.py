@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from anabranch.aggregation import MergeResult, Recipe, merge
 from anabranch.aggregation.engine import rows as rows_module
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
 from anabranch.aggregation.methods import BUILT_IN
-from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.recipe import Refactor
 from anabranch.vectors import Adapter, LoraFactors, task_vector
 
@@ -70,7 +71,7 @@ def test_entry_merges_add_the_start_back_before_they_truncate(
     for name, merged_mn in products(result.adapter).items():
         before = product(start.lora[name])
         deltas_CD = torch.stack([(products(a)[name] - before).flatten() for a in adapters]).float()
-        change = ties(deltas_CD, torch.tensor(WEIGHTS), TiesConfig(density=0.3)).view_as(before)
+        change = TIES(deltas_CD, torch.tensor(WEIGHTS), TiesConfig(density=0.3)).view_as(before)
         exact = before + 0.7 * change
         error = float((exact - best(exact, 4)).norm() / exact.norm())
         assert result.report.truncation[name] == pytest.approx(error, rel=0.02)
@@ -139,23 +140,62 @@ def test_ranks_may_differ_and_the_target_may_too(make_adapter: MakeAdapter, rslo
         assert_near(merged_mn, sum(products(a)[name] for a in adapters) / 3)
 
 
-@pytest.mark.parametrize(
-    "name",
-    sorted(m.name for m in BUILT_IN if not m.name.startswith("dare") and m.matrices is None),
-)
+KEEP_ALL = {
+    "breadcrumbs": {"density": 1.0},
+    "breadcrumbs_ties": {"density": 1.0},
+    "consensus": {"mask_scale": 0.0},
+    "dare_linear": {"density": 1.0},
+    "dare_ties": {"density": 1.0},
+    "della": {"density": 1.0, "epsilon": 0.0},
+    "della_linear": {"density": 1.0, "epsilon": 0.0},
+    "multi_krum": {"f": 0},
+    "ties": {"density": 1.0},
+}
+"""PCB-Merging is not here: only entries with the best scores take part, whatever is set."""
+
+
+@pytest.mark.parametrize("name", sorted({m.name for m in BUILT_IN if m.matrices is None} - {"pcb"}))
 def test_merging_an_adapter_with_itself_changes_nothing(
     make_adapter: MakeAdapter, name: str
 ) -> None:
     adapter = make_adapter(1, head=True)
     start = adapter.with_tensors({k: torch.zeros_like(t) for k, t in adapter.tensors().items()})
-    params = {"ties": {"density": 1.0}, "multi_krum": {"f": 0}}.get(name, {})
-    weights = [0.2, 0.3, 0.5]
-    result = merge([adapter] * 3, Recipe(method=name, params=params), start=start, weights=weights)
+    recipe = Recipe(method=name, params=KEEP_ALL.get(name, {}))
+    weights = [0.4, 0.6] if name == "slerp" else [0.2, 0.3, 0.5]
+    result = merge([adapter] * len(weights), recipe, start=start, weights=weights)
     for module, merged_mn in products(result.adapter).items():
         assert_near(merged_mn, product(adapter.lora[module]))
     for module, tensor in adapter.dense.items():
         assert_near(result.adapter.dense[module], tensor)
     assert result.report.overall_truncation < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["svd", "stack"])
+@pytest.mark.parametrize("name", ["model_stock", "multi_slerp", "karcher"])
+def test_coefficients_that_differ_by_module(
+    make_adapter: MakeAdapter, name: str, kind: Literal["svd", "stack"]
+) -> None:
+    start = make_adapter(9, head=True)
+    # They share a first step, or Model Stock would rightly stay at the start.
+    step = make_adapter(8, head=True, near=start)
+    adapters = [make_adapter(seed, head=True, near=step) for seed in range(3)]
+    refactor = Refactor(kind=kind, rank=20 if kind == "svd" else None)
+    recipe = Recipe(method=name, scale=0.5, refactor=refactor)
+    result = merge(adapters, recipe, start=start)
+    method = next(m for m in BUILT_IN if m.name == name)
+    for module, merged_mn in products(result.adapter).items():
+        before_mn = product(start.lora[module])
+        changes = torch.stack([product(a.lora[module]) - before_mn for a in adapters])
+        assert_near(merged_mn, before_mn + 0.5 * method(changes))
+    for module, tensor in result.adapter.dense.items():
+        before = start.dense[module]
+        changes = torch.stack([adapter.dense[module] - before for adapter in adapters])
+        assert_near(tensor, before + 0.5 * method(changes))
+    assert result.report.coefficients is None
+    over_model = Recipe(method=name, params={"scope": "model"}, refactor=refactor)
+    shared = merge(adapters, over_model, start=start).report.coefficients
+    assert shared is not None
+    assert all(coefficient > 0 for coefficient in shared)
 
 
 def test_dense_parameters_move_from_the_start(make_adapter: MakeAdapter) -> None:
@@ -222,6 +262,12 @@ def test_fedit_refuses_what_it_cannot_average(
         adapters[1] = make_adapter(1, rank=3, alpha=6.0)
     with pytest.raises(ValueError, match=f"fedit: module deep.query: {reason}.*; use mean"):
         merge(adapters, Recipe(method="fedit"))
+
+
+def test_a_rank_beyond_every_module_is_refused(make_adapter: MakeAdapter) -> None:
+    adapters = [make_adapter(seed) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"refactor.rank: 100000 is above \d+, the largest"):
+        merge(adapters, Recipe(method="mean", refactor=Refactor(rank=100_000)))
 
 
 def test_fedit_keeps_its_rank(make_adapter: MakeAdapter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from anabranch.aggregation.methods.multi_krum import MULTI_KRUM, MultiKrumConfig
 from anabranch.aggregation.methods.task_arithmetic import TASK_ARITHMETIC, task_arithmetic
 from anabranch.aggregation.methods.ties import TIES, TiesConfig, ties
 from anabranch.aggregation.methods.trimmed_mean import TrimmedMeanConfig, trimmed_mean
+from anabranch.aggregation.statistics import Statistic, entries_as_they_are
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5], dtype=torch.float64)
 
@@ -65,7 +67,7 @@ def test_task_arithmetic_forgets_with_a_negative_weight() -> None:
 @pytest.mark.parametrize("density", [0.004, 0.1, 0.2, 0.5, 1.0])
 def test_ties_is_the_loop(density: float) -> None:
     deltas_CD = deltas()
-    merged_D = ties(deltas_CD, WEIGHTS, TiesConfig(density=density))
+    merged_D = TIES(deltas_CD, WEIGHTS, TiesConfig(density=density))
     expected_D = naive_ties(deltas_CD, WEIGHTS.tolist(), max(1, int(density * 211)))
     torch.testing.assert_close(merged_D, expected_D)
     assert int((merged_D != 0).sum()) > 0
@@ -73,26 +75,26 @@ def test_ties_is_the_loop(density: float) -> None:
 
 def test_ties_keeps_all_entries_tied_with_the_last_one_kept() -> None:
     deltas_CD = torch.tensor([[2.0, -1.0, 1.0, 1.0, 0.5, 0.0]])
-    merged_D = ties(deltas_CD, torch.ones(1), TiesConfig(density=2 / 6))
+    merged_D = TIES(deltas_CD, torch.ones(1), TiesConfig(density=2 / 6))
     assert merged_D.tolist() == [2.0, -1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_ties_with_fewer_non_zero_entries_than_the_density_keeps_those() -> None:
     deltas_CD = torch.tensor([[0.0, 0.0, -3.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
-    merged_D = ties(deltas_CD, torch.ones(2), TiesConfig(density=0.75))
+    merged_D = TIES(deltas_CD, torch.ones(2), TiesConfig(density=0.75))
     assert merged_D.tolist() == [0.0, 1.0, -3.0, 0.0]
 
 
 def test_ties_elects_plus_when_the_sum_is_zero() -> None:
-    merged_D = ties(torch.tensor([[1.0], [-1.0]]), torch.ones(2), TiesConfig(density=1.0))
+    merged_D = TIES(torch.tensor([[1.0], [-1.0]]), torch.ones(2), TiesConfig(density=1.0))
     assert merged_D.tolist() == [1.0]
 
 
 def test_ties_counts_weights_in_the_election() -> None:
     deltas_CD = torch.tensor([[1.0], [1.0], [-1.5]])
     config = TiesConfig(density=1.0)
-    assert ties(deltas_CD, torch.tensor([1.0, 1.0, 1.0]), config).tolist() == [1.0]
-    assert ties(deltas_CD, torch.tensor([1.0, 1.0, 4.0]), config).tolist() == [-1.5]
+    assert TIES(deltas_CD, torch.tensor([1.0, 1.0, 1.0]), config).tolist() == [1.0]
+    assert TIES(deltas_CD, torch.tensor([1.0, 1.0, 4.0]), config).tolist() == [-1.5]
 
 
 def test_ties_takes_the_thresholds_it_is_given() -> None:
@@ -299,12 +301,24 @@ def test_a_method_says_how_it_merges_once() -> None:
         MergeMethod(name="none", config=TiesConfig, scope="entry")
 
 
-def test_statistics_need_a_density() -> None:
-    with pytest.raises(ValueError, match=r"method odd: thresholds_C are taken at config\.density"):
+def test_what_a_method_gathers_must_make_sense() -> None:
+    with pytest.raises(ValueError, match="statistic far: give a count to kth"):
+        Statistic("far", entries_as_they_are, "kth")
+    with pytest.raises(ValueError, match="method odd: what it gathers is taken over a tensor"):
+        MergeMethod(
+            name="odd",
+            config=MEDIAN.config,
+            scope="entry",
+            merge=median,
+            statistics=TIES.statistics,
+        )
+    with pytest.raises(ValueError, match="name one thing twice"):
         MergeMethod(
             name="odd",
             config=MEDIAN.config,
             scope="tensor",
             merge=median,
-            statistics=("thresholds_C",),
+            statistics=TIES.statistics * 2,
         )
+    with pytest.raises(ValueError, match="handed to a merge of entries"):
+        replace(MEAN, draws=DARE_LINEAR.draws)

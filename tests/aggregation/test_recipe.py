@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 import anabranch.aggregation
 from anabranch.aggregation import registry
@@ -65,13 +68,19 @@ def test_a_missing_recipe_is_one_line(tmp_path: Path) -> None:
 
 def test_unknown_methods_and_parameters_name_the_choice() -> None:
     with pytest.raises(
-        ValueError, match=r"r.toml: method: 'tiez' .* choose from dare_linear, .*ties"
+        ValueError, match=r"r.toml: method: 'tiez' .* choose from breadcrumbs, .*ties"
     ):
         resolve(Recipe(method="tiez"), "r.toml")
     with pytest.raises(ValueError, match=r"r.toml: params.density: .* less than .* got 7"):
         resolve(Recipe(method="ties", params={"density": 7}), "r.toml")
     with pytest.raises(ValueError, match=r"params.dense"):
         resolve(Recipe(method="ties", params={"dense": 1}))
+
+
+@pytest.mark.parametrize("field", [{"scale": math.inf}, {"weights": (1.0, math.nan)}])
+def test_numbers_that_are_none_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        Recipe(method="mean", **field)
 
 
 def test_a_name_stands_for_one_method() -> None:

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from anabranch.aggregation import chunk
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
 from anabranch.aggregation.engine.stream import merge_task_vectors
 from anabranch.aggregation.methods import BUILT_IN
-from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.vectors import Delta, LowRank, TaskVector
 from anabranch.vectors.counter import bernoulli
 
 COUNT = 5
 NAMES = sorted(method.name for method in BUILT_IN)
-# Those that see a matrix as one are in test_spectral.py.
-FLAT = sorted(method.name for method in BUILT_IN if method.matrices is None)
-ENTRY_METHODS = ["ties", "dare_linear", "dare_ties", "median", "trimmed_mean"]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{m.name: (m.name, {}) for m in BUILT_IN if m.matrices is None and m.name != "fedit"},
+    "ties over the model": ("ties", {"scope": "model", "density": 0.3}),
+    "breadcrumbs over the model": ("breadcrumbs", {"scope": "model", "gamma": 0.1}),
+    "breadcrumbs_ties over the model": ("breadcrumbs_ties", {"scope": "model", "gamma": 0.1}),
+    "pcb per tensor": ("pcb", {"scope": "tensor", "ratio": 0.4}),
+    "sce that selects": ("sce", {"select": 0.3}),
+    "sce that keeps the rest": ("sce", {"select": 0.3, "unselected": "keep"}),
+    **{
+        f"{name} over the model": (name, {"scope": "model"})
+        for name in ("model_stock", "slerp", "multi_slerp", "karcher")
+    },
+}
+"""Every method on entries at its defaults, and where it takes another way through the engine."""
 
 
 def vectors(count: int = COUNT, *, dense: bool = True) -> list[TaskVector]:
     found = []
     for client in range(count):
-        generator = torch.Generator().manual_seed(client)
+        own, common = torch.Generator().manual_seed(client), torch.Generator().manual_seed(99)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)  # noqa: B023
+            # Something in common, or Model Stock would rightly stay where it is.
+            both = [torch.randn(*shape, generator=g) for g in (own, common)]  # noqa: B023
+            return both[0] + both[1] / 2
 
         deltas: dict[str, Delta] = {
             "tall": LowRank(draw(150, 3), draw(3, 33)),
@@ -59,48 +74,75 @@ def same_rank(found: list[TaskVector]) -> list[TaskVector]:
     return [TaskVector({"tall": vector.deltas["tall"]}) for vector in found]
 
 
-@pytest.mark.parametrize("name", ENTRY_METHODS)
-def test_the_budget_changes_no_bit(name: str) -> None:
-    cohort = vectors()
-    recipe = Recipe(method=name, weights=(1, 2, 3, 4, 5))
-    roomy = merge_task_vectors(cohort, recipe)
-    assert_same_bits(
-        entries(roomy), entries(merge_task_vectors(cohort, recipe, budget_bytes=smallest_budget()))
-    )
+def cohort_for(name: str) -> list[TaskVector]:
+    return vectors(2 if name == "slerp" else COUNT)
 
 
-def test_the_budget_changes_no_bit_of_ties_over_the_model() -> None:
-    cohort = vectors()
-    recipe = Recipe(method="ties", params={"scope": "model", "density": 0.3})
-    tight = merge_task_vectors(cohort, recipe, budget_bytes=smallest_budget())
-    assert_same_bits(entries(merge_task_vectors(cohort, recipe)), entries(tight))
-
-
-@pytest.mark.parametrize("name", [n for n in FLAT if n not in ("dare_linear", "dare_ties")])
-def test_streaming_is_the_method_on_whole_tensors(name: str) -> None:
-    cohort = vectors() if name != "fedit" else same_rank(vectors())
+def expected(
+    name: str, params: dict[str, Any], cohort: list[TaskVector], weights_C: Tensor
+) -> dict[str, Tensor]:
+    """The method called on whole tensors, or on the whole model where that is its scope."""
     method = next(m for m in BUILT_IN if m.name == name)
-    merged = entries(
-        merge_task_vectors(cohort, Recipe(method=name, scale=0.5), weights=[1, 2, 3, 4, 5])
-    )
+    config = method.config(**params)
     whole = [entries(vector) for vector in cohort]
-    weights_C = torch.tensor([1.0, 2, 3, 4, 5])
     modules = sorted(whole[0])
-    if name == "fedit":
-        b_mk = sum(w * v.deltas["tall"].b_mk for w, v in zip(weights_C, cohort, strict=True)) / 15
-        a_kn = sum(w * v.deltas["tall"].a_kn for w, v in zip(weights_C, cohort, strict=True)) / 15
-        expected = {"tall": b_mk @ a_kn}
-    elif method.scope == "model":
+    if method.scope_of(config) == "model":
         flat_CD = torch.stack([torch.cat([v[m].flatten() for m in modules]) for v in whole])
-        parts = method(flat_CD, weights_C).split([whole[0][m].numel() for m in modules])
-        expected = {m: p.view(whole[0][m].shape) for m, p in zip(modules, parts, strict=True)}
-    else:
-        expected = {
-            m: method(torch.stack([v[m].flatten() for v in whole]), weights_C).view_as(whole[0][m])
-            for m in modules
-        }
+        parts = method(flat_CD, weights_C, config).split([whole[0][m].numel() for m in modules])
+        return {m: p.view(whole[0][m].shape) for m, p in zip(modules, parts, strict=True)}
+    return {
+        m: method(torch.stack([v[m] for v in whole]), weights_C, config, module=m) for m in modules
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_budget_changes_no_bit(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk, "PIECE", 500)
+    name, params = VARIANTS[variant]
+    cohort = cohort_for(name)
+    recipe = Recipe(method=name, params=params, weights=(1, 2, 3, 4, 5)[: len(cohort)])
+    roomy = merge_task_vectors(cohort, recipe)
+    for budget_bytes in (smallest_budget(), 2 * smallest_budget()):
+        tight = merge_task_vectors(cohort, recipe, budget_bytes=budget_bytes)
+        assert_same_bits(entries(roomy), entries(tight))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streaming_is_the_method_on_whole_tensors(variant: str) -> None:
+    name, params = VARIANTS[variant]
+    cohort = cohort_for(name)
+    weights = [1.0, 2, 3, 4, 5][: len(cohort)]
+    recipe = Recipe(method=name, params=params, scale=0.5)
+    merged = entries(merge_task_vectors(cohort, recipe, weights=weights))
+    whole = expected(name, params, cohort, torch.tensor(weights))
+    assert any(bool(merged_mn.any()) for merged_mn in merged.values())
     for module, merged_mn in merged.items():
-        torch.testing.assert_close(merged_mn, 0.5 * expected[module], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(merged_mn, 0.5 * whole[module], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dense_entries_stream_to_the_same_bits(variant: str) -> None:
+    """Products of factors are formed by blocks of rows, so only entries compare to the last bit."""
+    name, params = VARIANTS[variant]
+    cohort = [TaskVector(entries(vector)) for vector in cohort_for(name)]
+    merged = entries(merge_task_vectors(cohort, Recipe(method=name, params=params)))
+    whole = expected(name, params, cohort, torch.ones(len(cohort)))
+    if next(m for m in BUILT_IN if m.name == name).coefficients is not None:
+        # Over the model, inner products are added module by module.
+        for module, merged_mn in merged.items():
+            torch.testing.assert_close(merged_mn, whole[module], atol=1e-6, rtol=1e-6)
+    else:
+        assert_same_bits(merged, whole)
+
+
+def test_fedit_streams_factors_apart() -> None:
+    cohort = same_rank(vectors())
+    recipe = Recipe(method="fedit", scale=0.5)
+    merged = entries(merge_task_vectors(cohort, recipe, weights=[1, 2, 3, 4, 5]))
+    weights_C = torch.tensor([1.0, 2, 3, 4, 5])
+    b_mk = sum(w * v.deltas["tall"].b_mk for w, v in zip(weights_C, cohort, strict=True)) / 15
+    a_kn = sum(w * v.deltas["tall"].a_kn for w, v in zip(weights_C, cohort, strict=True)) / 15
+    torch.testing.assert_close(merged["tall"], 0.5 * b_mk @ a_kn, atol=1e-5, rtol=1e-4)
 
 
 def test_ties_over_the_model_trims_over_the_model() -> None:
@@ -108,7 +150,7 @@ def test_ties_over_the_model_trims_over_the_model() -> None:
     whole = [entries(vector) for vector in cohort]
     modules = sorted(whole[0])
     flat_CD = torch.stack([torch.cat([v[m].flatten() for m in modules]) for v in whole])
-    expected_D = ties(flat_CD, torch.ones(COUNT), TiesConfig(density=0.1))
+    expected_D = TIES(flat_CD, torch.ones(COUNT), TiesConfig(density=0.1))
     recipe = Recipe(method="ties", params={"scope": "model", "density": 0.1})
     merged = entries(merge_task_vectors(cohort, recipe))
     merged_D = torch.cat([merged[m].flatten() for m in modules])
@@ -129,9 +171,10 @@ def test_dare_masks_are_named_by_seed_module_and_client() -> None:
         torch.testing.assert_close(merged_mn.flatten(), expected)
 
 
-@pytest.mark.parametrize("name", ["mean", "task_arithmetic", "multi_krum", "geometric_median"])
+@pytest.mark.parametrize("name", [m.name for m in BUILT_IN if m.coefficients is not None])
 def test_linear_methods_stay_factors(name: str) -> None:
-    merged = merge_task_vectors(vectors(dense=False), Recipe(method=name))
+    cohort = vectors(2 if name == "slerp" else COUNT, dense=False)
+    merged = merge_task_vectors(cohort, Recipe(method=name))
     assert all(isinstance(delta, LowRank) for delta in merged.deltas.values())
     assert merged.deltas["wide"].shape == (37, 130)
 
@@ -179,7 +222,8 @@ def test_an_all_zero_merge_is_zero() -> None:
     cohort = [TaskVector({"a": LowRank(torch.zeros(4, 1), torch.ones(1, 5))})] * 3
     for name in NAMES:
         params = {"f": 0} if name == "multi_krum" else {}
-        merged = entries(merge_task_vectors(cohort, Recipe(method=name, params=params)))
+        some = cohort[:2] if name == "slerp" else cohort
+        merged = entries(merge_task_vectors(some, Recipe(method=name, params=params)))
         assert torch.equal(merged["a"], torch.zeros(4, 5)), name
 
 

@@ -18,6 +18,7 @@ from flwr.app import (
 
 from anabranch.client.app import app, client_seed
 from anabranch.client.mods import BASE_MISMATCH, RESIDUAL_KEY
+from anabranch.client.records import unpack
 from anabranch.client.session import open_session
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire import CodecConfig, UpdateMeta, decode_update, encode_update
@@ -130,7 +131,7 @@ def test_what_the_codec_dropped_is_sent_later() -> None:
     truth = sent(app(order(plan(codec=dense)), context()))
     sparse = CodecConfig(density=0.1)
     first = sent(app(order(plan(codec=sparse)), node))
-    residual = dict(node.state.array_records[RESIDUAL_KEY].to_torch_state_dict())
+    residual = unpack(node.state.array_records[RESIDUAL_KEY])
     for name, wanted in truth.items():
         torch.testing.assert_close(first[name] + residual[name], wanted)
     # The next round starts elsewhere: the residual comes on top of what it trains.
@@ -138,7 +139,7 @@ def test_what_the_codec_dropped_is_sent_later() -> None:
     moved = moved.with_tensors({name: tensor + 0.01 for name, tensor in moved.tensors().items()})
     second = sent(app(from_adapter(moved, plan(round=2, codec=sparse)), node))
     again = sent(app(from_adapter(moved, plan(round=2, codec=dense)), context()))
-    left = dict(node.state.array_records[RESIDUAL_KEY].to_torch_state_dict())
+    left = unpack(node.state.array_records[RESIDUAL_KEY])
     for name in truth:
         torch.testing.assert_close(second[name] + left[name], again[name] + residual[name])
 

@@ -16,7 +16,7 @@ from anabranch.aggregation import Recipe, merge
 from anabranch.aggregation.methods.dare_linear import DareConfig, dare_linear
 from anabranch.aggregation.methods.dare_ties import dare_ties
 from anabranch.aggregation.methods.task_arithmetic import task_arithmetic
-from anabranch.aggregation.methods.ties import TiesConfig, ties
+from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.recipe import Refactor
 from anabranch.vectors import Adapter
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
@@ -39,14 +39,14 @@ def test_task_arithmetic(tensors: list[Tensor], weights_C: Tensor) -> None:
 @pytest.mark.parametrize("density", [0.02, 0.2, 0.53])
 def test_ties_at_unit_weights(tensors: list[Tensor], density: float) -> None:
     expected = oracle.ties(tensors, UNIT, density)
-    found = ties(flat(tensors), UNIT, TiesConfig(density=density)).view(23, 31)
+    found = TIES(flat(tensors), UNIT, TiesConfig(density=density)).view(23, 31)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_ties_at_other_weights_is_another_method(tensors: list[Tensor]) -> None:
     """A known disagreement: PEFT elects before it weighs and divides by the count."""
     expected = oracle.ties(tensors, UNEVEN, 0.5)
-    found = ties(flat(tensors), UNEVEN, TiesConfig(density=0.5)).view(23, 31)
+    found = TIES(flat(tensors), UNEVEN, TiesConfig(density=0.5)).view(23, 31)
     assert bool((found.sign() != expected.sign()).any())
     agree = (found.sign() == expected.sign()) & (found != 0)
     assert not torch.allclose(found[agree], expected[agree], rtol=0.1)
@@ -56,7 +56,7 @@ def test_the_papers_code_keeps_one_entry_more() -> None:
     """A known disagreement: |τ| ≥ kthvalue(d − int(dK)) keeps int(dK) + 1 entries."""
     delta_D = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     reference = delta_D.abs() >= delta_D.abs().kthvalue(1000 - int(1000 * 0.2)).values
-    ours = ties(delta_D[None], torch.ones(1), TiesConfig(density=0.2))
+    ours = TIES(delta_D[None], torch.ones(1), TiesConfig(density=0.2))
     assert (int(reference.sum()), int((ours != 0).sum())) == (201, 200)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import httpx
 import pytest
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
@@ -98,3 +99,14 @@ def test_one_poisoned_reply_takes_no_other_with_it() -> None:
     assert "\n" not in got[0].reason
     assert "\x1b" not in got[0].reason
     assert got[1].reason == "node unavailable"
+
+
+@pytest.mark.usefixtures("flower_identity")
+def test_a_lost_superlink_is_no_clients_refusal() -> None:
+    class Lost(SlowGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            raise httpx.ConnectError("connection refused")
+
+    contexts = {node: Context(1, node, {}, RecordDict(), {}) for node in (1, 2)}
+    with pytest.raises(ConnectionError, match=r"SuperLink does not answer .*connection refused"):
+        list(replies(Lost(echo_app(), contexts), orders(2), deadline_s=60, poll_s=1))

@@ -23,6 +23,7 @@ from flwr.clientapp import ClientApp
 
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
+from anabranch.coordinator import strategy as strategy_module
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.store import FolderStore, Store
 from anabranch.coordinator.strategy import MergeStrategy
@@ -139,6 +140,31 @@ def test_bad_clients_are_quarantined_and_leave_no_trace_in_the_merge(tmp_path: P
     alone = cfg.model_copy(update={"clients": 1})
     honest = without(tmp_path / "b", {10, 11, 12}, alone)
     assert strategy.adapter.hash() == honest.hash()
+
+
+class Counting(FolderStore):
+    """Counts the artifacts that are read back."""
+
+    reads = 0
+
+    def get(self, digest: str) -> bytes:
+        self.reads += 1
+        return super().get(digest)
+
+
+def test_updates_too_many_to_keep_decoded_are_read_back_for_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = []
+    size_bytes = sum(4 * tensor.numel() for tensor in template().tensors().values())
+    for kept in (4, 2, 0):
+        monkeypatch.setattr(strategy_module, "DECODED_BYTES", kept * size_bytes)
+        store = Counting(tmp_path / str(kept))
+        strategy = MergeStrategy(config(rounds=1), template(), store)
+        strategy.start(grid())
+        assert store.reads == 4 - kept
+        hashes.append(strategy.adapter.hash())
+    assert len(set(hashes)) == 1
 
 
 def test_below_the_quorum_the_round_is_abandoned_and_the_start_stays(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Exact k-th largest magnitudes, of a tensor or of a stream that is never gathered.
+"""Exact k-th largest entries or magnitudes, of a tensor or of a stream that is never gathered.
 
-The bits of a non-negative fp32 number order like the number. For a stream, a histogram of the upper
-16 bits finds the bucket the k-th falls in, a second pass over the lower 16 bits finds the number
-itself: two passes, 64 Ki counters, no sort. A tensor on the CPU is quicker by selection.
+The bits of a non-negative fp32 number order like the number; those of a negative one do so once all
+but the sign are flipped. For a stream, a histogram of the upper 16 bits finds the bucket the k-th
+falls in, a second pass over the lower 16 bits finds the number itself: two passes, 64 Ki counters,
+no sort. A tensor on the CPU is quicker by selection.
 
-Shape legend: C contributions, D entries of a chunk, H buckets.
+Shape legend: K rows (often one per contribution), D entries of a chunk, H buckets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from anabranch.vectors.select import kth_magnitude
 
-_UPPER, _LOWER = 1 << 15, 1 << 16  # the sign bit of a magnitude is zero
+_BUCKETS = 1 << 16
 
 
 def kept(density: float, entries: int) -> int:
@@ -24,63 +25,81 @@ def kept(density: float, entries: int) -> int:
     return max(1, int(density * entries))
 
 
-def tensor_thresholds(deltas_CD: Tensor, count: int) -> Tensor:
-    """The same as ``stream_thresholds`` for entries that are all there [C, D]."""
-    if deltas_CD.device.type != "cpu":
-        return stream_thresholds([deltas_CD], count)
-    return torch.tensor([kth_magnitude(delta_D, count) for delta_D in deltas_CD])
+def tensor_kth(values_KD: Tensor, count: int, magnitude: bool = True) -> Tensor:
+    """The same as ``stream_kth`` for entries that are all there [K, D]."""
+    if values_KD.device.type != "cpu":
+        return stream_kth([values_KD], count, magnitude)
+    if magnitude:
+        return torch.tensor([kth_magnitude(values_D, count) for values_D in values_KD])
+    entries = values_KD.shape[1]
+    return torch.stack(
+        [values_D.kthvalue(entries + 1 - count).values for values_D in values_KD]
+    ).float()
 
 
-def stream_thresholds(chunks: Iterable[Tensor], count: int) -> Tensor:
-    """The ``count``-th largest magnitude of every contribution, exact, ties counted singly.
+def stream_kth(chunks: Iterable[Tensor], count: int, magnitude: bool = True) -> Tensor:
+    """The ``count``-th largest magnitude, or entry, of every row, exact, ties counted singly.
 
-    Keeping entries ≥ the threshold keeps at least ``count``; more where magnitudes tie with it.
-    A threshold of zero means fewer than ``count`` entries are not zero.
+    Keeping what is ≥ it keeps at least ``count`` entries; more where some tie with it. A k-th
+    magnitude of zero means fewer than ``count`` entries are not zero.
 
     Args:
-        chunks: The stream: deltas_CD [C, D] in fp32, finite. Iterated twice, so an iterator that
+        chunks: The stream: values_KD [K, D] in fp32, finite. Iterated twice, so an iterator that
             is spent after one pass will not do.
         count: Which one, from 1 to the number of entries.
+        magnitude: Whether to compare magnitudes, or entries with their sign.
 
     Returns:
-        thresholds_C [C] in fp32.
+        The k-th of each row [K] in fp32, on the CPU.
 
     Raises:
         ValueError: Fewer than ``count`` entries in the stream.
     """
-    upper_CH = _histogram(chunks, None)
-    entries = int(upper_CH[0].sum())
+    upper_KH = _histogram(chunks, None, magnitude)
+    entries = int(upper_KH[0].sum())
     if not 1 <= count <= entries:
         raise ValueError(f"the {count}-th largest of {entries} entries does not exist")
-    bucket_C, above_C = _descend(upper_CH, torch.full((len(upper_CH),), count))
-    lower_CH = _histogram(chunks, bucket_C)
-    low_C, _ = _descend(lower_CH, count - above_C)
-    return ((bucket_C << 16) | low_C).to(torch.int32).view(torch.float32)
+    bucket_K, above_K = _descend(upper_KH, torch.full((len(upper_KH),), count))
+    lower_KH = _histogram(chunks, bucket_K, magnitude)
+    low_K, _ = _descend(lower_KH, count - above_K)
+    order_K = ((bucket_K - (0 if magnitude else _BUCKETS // 2)) << 16) | low_K
+    return _flipped(order_K.to(torch.int32)).view(torch.float32)
 
 
-def _histogram(chunks: Iterable[Tensor], bucket_C: Tensor | None) -> Tensor:
-    """Counts [C, H] of the upper halves, or of the lower halves inside ``bucket_C``."""
-    total_CH: Tensor | None = None
-    for deltas_CD in chunks:
+def _flipped(bits_D: Tensor) -> Tensor:
+    """fp32 bits as int32 that order like the numbers; its own inverse."""
+    return bits_D ^ ((bits_D >> 31) & 0x7FFF_FFFF)
+
+
+def _histogram(chunks: Iterable[Tensor], bucket_K: Tensor | None, magnitude: bool) -> Tensor:
+    """Counts [K, H] of the upper halves, or of the lower halves inside ``bucket_K``."""
+    total_KH: Tensor | None = None
+    for values_KD in chunks:
         counts = []
-        for client, delta_D in enumerate(deltas_CD):
-            bits_D = delta_D.abs().view(torch.int32)
-            if bucket_C is None:
-                counts.append(torch.bincount(bits_D >> 16, minlength=_UPPER))
+        for row, values_D in enumerate(values_KD):
+            if magnitude:
+                order_D = values_D.abs().view(torch.int32)
+                upper_D = order_D >> 16
             else:
-                inside_D = bits_D[(bits_D >> 16) == int(bucket_C[client])]
-                counts.append(torch.bincount(inside_D & (_LOWER - 1), minlength=_LOWER))
-        counts_CH = torch.stack(counts).cpu()
-        total_CH = counts_CH if total_CH is None else total_CH + counts_CH
-    if total_CH is None:
-        raise ValueError("no entries to take a magnitude of")
-    return total_CH
+                # Adding zero makes −0 the same number as 0.
+                order_D = _flipped((values_D + 0.0).view(torch.int32))
+                upper_D = (order_D >> 16).add_(_BUCKETS // 2)
+            if bucket_K is None:
+                counts.append(torch.bincount(upper_D, minlength=_BUCKETS))
+            else:
+                inside_D = order_D[upper_D == int(bucket_K[row])]
+                counts.append(torch.bincount(inside_D & (_BUCKETS - 1), minlength=_BUCKETS))
+        counts_KH = torch.stack(counts).cpu()
+        total_KH = counts_KH if total_KH is None else total_KH + counts_KH
+    if total_KH is None:
+        raise ValueError("no entries to find the k-th largest of")
+    return total_KH
 
 
-def _descend(counts_CH: Tensor, wanted_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The bucket the wanted-th from the top falls in [C], and how many lie above it [C]."""
-    from_top_CH = counts_CH.flip(1).cumsum(1)
-    place_C = (from_top_CH < wanted_C[:, None]).sum(1)
-    here_C = counts_CH.flip(1).gather(1, place_C[:, None]).squeeze(1)
-    above_C = from_top_CH.gather(1, place_C[:, None]).squeeze(1) - here_C
-    return counts_CH.shape[1] - 1 - place_C, above_C
+def _descend(counts_KH: Tensor, wanted_K: Tensor) -> tuple[Tensor, Tensor]:
+    """The bucket the wanted-th from the top falls in [K], and how many lie above it [K]."""
+    from_top_KH = counts_KH.flip(1).cumsum(1)
+    place_K = (from_top_KH < wanted_K[:, None]).sum(1)
+    here_K = counts_KH.flip(1).gather(1, place_K[:, None]).squeeze(1)
+    above_K = from_top_KH.gather(1, place_K[:, None]).squeeze(1) - here_K
+    return counts_KH.shape[1] - 1 - place_K, above_K

@@ -15,6 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from anabranch.aggregation.chunk import Chunk, matrix_shape
+from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 from anabranch.vectors.task_vector import Delta, norm, scaled
 
 Scope = Literal["entry", "tensor", "model"]
@@ -37,18 +39,18 @@ class MergeMethod:
         config: Its parameters.
         scope: What the method must see before it can decide an entry: the entry alone, its whole
             tensor, or the whole model. A config field ``scope``, where there is one, decides.
-        merge: ``merge(deltas_CD, weights_C, config, **statistics) -> merged_D``, called on chunks
-            of consecutive entries of one module, fp32 and not to be written to, with weights in
-            fp64 on the CPU. Without statistics it computes them from what it is given, which is
-            then the whole scope.
-        statistics: Names of what the engine gathers in a first pass and hands to ``merge`` as
-            keywords: ``thresholds_C`` (k-th magnitude at ``config.density`` over the scope),
-            ``keep_CD`` (seeded Bernoulli masks at ``config.density``, the same however the entries
-            are chunked).
+        merge: ``merge(deltas_CD, weights_C, config, **statistics, **draws) -> merged_D``, called on
+            chunks of consecutive rows of one module, fp32 and not to be written to, with weights in
+            fp64 on the CPU.
+        statistics: What the engine gathers over the scope in first passes and hands to ``merge`` as
+            keywords, in the order in which they build on each other.
+        draws: What is drawn per entry and handed to ``merge`` as keywords.
+        whole_vectors: Whether a vector is one row, for methods that look at rows. Else it is cut
+            wherever the budget says.
         coefficients: ``coefficients(weights_C, gram_CC, config) -> coefficients_C`` for methods
             whose result is Σ c_i·ΔW_i: the engine then never forms ΔW. ``gram_CC`` holds the fp64
-            inner products of the task vectors, None unless ``needs_gram``.
-        needs_gram: Whether ``coefficients`` reads the Gram matrix (scope "model").
+            inner products of the task vectors over the scope, None unless ``needs_gram``.
+        needs_gram: Whether ``coefficients`` reads the Gram matrix (scope "tensor" or "model").
         matrices: ``matrices(deltas, weights_C, config) -> merged`` for methods that see a weight
             matrix as one: called once per module of two dimensions with its task vectors, as
             factors or entries, and positive weights of mean 1. It returns factors if it was given
@@ -65,7 +67,9 @@ class MergeMethod:
     config: type[MethodConfig]
     scope: Scope
     merge: Callable[..., Tensor] | None = None
-    statistics: tuple[Literal["thresholds_C", "keep_CD"], ...] = ()
+    statistics: tuple[Statistic, ...] = ()
+    draws: tuple[Draw, ...] = ()
+    whole_vectors: bool = False
     coefficients: Callable[[Tensor, Tensor | None, Any], Tensor] | None = None
     needs_gram: bool = False
     matrices: Callable[[Sequence[Delta], Tensor, Any], Delta] | None = None
@@ -79,47 +83,76 @@ class MergeMethod:
             raise ValueError(
                 f"method {self.name}: set exactly one of merge, coefficients and matrices"
             )
-        if self.statistics and "density" not in self.config.model_fields:
+        gathers = bool(self.statistics) or self.needs_gram
+        if gathers and self.scope == "entry":
             raise ValueError(
-                f"method {self.name}: {', '.join(self.statistics)} are taken at config.density; "
-                "give its configuration that field"
+                f"method {self.name}: what it gathers is taken over a tensor or the model; "
+                "set scope to one of them"
             )
+        if (self.statistics or self.draws) and (self.merge is None or self.factors):
+            raise ValueError(
+                f"method {self.name}: statistics and draws are handed to a merge of entries; "
+                "leave them out, or set merge and not factors"
+            )
+        keywords = [statistic.name for statistic in self.statistics]
+        keywords += [draw.name for draw in self.draws]
+        if len(set(keywords)) < len(keywords):
+            raise ValueError(f"method {self.name}: {keywords} name one thing twice; rename it")
+
+    def scope_of(self, config: MethodConfig) -> Scope:
+        """The scope at a configuration: its field ``scope`` where there is one."""
+        scope: Scope = getattr(config, "scope", self.scope)
+        return scope
 
     def __call__(
         self,
         deltas_CD: Tensor,
         weights_C: Tensor | None = None,
         config: MethodConfig | None = None,
+        *,
+        module: str = "",
     ) -> Tensor:
         """Merge entries held in memory, which are then the method's whole scope.
 
         Args:
-            deltas_CD: Task vectors [C, D], floating point; for a method with ``matrices`` those of
-                one weight matrix [C, m, n], and entries [C, D] of vectors get their mean.
+            deltas_CD: Task vectors [C, D], or [C, m, n] for methods that look at rows or merge
+                matrices (of which [C, D] are vectors and get their mean); floating point.
             weights_C: Weight per contribution [C]; None counts each once.
             config: The method's parameters; None takes its defaults.
+            module: Names the seeded draws.
 
         Returns:
-            Merged entries [D] (or [m, n]), in fp32.
+            Merged entries in the shape of one contribution, in fp32.
 
         Raises:
             ValueError: Weights the method cannot use, or too few contributions for it.
         """
         config = self.config() if config is None else config
-        count = deltas_CD.shape[0]
+        count, shape = deltas_CD.shape[0], deltas_CD.shape[1:]
         weights_C = self.check_weights(
             torch.ones(count, dtype=torch.float64) if weights_C is None else weights_C, count
         )
         if self.matrices is not None:
-            merged = self.merge_modules({"": list(deltas_CD)}, weights_C, config)[""]
+            merged = self.merge_modules({module: list(deltas_CD)}, weights_C, config)[module]
             assert isinstance(merged, Tensor)
             return merged
-        deltas_CD = deltas_CD.float()
+        rows, columns = matrix_shape(shape, self.whole_vectors)
+        chunk = Chunk(module, 0, columns, deltas_CD.float().reshape(count, rows * columns))
         if self.merge is not None:
-            return self.merge(deltas_CD, weights_C, config)
+            found = gather_statistics(self.statistics, [chunk], rows * columns, weights_C, config)
+            return self.merge_chunk(chunk, weights_C, config, found).view(shape)
         assert self.coefficients is not None
-        gram_CC = inner_products(deltas_CD) if self.needs_gram else None
-        return combine(deltas_CD, self.coefficients(weights_C, gram_CC, config))
+        gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
+        merged_D = combine(chunk.deltas_CD, self.coefficients(weights_C, gram_CC, config))
+        return merged_D.view(shape)
+
+    def merge_chunk(
+        self, chunk: Chunk, weights_C: Tensor, config: MethodConfig, found: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Merged entries of a chunk [D], with the statistics given and the draws made for it."""
+        assert self.merge is not None
+        drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
+        return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
 
     def merge_modules(
         self, modules: Mapping[str, Sequence[Delta]], weights_C: Tensor, config: MethodConfig
@@ -198,6 +231,13 @@ def squared_distances(gram_CC: Tensor) -> Tensor:
     """
     norms_C = gram_CC.diagonal()
     return (norms_C[:, None] + norms_C[None, :] - 2 * gram_CC).clamp(min=0).fill_diagonal_(0)
+
+
+def cosines(gram_CC: Tensor) -> Tensor:
+    """Cosine similarities [C, C] from inner products; 0 for a task vector that is zero."""
+    norms_C = gram_CC.diagonal().clamp(min=0).sqrt()
+    scale_C = torch.where(norms_C > 0, 1 / norms_C, 0.0)
+    return (gram_CC * scale_C[:, None] * scale_C[None, :]).clamp(-1, 1)
 
 
 def combine(deltas_CD: Tensor, coefficients_C: Tensor) -> Tensor:

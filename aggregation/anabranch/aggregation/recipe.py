@@ -28,7 +28,7 @@ class Refactor(BaseModel):
 class Recipe(BaseModel):
     """How a cohort is merged: method, scale, and the way back to rank r."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     """A registered merge method; ``anabranch methods`` lists them."""

@@ -11,6 +11,7 @@ Shape legend: n entries of the tensor, c candidates, k kept.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,13 +106,20 @@ def _sampled_floor(bits_n: IntArray, k: int) -> int:
     """Magnitude bits that very probably at least k entries reach, and few more; 0 for all."""
     if bits_n.size <= 4 * _SAMPLE:
         return 0
-    # A fixed seed keeps the time reproducible; the result does not depend on it.
-    drawn = np.random.default_rng(0).integers(bits_n.size, size=_SAMPLE)
     share = k / bits_n.size
     rank = _SAMPLE * share + _MARGIN_SIGMAS * (_SAMPLE * share * (1 - share)) ** 0.5 + 1
     if rank >= _SAMPLE:
         return 0
-    return int(_kth(bits_n[drawn] & _MAGNITUDE, int(rank)))
+    return int(_kth(bits_n[_drawn(bits_n.size)] & _MAGNITUDE, int(rank)))
+
+
+@lru_cache(maxsize=16)
+def _drawn(entries: int) -> IntArray:
+    """Positions of a sample; tensors of one size share them, and the draw is a third of the cost.
+
+    A fixed seed keeps the time reproducible; the result does not depend on it.
+    """
+    return np.random.default_rng(0).integers(entries, size=_SAMPLE)
 
 
 def _at_least(bits_n: IntArray, floor: int) -> tuple[IntArray, IntArray]:

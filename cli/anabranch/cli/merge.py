@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from anabranch.cli.output import print_json, stderr, stdout
-
-if TYPE_CHECKING:
-    from anabranch.vectors import Adapter
 
 
 def merge_command(
@@ -58,7 +54,6 @@ def merge_command(
                     f"{name}: holds weights trained in full ({trained}); "
                     "name the adapter they started from with --start"
                 )
-        _check_rank(loaded.refactor.rank, contributions, recipe)
         status.update(f"merging {len(adapters)} adapters by {method.name}")
         try:
             result = merge(
@@ -86,14 +81,3 @@ def merge_command(
         f"truncation error {result.report.overall_truncation:.2%}",
         soft_wrap=True,
     )
-
-
-def _check_rank(rank: int | None, adapters: Sequence[Adapter], recipe: Path) -> None:
-    """Refuse a rank that no module has; zeros up to a mistyped one would fill the memory."""
-    shapes = [factors.delta().shape for one in adapters for factors in one.lora.values()]
-    largest = max((min(shape) for shape in shapes), default=0)
-    if rank is not None and shapes and rank > largest:
-        raise ValueError(
-            f"{recipe}: refactor.rank: {rank} is above {largest}, the largest any module can have; "
-            "lower it"
-        )

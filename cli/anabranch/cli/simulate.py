@@ -49,6 +49,7 @@ def simulate_command(
     journal metrics.jsonl and config.toml, the scenario with every default spelled out.
     """
     from anabranch.aggregation.recipe import validation_line
+    from anabranch.simulation.loading import collector_paused
     from anabranch.simulation.scenario import Scenario, load_scenario
 
     loaded = load_scenario(scenario)
@@ -62,7 +63,7 @@ def simulate_command(
     folder = out or Path("runs") / loaded.name
     # Flower and transformers log much that a person who watches a bar does not need.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    with stderr.status("loading the base and the data"):
+    with stderr.status("loading the base and the data"), collector_paused():
         from anabranch.simulation.run import prepare
 
         try:

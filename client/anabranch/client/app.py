@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from anabranch.client.lora import read_adapter, write_adapter
-from anabranch.client.mods import compress, plan_of, record_of, verify_base
+from anabranch.client.mods import compress, plan_of, verify_base
+from anabranch.client.records import pack, record_of
 from anabranch.client.session import Session, session_of, site_of
 from anabranch.client.task import TrainPlan
 from anabranch.vectors import Adapter, seeded_start
@@ -110,10 +110,10 @@ def train(message: Message, context: Context) -> Message:
     seconds = time.perf_counter() - started
     before = start.tensors()
     after = read_adapter(session.model, session.base_hash).tensors()
-    differences = OrderedDict((name, after[name].float() - before[name].float()) for name in before)
+    differences = {name: after[name].float() - before[name].float() for name in before}
     content = RecordDict(
         {
-            UPDATE_KEY: ArrayRecord(differences),
+            UPDATE_KEY: pack(differences),
             METRICS_KEY: MetricRecord({**metrics, "train-seconds": seconds}),
         }
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
 from functools import lru_cache
-from typing import TypeVar
 
 from flwr.app import (
     Array,
@@ -17,11 +15,11 @@ from flwr.app import (
     Message,
     MessageType,
     MetricRecord,
-    RecordDict,
 )
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from anabranch.client.records import pack, record_of, unpack
 from anabranch.client.session import session_of, site_of
 from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.feedback import compensate, remainder
@@ -40,15 +38,6 @@ BASE_MISMATCH = 1001
 RESIDUAL_KEY = "anabranch.residual"
 OWED_KEY = "anabranch.residual-before"
 RESIDUAL_OF_KEY = "anabranch.residual-of"
-
-
-Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
-
-
-def record_of(content: RecordDict, key: str, kind: type[Record]) -> Record | None:
-    """A record of the expected kind; Flower's own typed views copy everything on each access."""
-    record = content.get(key)
-    return record if isinstance(record, kind) else None
 
 
 def plan_of(message: Message) -> RoundPlan:
@@ -98,7 +87,7 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     assert trained is not None
     assert metrics is not None
     owed = _residual(context, plan)
-    wanted = compensate(_tensors(trained), _tensors(owed), plan.codec.feedback)
+    wanted = compensate(unpack(trained), unpack(owed), plan.codec.feedback)
     meta = UpdateMeta(
         kind="update",
         base_hash=plan.base_hash,
@@ -112,21 +101,13 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
     )
     encoded = encode_update(wanted, meta, plan.codec)
-    _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
-    reply.content[UPDATE_KEY] = ArrayRecord(
-        {
-            UPDATE_KEY: Array(
-                dtype="uint8", shape=(len(encoded.blob),), stype=UPDATE_STYPE, data=encoded.blob
-            )
-        }
-    )
+    if plan.codec.feedback:
+        _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
+    blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)
+    reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: blob})
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
     metrics["encode-seconds"] = time.perf_counter() - started
     return reply
-
-
-def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    return dict(record.to_torch_state_dict())
 
 
 def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:
@@ -144,10 +125,8 @@ def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:
 def _keep_residual(
     context: Context, plan: RoundPlan, owed: ArrayRecord, residual: dict[str, Tensor]
 ) -> None:
-    if plan.codec.feedback == 0:
-        return
     context.state[OWED_KEY] = owed
-    context.state[RESIDUAL_KEY] = ArrayRecord(OrderedDict(residual))
+    context.state[RESIDUAL_KEY] = pack(residual)
     context.state[RESIDUAL_OF_KEY] = ConfigRecord(
         {
             "base-hash": plan.base_hash,

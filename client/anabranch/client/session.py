@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -37,10 +38,30 @@ class Session:
         assert self.template.base_hash is not None
         return self.template.base_hash
 
+    def beside(self) -> Session:
+        """A session for another thread: an adapter of its own on the same task and frozen base."""
+        frozen = [tensor for tensor in self.model.parameters() if not tensor.requires_grad]
+        shared = {id(tensor): tensor for tensor in (*frozen, *self.model.buffers())}
+        return replace(self, model=copy.deepcopy(self.model, shared))
 
-@cache
+
+class _OfThread(threading.local):
+    """What each thread has opened, by task and parameters."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[tuple[str, str], Session] = {}
+
+
+_mine = _OfThread()
+_loaded: dict[tuple[str, str], Session] = {}
+_loading = threading.Lock()
+
+
 def open_session(task: str, params: str) -> Session:
-    """Load a task's base and attach its LoRA layers; once per process for each pair of arguments.
+    """The calling thread's session of a task.
+
+    The base is loaded once per process for each pair of arguments, by the first thread that asks;
+    every other thread gets an adapter of its own on it.
 
     Args:
         task: ``package.module:Class``.
@@ -49,6 +70,18 @@ def open_session(task: str, params: str) -> Session:
     Raises:
         ValueError: The task cannot be imported or does not take these parameters.
     """
+    key = (task, params)
+    if key not in _mine.sessions:
+        with _loading:
+            if key in _loaded:
+                _mine.sessions[key] = _loaded[key].beside()
+            else:
+                _mine.sessions[key] = _loaded[key] = _load(task, params)
+    return _mine.sessions[key]
+
+
+def _load(task: str, params: str) -> Session:
+    """Load a task's base and attach its LoRA layers."""
     loaded = load_task(task, json.loads(params))
     base = loaded.load_base()
     digest = base_hash(base)

@@ -128,13 +128,16 @@ class TextClassification:
             ValueError: The model or its tokenizer cannot be loaded, or reads shorter texts.
         """
         encoder = load_encoder(self.config.model)
-        longest = getattr(encoder.config, "max_position_embeddings", None)
-        if longest is not None and self.config.max_length > longest:
+        # The tokenizer knows best: RoBERTa, say, has two positions more than it reads tokens.
+        longest = self._tokenizer.model_max_length
+        positions = getattr(encoder.config, "max_position_embeddings", None)
+        if positions is not None:
+            longest = min(longest, positions)
+        if self.config.max_length > longest:
             raise ValueError(
                 f"max_length: {self.config.max_length} tokens are more than the {longest} that "
                 f"model {self.config.model!r} reads; lower it"
             )
-        _ = self._tokenizer  # a broken one is found here and not by the first batch
         base: nn.Module = encoder
         if self.config.head == "trained":
             base = TextClassifier(encoder, len(self._task_K), self.config.head_seed)

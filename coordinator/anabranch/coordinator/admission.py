@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from flwr.app import Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
 from anabranch.vectors import Adapter
+from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX
 from anabranch.wire import WireError, decode_update
 from anabranch.wire.plan import (
     CLIENT_KEY,
@@ -47,11 +48,13 @@ class Candidate:
     Attributes:
         client: The name its node was met under.
         blob: The encoded update.
+        tensors: The same decoded.
         metrics: What it claims, as far as it can be true.
     """
 
     client: str
     blob: bytes
+    tensors: Mapping[str, Tensor]
     metrics: Mapping[str, float]
 
 
@@ -60,11 +63,11 @@ def layout_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
 
 
-def claims(record: MetricRecord | None, names: tuple[str, ...]) -> dict[str, float]:
-    """The named scalars of a reply, less what cannot be true; nothing else is kept."""
+def claims(record: object, names: tuple[str, ...]) -> dict[str, float]:
+    """The named scalars of a reply's metrics, less what cannot be true; nothing else is kept."""
     found: dict[str, float] = {}
     for name in names:
-        value = record.get(name) if record is not None else None
+        value = record.get(name) if isinstance(record, MetricRecord) else None
         if isinstance(value, int | float) and math.isfinite(value):
             most = 1.0 if name == "accuracy" else LARGEST
             least = -LARGEST if name == "train-loss" else 0.0
@@ -92,15 +95,15 @@ def examine(
     Raises:
         RefusedError: With the first reason found.
     """
+    # Flower's typed views of a content copy all of it on each access.
     content = message.content
-    record = content.array_records.get(UPDATE_KEY)
-    if record is None or list(record) != [UPDATE_KEY]:
+    record, named = content.get(UPDATE_KEY), content.get(CLIENT_KEY)
+    if not isinstance(record, ArrayRecord) or list(record) != [UPDATE_KEY]:
         raise RefusedError("no-update", "the reply holds no update record")
     array = record[UPDATE_KEY]
     if array.stype != UPDATE_STYPE:
         raise RefusedError("wrong-format", f"the update came as {array.stype[:60]!r}")
-    named = content.config_records.get(CLIENT_KEY)
-    if named is None or named.get(CLIENT_KEY) != client:
+    if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
     try:
         meta, tensors = decode_update(array.data, layout_of(start))
@@ -123,13 +126,13 @@ def examine(
     if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
         raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
     _refuse_overflow(start, tensors)
-    metrics = claims(content.metric_records.get(METRICS_KEY), TRAIN_METRICS)
-    return Candidate(client, array.data, metrics)
+    metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
+    return Candidate(client, array.data, tensors, metrics)
 
 
 def update_norm(tensors: Mapping[str, Tensor]) -> float:
     """‖·‖₂ over all tensors, accumulated in fp64."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    return math.hypot(*(_norm(tensor) for tensor in tensors.values()))
 
 
 def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
@@ -137,12 +140,17 @@ def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
 
     Finite factors can have a product that is not: it would make the merge fail for everybody.
     """
-    end = start.with_tensors({name: t + changes[name] for name, t in start.tensors().items()})
+    end = {name: tensor + changes[name] for name, tensor in start.tensors().items()}
     root = math.sqrt(torch.finfo(torch.float32).max)
-    for name, factors in end.lora.items():
-        size = float(factors.b_mr.double().norm() * factors.a_rn.double().norm()) * factors.scaling
+    for name, factors in start.lora.items():
+        size = _norm(end[name + A_SUFFIX]) * _norm(end[name + B_SUFFIX]) * factors.scaling
         if not size < root:
             raise RefusedError("overflow", f"module {name[:100]} would get a norm of {size:.3g}")
-    for name, tensor in end.dense.items():
-        if not float(tensor.double().norm()) < root:
+    for name in start.dense:
+        if not _norm(end[name]) < root:
             raise RefusedError("overflow", f"parameter {name[:100]} would be beyond fp32's range")
+
+
+def _norm(tensor: Tensor) -> float:
+    """‖·‖₂, accumulated in fp64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

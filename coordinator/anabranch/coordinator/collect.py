@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -46,6 +47,9 @@ def replies(
         orders: One per node.
         deadline_s: Seconds after which what has not come is left behind.
         poll_s: Seconds between two looks.
+
+    Raises:
+        ConnectionError: The SuperLink is gone, which is no client's fault.
     """
     end = time.monotonic() + deadline_s
     nodes = [order.metadata.dst_node_id for order in orders]
@@ -64,6 +68,12 @@ def replies(
         for identifier in list(waiting):
             try:
                 pulled = list(grid.pull_messages([identifier]))
+            # Flower has tried again for a while by then.
+            except httpx.HTTPError as error:
+                raise ConnectionError(
+                    f"the SuperLink does not answer any more ({one_line(str(error))}); start it "
+                    "and run again: what was admitted is kept"
+                ) from error
             # Whatever a client's bytes make Flower's unpacking raise is that client's refusal.
             except Exception as error:
                 reason = one_line(f"the reply cannot be read: {type(error).__name__}: {error}")

@@ -8,9 +8,11 @@ hash, so that the coordinator never loads the base itself.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.wire.config import CodecConfig, DenseDtype
@@ -18,6 +20,36 @@ from anabranch.wire.plan import Scalar
 
 FEDERATION_FILE = "federation.toml"
 START_FOLDER = "start"
+
+
+def _keeps_the_rank(recipe: Recipe) -> Recipe:
+    """What a recipe may say offline and not here: each round's adapter is the next one's start."""
+    kept = "a federation's adapter keeps its rank from round to round; leave it out"
+    if recipe.refactor.kind == "stack":
+        raise keyed_error(("refactor", "kind"), kept)
+    if recipe.refactor.rank is not None:
+        raise keyed_error(("refactor", "rank"), kept)
+    if recipe.weights is not None:
+        by_position = "clients come and go, and these weigh them by position; leave it out"
+        raise keyed_error(("weights",), by_position)
+    return recipe
+
+
+FederationRecipe = Annotated[Recipe, AfterValidator(_keeps_the_rank)]
+"""A recipe that can be merged by round after round."""
+
+
+def keyed_error(key: tuple[str, ...], reason: str) -> ValidationError:
+    """An error at a key inside a field, for a field's validator to raise."""
+    problem = PydanticCustomError("key", "{reason}", {"reason": reason})
+    return ValidationError.from_exception_data(
+        "field", [InitErrorDetails(type=problem, loc=key, input=None)]
+    )
+
+
+def clients_asked(known: int, fraction: float) -> int:
+    """How many of the known clients a round asks: their share, at least one."""
+    return max(1, round(fraction * known))
 
 
 class FederationConfig(BaseModel):
@@ -57,21 +89,10 @@ class FederationConfig(BaseModel):
     """How updates are encoded."""
     down: DenseDtype = "fp32"
     """How adapters are stored on their way to the clients."""
-    recipe: Recipe = Recipe(method="ties")
+    recipe: FederationRecipe = Recipe(method="ties")
     """How a cohort is merged."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the clients' ``TrainPlan``."""
-
-    @model_validator(mode="after")
-    def _rank_stays(self) -> FederationConfig:
-        if self.recipe.refactor.kind == "stack" or self.recipe.refactor.rank is not None:
-            raise ValueError(
-                "a federation's adapter keeps its rank from round to round: "
-                "leave out recipe.refactor.rank and use kind = 'svd'"
-            )
-        if self.recipe.weights is not None:
-            raise ValueError("recipe.weights names contributions by position: leave it out here")
-        return self
 
 
 def write_federation(config: FederationConfig, folder: Path) -> Path:

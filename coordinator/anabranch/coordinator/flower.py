@@ -165,6 +165,8 @@ def flwr(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
             f"flwr {arguments[0]} failed: {(done.stdout + done.stderr).strip()[-800:]}"
         )
     answer: dict[str, Any] = json.loads(done.stdout[begin:])
+    if not answer.get("success", True):  # with exit code 0
+        raise FlowerError(f"flwr {arguments[0]} failed: {str(answer.get('error-message')).strip()}")
     return answer
 
 

@@ -11,6 +11,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from anabranch.coordinator.collect import Reply, replies
+from anabranch.coordinator.federation import clients_asked
 from anabranch.wire.errors import one_line
 from anabranch.wire.plan import CLIENT_KEY
 
@@ -83,8 +84,8 @@ class Roster:
     def sample(self, fraction: float, seed: str) -> dict[int, str]:
         """A share of the known nodes, at least one, drawn by name."""
         known = list(self.nodes().items())
-        count = max(1, round(fraction * len(known)))
-        chosen = random.Random(seed).sample(range(len(known)), min(count, len(known)))
+        count = min(clients_asked(len(known), fraction), len(known))
+        chosen = random.Random(seed).sample(range(len(known)), count)
         return dict(known[index] for index in sorted(chosen))
 
     def _meet(self, reply: Reply) -> None:

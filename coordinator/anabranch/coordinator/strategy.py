@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -23,6 +24,7 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from anabranch.aggregation import MergeReport, merge
 from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
@@ -44,6 +46,9 @@ from anabranch.wire.plan import (
 )
 
 log = logging.getLogger("anabranch.coordinator")
+
+DECODED_BYTES = 256 << 20
+"""Decoded updates kept from admission to the merge; what is beyond is decoded again."""
 
 
 class MergeStrategy(Strategy):
@@ -71,6 +76,7 @@ class MergeStrategy(Strategy):
         )
         self._blob: bytes | None = None  # the adapter in service as it is sent; None: the seed does
         self._asked: dict[int, str] = {}
+        self._decoded: dict[str, Mapping[str, Tensor]] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
             _, tensors = decode_update(self._blob, layout_of(self.adapter))
@@ -173,6 +179,7 @@ class MergeStrategy(Strategy):
         """Plan a round: orders for the sampled clients that have not contributed to it yet."""
         self._plan = self.plan(server_round, config)
         self._began = time.monotonic()
+        self._decoded.clear()
         done = {row.client for row in self.store.contributions(server_round)}
         sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
         self._asked = {node: name for node, name in sampled.items() if name not in done}
@@ -236,7 +243,7 @@ class MergeStrategy(Strategy):
                     "evaluate-failed", {**about, "code": reply.code, "reason": reply.reason}
                 )
                 continue
-            found = claims(reply.message.content.metric_records.get(METRICS_KEY), SCORES)
+            found = claims(reply.message.content.get(METRICS_KEY), SCORES)
             self.store.note("evaluate", {**about, **found})
             rows.append(found)
         return _mean_metrics(rows)
@@ -315,6 +322,9 @@ class MergeStrategy(Strategy):
         )
         if not self.store.admit(contribution):
             raise RefusedError("duplicate", "this client already has an update in this round")
+        size_bytes = sum(tensor.nbytes for tensor in candidate.tensors.values())
+        if (len(self._decoded) + 1) * size_bytes <= DECODED_BYTES:
+            self._decoded[contribution.digest] = candidate.tensors
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -328,7 +338,9 @@ class MergeStrategy(Strategy):
         before, layout = start.tensors(), layout_of(start)
         ends: list[Adapter] = []
         for row in cohort:
-            _, changes = decode_update(self.store.get(row.digest), layout)
+            changes = self._decoded.pop(row.digest, None)
+            if changes is None:
+                _, changes = decode_update(self.store.get(row.digest), layout)
             ends.append(start.with_tensors({name: before[name] + changes[name] for name in before}))
         names = [row.client for row in cohort]
         result = merge(ends, self.config.recipe, start=start, names=names)
@@ -363,7 +375,7 @@ class MergeStrategy(Strategy):
 
 def _plain(report: MergeReport) -> dict[str, Any]:
     """The report as the journal keeps it; a cosine's third digit is all that anybody looks at."""
-    cosine = [[round(value, 4) for value in row] for row in report.cosine]
+    cosine = np.round(report.cosine, 4).tolist()
     return {**vars(report), "truncation": dict(report.truncation), "cosine": cosine}
 
 

@@ -62,7 +62,7 @@ def oracle(scenario: Scenario, session: Session, start: Adapter) -> Adapter:
     plan = TrainPlan.model_validate(
         {**scenario.train, "steps": _steps(scenario), "seed": client_seed(scenario.seed, 0, "all")}
     )
-    clients = max(1, round(scenario.fraction * task.num_partitions))
+    clients = scenario.asked(task.num_partitions)
     plan = plan.model_copy(update={"batch_size": plan.batch_size * clients})
     write_adapter(session.model, start)
     task.train_all(session.model, plan)

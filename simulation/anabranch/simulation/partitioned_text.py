@@ -62,6 +62,11 @@ class PartitionedText(TextClassification):
         """One client per group: to evaluate these is to evaluate every group once."""
         return {group: self.groups.index(group) for group in dict.fromkeys(self.groups)}
 
+    @property
+    def side_by_side(self) -> bool:
+        """Yes: training draws nothing but the order of the examples, by a generator of its own."""
+        return True
+
     def check_data(self) -> None:
         """Read every client's texts and cut the data sets.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
 from anabranch.simulation.engine.inprocess import run_in_process
+from anabranch.simulation.engine.threads import ClientThreads, at_once
 from anabranch.simulation.folder import (
     FEDAVG_FOLDER,
     REPORT_FILE,
@@ -32,11 +34,10 @@ from anabranch.simulation.folder import (
     SUMMARY_FILE,
     open_folder,
 )
-from anabranch.simulation.report import write_report
 from anabranch.simulation.scenario import Baselines, Scenario
 from anabranch.simulation.summary import Measured, summarise
 from anabranch.simulation.task import SimulatedTask
-from anabranch.vectors import seeded_start
+from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 from anabranch.wire.config import CodecConfig
 
@@ -93,9 +94,8 @@ def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for count in sorted({quorum, asked}):
         try:
-            # A matrix for methods that merge matrices: of vectors they would take the mean.
-            shape = (count, 4, 4) if method.matrices is not None else (count, 4)
-            method(torch.randn(shape, generator=generator), config=parameters)
+            # Matrices, and not vectors: of those a method on matrices takes the mean.
+            method(torch.randn(count, 4, 4, generator=generator), config=parameters)
         except ValueError as error:
             raise ValueError(
                 f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
@@ -147,7 +147,15 @@ def run_federation(
     if scenario.engine == "flower":
         run_in_flower(folder, config.clients, run_config, on_poll=look)
     else:
-        run_in_process(server_app, client_app, folder, config.clients, run_config, one_more)
+        run_in_process(
+            server_app,
+            client_app,
+            folder,
+            config.clients,
+            run_config,
+            one_more,
+            at_once(session, scenario.asked(config.clients)),
+        )
 
 
 def fedavg_of(scenario: Scenario) -> Scenario:
@@ -219,14 +227,7 @@ def simulate(
             scores["oracle"] = score(session, oracle(scenario, session, start), progress)
             progress("oracle", 1, 1)
     if wanted.local_only:
-        for partition in range(task.num_partitions):
-            key = f"local-{partition}"
-            progress("local-only", partition, task.num_partitions)
-            if key not in scores:
-                with seconds.phase("local-only"):
-                    adapter = train_alone(scenario, session, start, partition)
-                    scores[key] = score(session, adapter)
-        progress("local-only", task.num_partitions, task.num_partitions)
+        _score_alone(scenario, session, start, seconds, progress)
     seconds.save()
 
     measured = Measured(
@@ -240,6 +241,8 @@ def simulate(
     summary = summarise(scenario, measured, total_s=time.perf_counter() - began)
     summary["resumed"] = resumed
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    from anabranch.simulation.report import write_report  # charts take a second to load
+
     write_report(summary, measured, folder / REPORT_FILE)
     if not published:
         rounds, refusals = measured.store.notes("round"), measured.store.refusals()
@@ -248,6 +251,27 @@ def simulate(
             why += f"; first refusal: {refusals[0].client}: {refusals[0].reason}"
         raise RuntimeError(f"{folder}: nothing was merged: {why}; report.html there has the rest")
     return summary
+
+
+def _score_alone(
+    scenario: Scenario, session: Session, start: Adapter, seconds: _Phases, progress: Progress
+) -> None:
+    """Train and score every client alone, as many at once as the federation's rounds."""
+    assert isinstance(session.task, SimulatedTask)
+    total = session.task.num_partitions
+    missing = [client for client in range(total) if f"local-{client}" not in seconds.scores]
+
+    def alone(client: int) -> Scores:
+        mine = open_task(scenario)  # this thread's
+        return score(mine, train_alone(scenario, mine, start, client))
+
+    with ClientThreads(at_once(session, total)) as threads:
+        begun = {client: threads.begin(partial(alone, client)) for client in missing}
+        for done, (client, result) in enumerate(begun.items(), start=total - len(missing)):
+            progress("local-only", done, total)
+            with seconds.phase("local-only"):
+                seconds.scores[f"local-{client}"] = result()
+    progress("local-only", total, total)
 
 
 def _renamed(progress: Progress) -> Progress:

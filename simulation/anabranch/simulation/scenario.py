@@ -15,11 +15,16 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.client.task import TrainPlan
-from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.federation import (
+    FederationConfig,
+    FederationRecipe,
+    clients_asked,
+    keyed_error,
+)
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar
 
@@ -97,7 +102,7 @@ class Scenario(BaseModel):
     """How updates are encoded."""
     down: DenseDtype = "fp32"
     """How adapters are stored on their way to the clients."""
-    recipe: Recipe = Recipe(method="ties")
+    recipe: FederationRecipe = Recipe(method="ties")
     """How a cohort is merged."""
     baselines: Baselines = Baselines()
     """What to compare with."""
@@ -108,30 +113,20 @@ class Scenario(BaseModel):
     def _is_a_train_plan(cls, train: Any) -> Any:
         TrainPlan.model_validate(train, strict=True)
         if "seed" in train:
-            raise _wrong(("seed",), "drawn for each client and round; set the scenario's own seed")
+            raise keyed_error(
+                ("seed",), "drawn for each client and round; set the scenario's own seed"
+            )
         return train
-
-    @field_validator("recipe")
-    @classmethod
-    def _keeps_the_rank(cls, recipe: Recipe) -> Recipe:
-        kept = "a federation's adapter keeps its rank from round to round; leave it out"
-        if recipe.refactor.kind == "stack":
-            raise _wrong(("refactor", "kind"), kept)
-        if recipe.refactor.rank is not None:
-            raise _wrong(("refactor", "rank"), kept)
-        if recipe.weights is not None:
-            raise _wrong(("weights",), "clients come and go between rounds; leave it out")
-        return recipe
 
     def asked(self, clients: int) -> int:
         """Clients asked in each round."""
-        return max(1, round(self.fraction * clients))
+        return clients_asked(clients, self.fraction)
 
     def federation(self, clients: int) -> FederationConfig:
         """The coordinator's configuration of this scenario.
 
         Raises:
-            ValueError: The recipe or codec cannot serve a federation, or there are too few clients.
+            ValueError: There are too few clients for the quorum.
         """
         asked = self.asked(clients)
         quorum = self.quorum or asked // 2 + 1
@@ -140,38 +135,25 @@ class Scenario(BaseModel):
                 f"quorum: {quorum} updates cannot come from the {asked} clients that are asked "
                 f"(of {clients}); lower it, or raise fraction"
             )
-        try:
-            return FederationConfig(
-                name=self.name,
-                run=f"{self.name}-{self.seed}",
-                seed=self.seed,
-                rounds=self.rounds,
-                clients=clients,
-                fraction=self.fraction,
-                quorum=quorum,
-                # In process, clients take turns: a deadline would measure the machine.
-                deadline_s=1e9 if self.engine == "inprocess" else self.deadline_s,
-                poll_s=0.0 if self.engine == "inprocess" else 0.1,
-                durable=False,  # a simulation that lost power is run again
-                max_norm=self.max_norm,
-                evaluate_every=self.evaluate_every,
-                codec=self.codec,
-                down=self.down,
-                recipe=self.recipe,
-                train=self.train,
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            raise ValueError(f"{where}{first['msg'].removeprefix('Value error, ')}") from error
-
-
-def _wrong(key: tuple[str, ...], reason: str) -> ValidationError:
-    """An error at a key inside a field."""
-    problem = PydanticCustomError("scenario", "{reason}", {"reason": reason})
-    return ValidationError.from_exception_data(
-        "scenario", [InitErrorDetails(type=problem, loc=key, input=None)]
-    )
+        return FederationConfig(
+            name=self.name,
+            run=f"{self.name}-{self.seed}",
+            seed=self.seed,
+            rounds=self.rounds,
+            clients=clients,
+            fraction=self.fraction,
+            quorum=quorum,
+            # In process, clients take turns: a deadline would measure the machine.
+            deadline_s=1e9 if self.engine == "inprocess" else self.deadline_s,
+            poll_s=0.0 if self.engine == "inprocess" else 0.1,
+            durable=False,  # a simulation that lost power is run again
+            max_norm=self.max_norm,
+            evaluate_every=self.evaluate_every,
+            codec=self.codec,
+            down=self.down,
+            recipe=self.recipe,
+            train=self.train,
+        )
 
 
 def load_scenario(path: Path) -> Scenario:

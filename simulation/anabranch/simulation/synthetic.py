@@ -50,6 +50,7 @@ class SyntheticTask:
     def __init__(self, **params: int) -> None:
         self.config = SyntheticConfig(**params)
         self._held: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._teachers: dict[str, nn.Module] = {}
         if self.config.group_count > self.config.clients:
             raise ValueError(
                 f"group_count = {self.config.group_count} is more than clients = "
@@ -70,6 +71,11 @@ class SyntheticTask:
     def scored_partitions(self) -> dict[str, int]:
         """One client per group."""
         return {group: self.groups.index(group) for group in dict.fromkeys(self.groups)}
+
+    @property
+    def side_by_side(self) -> bool:
+        """No: a step is over before another thread gets a word in."""
+        return False
 
     def check_data(self) -> None:
         """Nothing can be wrong with numbers that are drawn."""
@@ -120,7 +126,7 @@ class SyntheticTask:
         self, model: nn.Module, inputs_NF: Tensor, labels_N: Tensor, plan: TrainPlan
     ) -> Mapping[str, float]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0, fused=True)
         generator = torch.Generator().manual_seed(plan.seed)
         losses = []
         for _ in range(plan.steps):
@@ -144,11 +150,17 @@ class SyntheticTask:
         generator = self._generator("examples", split, str(partition))
         inputs_NF = torch.randn(count, config.features, generator=generator)
         with torch.no_grad():
+            labels_N = self._teacher(self.groups[partition])(inputs_NF).argmax(1)
+        return inputs_NF, labels_N
+
+    def _teacher(self, group: str) -> nn.Module:
+        """The network that labels a group's examples."""
+        if group not in self._teachers:
             teacher = self.load_base()
             weight_HF = teacher.get_parameter("hidden.weight")
-            weight_HF.add_(self._change("common") + self._change(self.groups[partition]) / 3)
-            labels_N = teacher(inputs_NF).argmax(1)
-        return inputs_NF, labels_N
+            weight_HF.add_(self._change("common") + self._change(group) / 3)
+            self._teachers[group] = teacher
+        return self._teachers[group]
 
     def _change(self, name: str) -> Tensor:
         """A low-rank change [H, F] as large as the base's own weights."""

@@ -29,6 +29,15 @@ class SimulatedTask(LoraTask, Protocol):
         """One client per group: to evaluate these is to evaluate every group once."""
         ...
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether to train and evaluate clients in threads, each on a model of its own.
+
+        True promises that they draw from no global generator (dropout does), change nothing they
+        share, and spend their time in torch, which leaves Python to the others.
+        """
+        ...
+
     def check_data(self) -> None:
         """Read every client's data once.
 

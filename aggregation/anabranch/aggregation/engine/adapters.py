@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anabranch.aggregation.engine.cohort import common_base, contribution_names, gather
-from anabranch.aggregation.engine.gram import cosines, gram
+from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.job import AdapterMerge
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
-from anabranch.aggregation.engine.stream import cohort_weights
+from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
+from anabranch.aggregation.method import cosines
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
 from anabranch.vectors.adapter import Adapter, task_vector
@@ -24,7 +25,7 @@ class MergeReport:
     Attributes:
         names: The contributions, in order.
         coefficients: c_i per contribution where the method is Σ c_i·ΔW_i, before the recipe's
-            scale; None where it is not.
+            scale; None where it is not, or where they differ from module to module.
         truncation: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module that went back to rank r; 0 where ΔW is 0.
             Empty where nothing was truncated.
         overall_truncation: The same over all modules together.
@@ -77,17 +78,18 @@ def merge_adapters(
             f"refactor.kind: stack keeps exact factors, and {method.name} gives no such sum; "
             "set it to svd"
         )
+    _check_rank(recipe.refactor.rank, adapters)
     names = contribution_names(names, len(adapters))
     cohort = gather(_task_vectors(adapters, start, names), names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
-    gram_CC = gram(cohort, budget_bytes)
+    grams = module_grams(cohort, budget_bytes)
     job = AdapterMerge(
         list(adapters), start, recipe, method, config, cohort, weights_C, budget_bytes
     )
     coefficients = None
     if method.coefficients is not None:
-        coefficients = method.coefficients(weights_C, gram_CC, config).tolist()
-        lora, spectra = job.linear([c * recipe.scale for c in coefficients])
+        coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
+        lora, spectra = job.linear(coefficients)
     elif method.matrices is not None:
         lora, spectra = job.matrices()
     elif method.factors:
@@ -104,12 +106,28 @@ def merge_adapters(
     )
     report = MergeReport(
         names=names,
-        coefficients=None if coefficients is None else tuple(coefficients),
+        coefficients=_shared(coefficients),
         truncation={m: s.residual / s.norm if s.norm else 0.0 for m, s in spectra.items()},
         overall_truncation=residual / norm if norm else 0.0,
-        cosine=tuple(tuple(row) for row in cosines(gram_CC).tolist()),
+        cosine=tuple(tuple(row) for row in cosines(total_gram(grams, len(cohort))).tolist()),
     )
     return MergeResult(adapter, report)
+
+
+def _check_rank(rank: int | None, adapters: Sequence[Adapter]) -> None:
+    """Refuse a rank that no module has; zeros up to a mistyped one would fill the memory."""
+    modules = [factors for adapter in adapters for factors in adapter.lora.values()]
+    largest = max((min(len(one.b_mr), one.a_rn.shape[1]) for one in modules), default=0)
+    if rank is not None and modules and rank > largest:
+        raise ValueError(
+            f"refactor.rank: {rank} is above {largest}, the largest any module can have; lower it"
+        )
+
+
+def _shared(coefficients: Mapping[str, Sequence[float]] | None) -> tuple[float, ...] | None:
+    """The coefficients that all modules have in common, None where they do not."""
+    distinct = {tuple(shared) for shared in (coefficients or {}).values()}
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def _task_vectors(

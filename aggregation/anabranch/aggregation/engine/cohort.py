@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from anabranch.vectors.task_vector import Delta, LowRank, TaskVector
 
@@ -135,8 +134,3 @@ def _check_finite(delta: Delta, name: str, module: str) -> None:
             f"{name}: module {module} holds numbers that are not finite in fp32; "
             "drop that contribution"
         )
-
-
-def flat_rows(tensor: Tensor) -> Tensor:
-    """Any tensor as a matrix of rows [m, n]: further dimensions join the columns."""
-    return tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(-1, 1)

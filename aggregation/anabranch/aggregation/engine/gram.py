@@ -1,39 +1,57 @@
 """Inner products of task vectors, in fp64 and, for products of factors, without forming them.
 
-Shape legend: C contributions, K = Σ k_i stacked inner ranks, D entries of a chunk.
+Shape legend: C contributions, K = Σ k_i stacked inner ranks, D entries of a chunk,
+L of a piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from anabranch.aggregation.chunk import recut
 from anabranch.aggregation.engine.cohort import Cohort, gather
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, ModuleRows
-from anabranch.aggregation.method import inner_products
+from anabranch.aggregation.method import cosines, inner_products
 from anabranch.vectors.task_vector import LowRank, TaskVector
 
 
 def gram(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> Tensor:
-    """⟨τ_i, τ_j⟩ over all modules [C, C], fp64, on the CPU.
+    """⟨τ_i, τ_j⟩ over all modules [C, C]; see ``module_grams``."""
+    return total_gram(module_grams(cohort, budget_bytes), len(cohort))
 
-    Modules held as factors cost O(K²(m + n)); dense ones are read once, a chunk at a time.
+
+def total_gram(grams: Mapping[str, Tensor], count: int) -> Tensor:
+    """⟨τ_i, τ_j⟩ over all modules [C, C], symmetric, from those of each."""
+    total_CC = torch.zeros(count, count, dtype=torch.float64)
+    for gram_CC in grams.values():
+        total_CC += gram_CC
+    return (total_CC + total_CC.T) / 2
+
+
+def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> dict[str, Tensor]:
+    """⟨τ_i, τ_j⟩ by module [C, C], fp64, on the CPU, symmetric up to rounding.
+
+    Modules held as factors cost O(K²(m + n)); dense ones are read once, a piece at a time.
 
     Args:
         cohort: The contributions.
         budget_bytes: Memory for dense entries.
     """
-    total_CC = torch.zeros(len(cohort), len(cohort), dtype=torch.float64)
+    grams = {}
     for module, deltas in cohort.deltas.items():
         factors = [delta for delta in deltas if isinstance(delta, LowRank)]
         if len(factors) == len(deltas):
-            total_CC += _factor_gram(factors).cpu()
+            gram_CC = _factor_gram(factors).cpu()
         else:
-            for chunk in ModuleRows(cohort, module, budget_bytes):
-                total_CC += inner_products(chunk.deltas_CD).cpu()
-    return (total_CC + total_CC.T) / 2
+            gram_CC = torch.zeros(len(cohort), len(cohort), dtype=torch.float64)
+            rows = ModuleRows(cohort, module, budget_bytes)
+            for piece_CL in recut(chunk.deltas_CD for chunk in rows):
+                gram_CC += inner_products(piece_CL).cpu()
+        grams[module] = gram_CC
+    return grams
 
 
 def _factor_gram(factors: Sequence[LowRank]) -> Tensor:
@@ -48,13 +66,6 @@ def _factor_gram(factors: Sequence[LowRank]) -> Tensor:
         strip_kK = (part.b_mk.double().T @ b_mK) * (part.a_kn.double() @ a_Kn.T)
         row_C.index_add_(0, owner_K, strip_kK.sum(dim=0))
     return gram_CC
-
-
-def cosines(gram_CC: Tensor) -> Tensor:
-    """Cosine similarities [C, C] from inner products; 0 for a task vector that is zero."""
-    norms_C = gram_CC.diagonal().clamp(min=0).sqrt()
-    scale_C = torch.where(norms_C > 0, 1 / norms_C, 0.0)
-    return (gram_CC * scale_C[:, None] * scale_C[None, :]).clamp(-1, 1)
 
 
 def cosine_similarity(

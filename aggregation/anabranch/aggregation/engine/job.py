@@ -5,7 +5,7 @@ Shape legend: C contributions, m rows, n columns, k inner rank, R rows of a chun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,19 +73,22 @@ class AdapterMerge:
         return self.recipe.refactor.rank or largest
 
     def linear(
-        self, coefficients: Sequence[float]
+        self, coefficients: Mapping[str, Sequence[float]]
     ) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
         """Σ c_i·ΔW_i without forming any: stacked, then truncated or kept.
 
         Σ c_i(B_iA_i − B_sA_s) + B_sA_s is gathered as Σ c_iB_iA_i + (1 − Σc_i)B_sA_s: half the
         inner rank, and the start drops out of a mean.
+
+        Args:
+            coefficients: c_i by module, the recipe's scale not in them.
         """
-        rest = 1 - sum(coefficients)
         lora: dict[str, LoraFactors] = {}
         spectra: dict[str, Spectrum] = {}
         for module in self.modules():
             parts = [adapter.lora[module].delta() for adapter in self.adapters]
-            factors = list(coefficients)
+            factors = [c * self.recipe.scale for c in coefficients[module]]
+            rest = 1 - sum(factors)
             if self.start is not None and abs(rest) > 1e-12:
                 parts.append(self.start.lora[module].delta())
                 factors.append(rest)
@@ -183,7 +186,7 @@ class AdapterMerge:
                 f"{self.method.name}: module {module}: {problem}; use mean, which merges ΔW"
             )
 
-    def dense(self, coefficients: Sequence[float] | None) -> dict[str, Tensor]:
+    def dense(self, coefficients: Mapping[str, Sequence[float]] | None) -> dict[str, Tensor]:
         """Parameters trained in full: start + scale·merged."""
         if self.start is None:
             return {}
@@ -193,7 +196,7 @@ class AdapterMerge:
             before = self.start.dense[name]
             deltas = self.cohort.deltas[name]
             if coefficients is not None:
-                change = weighted_sum(deltas, coefficients)
+                change = weighted_sum(deltas, coefficients[name])
             elif self.method.matrices is not None:
                 change = self.merged_matrices[name]
             elif self.method.factors:

@@ -6,12 +6,12 @@ Shape legend: C contributions, R rows of a chunk, n columns, D = R·n entries of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.engine.cohort import Cohort, flat_rows
+from anabranch.aggregation.chunk import Chunk, matrix_shape
+from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.vectors.task_vector import Delta, LowRank
 
 DEFAULT_BUDGET_BYTES = 2 << 30
@@ -27,22 +27,6 @@ values and 64-bit indices of a sort, or one copy in fp64."""
 FP32_BYTES = 4
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive rows of one module, of every contribution.
-
-    Attributes:
-        start: Index of the first row.
-        columns: n.
-        deltas_CD: Entries in row order [C, R·n], fp32. Belongs to whoever iterates: not to be
-            written to.
-    """
-
-    start: int
-    columns: int
-    deltas_CD: Tensor  # noqa: N815
-
-
 class ModuleRows:
     """One module's task vectors as chunks of rows; iterating again forms them again.
 
@@ -54,14 +38,23 @@ class ModuleRows:
         module: Which module.
         budget_bytes: Memory for entries.
         keep: Whether a second pass will come.
+        whole_vectors: Whether a vector is one row, or may be cut.
 
     Raises:
         ValueError: The budget holds no block of rows.
     """
 
-    def __init__(self, cohort: Cohort, module: str, budget_bytes: int, keep: bool = False) -> None:
+    def __init__(
+        self,
+        cohort: Cohort,
+        module: str,
+        budget_bytes: int,
+        keep: bool = False,
+        whole_vectors: bool = False,
+    ) -> None:
+        self.module = module
         self._deltas = cohort.deltas[module]
-        self.rows, self.columns = matrix_shape(self._deltas[0])
+        self.rows, self.columns = matrix_shape(self._deltas[0].shape, whole_vectors)
         row_bytes = len(cohort) * max(1, self.columns) * FP32_BYTES
         block = min(ROW_BLOCK, max(1, self.rows))
         blocks = budget_bytes // 2 // (row_bytes * WORKING_COPIES * block)
@@ -75,6 +68,10 @@ class ModuleRows:
         result_bytes = self.rows * self.columns * FP32_BYTES
         self._keep = keep and self.rows * row_bytes + result_bytes <= budget_bytes // 2
         self._kept: list[Chunk] | None = None
+
+    def __len__(self) -> int:
+        """How many chunks there are."""
+        return -(-self.rows // self.step)
 
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks from the first row to the last."""
@@ -97,21 +94,14 @@ class ModuleRows:
         )
         for delta, out_Rn in zip(self._deltas, rows_CRn, strict=True):
             fill_rows(delta, start, out_Rn)
-        return Chunk(start, self.columns, rows_CRn.flatten(1))
-
-
-def matrix_shape(delta: Delta) -> tuple[int, int]:
-    """Rows and columns a change is chunked by."""
-    shape = delta.shape
-    if len(shape) < 2:
-        return shape.numel(), 1
-    return shape[0], shape[1:].numel()
+        return Chunk(self.module, start, self.columns, rows_CRn.flatten(1))
 
 
 def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:
     """Write the rows of a change from ``start`` on, a multiple of ``ROW_BLOCK``, into [R, n]."""
     if not isinstance(delta, LowRank):
-        out_Rn.copy_(flat_rows(delta)[start : start + len(out_Rn)])
+        rows_mn = delta.reshape(-1, out_Rn.shape[1])
+        out_Rn.copy_(rows_mn[start : start + len(out_Rn)])
         return
     b_Rk = delta.b_mk[start : start + len(out_Rn)].float()
     a_kn = delta.a_kn.float()

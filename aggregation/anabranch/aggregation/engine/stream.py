@@ -5,14 +5,14 @@ Shape legend: C contributions, D entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.engine.cohort import gather
+from anabranch.aggregation.engine.cohort import Cohort, gather
 from anabranch.aggregation.engine.entries import EntryMerge
-from anabranch.aggregation.engine.gram import gram
+from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
@@ -34,7 +34,8 @@ def merge_task_vectors(
     never forms a ΔW; nor does a method on matrices, for factors. It takes dense modules whole, as
     they are held, and works on a few fp64 copies (KnOTS on C) of one at a time, outside the budget.
     Others form each ΔW once where a module's C dense copies fit half the budget, else once per
-    pass: one pass, three with thresholds. The result does not depend on the budget.
+    pass: one pass and those of the statistics (two for a threshold). The result does not depend on
+    the budget.
 
     Args:
         vectors: One task vector per contribution.
@@ -55,10 +56,10 @@ def merge_task_vectors(
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     merged: dict[str, Delta] = {}
     if method.coefficients is not None:
-        gram_CC = gram(cohort, budget_bytes) if method.needs_gram else None
-        coefficients = method.coefficients(weights_C, gram_CC, config).tolist()
+        grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
+        coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
         for module, deltas in cohort.deltas.items():
-            merged[module] = weighted_sum(deltas, [c * recipe.scale for c in coefficients])
+            merged[module] = weighted_sum(deltas, [c * recipe.scale for c in coefficients[module]])
     elif method.matrices is not None:
         for module, delta in method.merge_modules(cohort.deltas, weights_C, config).items():
             merged[module] = scaled(delta, recipe.scale)
@@ -80,6 +81,33 @@ def cohort_weights(
     given = recipe.weights if weights is None else weights
     values = [1.0] * count if given is None else list(given)
     return method.check_weights(torch.tensor(values, dtype=torch.float64), count)
+
+
+def cohort_coefficients(
+    cohort: Cohort,
+    method: MergeMethod,
+    config: MethodConfig,
+    weights_C: Tensor,
+    grams: Mapping[str, Tensor],
+) -> dict[str, list[float]]:
+    """c_i per contribution by module: the same in all of them unless they follow from its Gram.
+
+    Args:
+        cohort: The contributions.
+        method: One with ``coefficients``.
+        config: Its parameters.
+        weights_C: Checked weights [C].
+        grams: ⟨τ_i, τ_j⟩ by module [C, C]; read only where the method needs them.
+    """
+    assert method.coefficients is not None
+    if method.needs_gram and method.scope_of(config) == "tensor":
+        return {
+            module: method.coefficients(weights_C, grams[module], config).tolist()
+            for module in cohort.deltas
+        }
+    gram_CC = total_gram(grams, len(cohort)) if method.needs_gram else None
+    shared = method.coefficients(weights_C, gram_CC, config).tolist()
+    return dict.fromkeys(cohort.deltas, shared)
 
 
 def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delta:

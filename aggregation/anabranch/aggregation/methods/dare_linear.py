@@ -9,8 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
-from anabranch.vectors.counter import bernoulli
+from anabranch.aggregation.chunk import PIECE, Chunk
+from anabranch.aggregation.election import weighted_mean
+from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.sparsify import drop_and_rescale
+from anabranch.aggregation.statistics import Draw
 
 
 class DareConfig(MethodConfig):
@@ -22,38 +25,22 @@ class DareConfig(MethodConfig):
     """Seed of the masks. The same seed, module and position give the same mask anywhere."""
 
 
-def drop_and_rescale(
-    deltas_CD: Tensor, config: DareConfig, keep_CD: Tensor | None = None
-) -> Tensor:
-    """τ · Bernoulli(density) / density: unbiased, E[result] = τ.
+def keep_masks(chunk: Chunk, config: DareConfig) -> Tensor:
+    """Which entries each contribution keeps, boolean [C, D]."""
+    keep_CD = torch.empty_like(chunk.deltas_CD, dtype=torch.bool)
+    for client, keep_D in enumerate(keep_CD):
+        # In pieces: the 64-bit words of a draw outweigh the mask they leave.
+        for first in range(0, len(keep_D), PIECE):
+            piece_L = keep_D[first : first + PIECE]
+            piece_L.copy_(chunk.uniform(config.seed, client, first, len(piece_L)) < config.density)
+    return keep_CD
 
-    mergekit rescales by ‖τ‖₁ / ‖mτ‖₁ of the tensor instead, which is not.
 
-    Args:
-        deltas_CD: Task vectors [C, D].
-        config: Density and seed.
-        keep_CD: Boolean masks [C, D]; None draws them for a nameless module from position 0.
-
-    Returns:
-        Sparse task vectors [C, D], new memory.
-    """
-    if keep_CD is None:
-        count, entries = deltas_CD.shape
-        keep_CD = torch.stack(
-            [
-                bernoulli(config.density, entries, (config.seed, "", client), 0, deltas_CD.device)
-                for client in range(count)
-            ]
-        )
-    return (deltas_CD * keep_CD).div_(config.density)
+KEEP = Draw("keep_CD", keep_masks)
 
 
 def dare_linear(
-    deltas_CD: Tensor,
-    weights_C: Tensor,
-    config: DareConfig,
-    *,
-    keep_CD: Tensor | None = None,
+    deltas_CD: Tensor, weights_C: Tensor, config: DareConfig, *, keep_CD: Tensor
 ) -> Tensor:
     """Weighted mean of dropped and rescaled task vectors.
 
@@ -64,18 +51,14 @@ def dare_linear(
         deltas_CD: Task vectors [C, D].
         weights_C: Weight per contribution [C], zero or more.
         config: Density and seed.
-        keep_CD: Boolean masks [C, D]; None draws them.
+        keep_CD: Boolean masks [C, D].
 
     Returns:
         Merged entries [D].
     """
-    return combine(drop_and_rescale(deltas_CD, config, keep_CD), weights_C / weights_C.sum())
+    return weighted_mean(drop_and_rescale(deltas_CD, keep_CD, config.density), weights_C)
 
 
 DARE_LINEAR = MergeMethod(
-    name="dare_linear",
-    config=DareConfig,
-    scope="entry",
-    merge=dare_linear,
-    statistics=("keep_CD",),
+    name="dare_linear", config=DareConfig, scope="entry", merge=dare_linear, draws=(KEEP,)
 )

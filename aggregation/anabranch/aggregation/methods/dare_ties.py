@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from anabranch.aggregation.election import elect_and_average
 from anabranch.aggregation.method import MergeMethod
-from anabranch.aggregation.methods.dare_linear import DareConfig, drop_and_rescale
-from anabranch.aggregation.methods.ties import elect_and_average
+from anabranch.aggregation.methods.dare_linear import KEEP, DareConfig
+from anabranch.aggregation.sparsify import drop_and_rescale
 
 
 def dare_ties(
-    deltas_CD: Tensor,
-    weights_C: Tensor,
-    config: DareConfig,
-    *,
-    keep_CD: Tensor | None = None,
+    deltas_CD: Tensor, weights_C: Tensor, config: DareConfig, *, keep_CD: Tensor
 ) -> Tensor:
     """Drop at random, rescale by 1/density, then elect and average as TIES does.
 
@@ -28,18 +25,14 @@ def dare_ties(
         deltas_CD: Task vectors [C, D].
         weights_C: Weight per contribution [C], zero or more.
         config: Density and seed.
-        keep_CD: Boolean masks [C, D]; None draws them.
+        keep_CD: Boolean masks [C, D].
 
     Returns:
         Merged entries [D].
     """
-    return elect_and_average(drop_and_rescale(deltas_CD, config, keep_CD), weights_C)
+    return elect_and_average(drop_and_rescale(deltas_CD, keep_CD, config.density), weights_C)
 
 
 DARE_TIES = MergeMethod(
-    name="dare_ties",
-    config=DareConfig,
-    scope="entry",
-    merge=dare_ties,
-    statistics=("keep_CD",),
+    name="dare_ties", config=DareConfig, scope="entry", merge=dare_ties, draws=(KEEP,)
 )

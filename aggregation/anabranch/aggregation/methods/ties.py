@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from anabranch.aggregation.magnitude import kept, tensor_thresholds
-from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
+from anabranch.aggregation.election import elect_and_average
+from anabranch.aggregation.magnitude import kept
+from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.sparsify import trim
+from anabranch.aggregation.statistics import Statistic, entries_as_they_are
 
 
 class TiesConfig(MethodConfig):
@@ -29,11 +31,7 @@ class TiesConfig(MethodConfig):
 
 
 def ties(
-    deltas_CD: Tensor,
-    weights_C: Tensor,
-    config: TiesConfig,
-    *,
-    thresholds_C: Tensor | None = None,
+    deltas_CD: Tensor, weights_C: Tensor, config: TiesConfig, *, thresholds_C: Tensor
 ) -> Tensor:
     """Trim by magnitude, elect a sign per entry, average the trimmed entries that carry it.
 
@@ -44,43 +42,26 @@ def ties(
     Args:
         deltas_CD: Task vectors [C, D].
         weights_C: Weight per contribution [C], zero or more.
-        config: Density; ``scope`` matters to the engine only.
-        thresholds_C: k-th magnitude over the scope [C]; None takes it over these D entries.
+        config: Not read: density and ``scope`` matter to the statistic only.
+        thresholds_C: k-th magnitude over the scope [C].
 
     Returns:
         Merged entries [D]: 0 where nothing survives the trim.
     """
-    if thresholds_C is None:
-        count = kept(config.density, deltas_CD.shape[1])
-        thresholds_C = tensor_thresholds(deltas_CD, count)
-    keep_CD = deltas_CD.abs() >= thresholds_C.to(deltas_CD.device)[:, None]
-    return elect_and_average(deltas_CD * keep_CD, weights_C)
-
-
-def elect_and_average(trimmed_CD: Tensor, weights_C: Tensor) -> Tensor:
-    """Per entry, the weighted mean of the contributions whose sign is that of Σ w τ̂.
-
-    A sum of exactly zero elects +1 (mergekit, PEFT), and not the sign of the whole vector (the
-    paper's code).
-
-    Args:
-        trimmed_CD: Task vectors after their trim or drop [C, D].
-        weights_C: Weight per contribution [C], zero or more.
-
-    Returns:
-        Merged entries [D]: 0 where no contribution agrees.
-    """
-    signs_D = torch.where(combine(trimmed_CD, weights_C) >= 0, 1.0, -1.0)
-    sum_D, share_D = torch.zeros_like(signs_D), torch.zeros_like(signs_D)
-    # One contribution at a time: no [C, D] temporaries, and one order of addition however the
-    # entries are chunked, which torch's own sum over C does not promise.
-    for trimmed_D, weight in zip(trimmed_CD, weights_C.tolist(), strict=True):
-        agreeing_D = (trimmed_D * signs_D).clamp_(min=0)
-        sum_D.add_(agreeing_D, alpha=weight)
-        share_D.add_(agreeing_D > 0, alpha=weight)
-    return sum_D.mul_(signs_D).div_(torch.where(share_D == 0, 1.0, share_D))
+    return elect_and_average(trim(deltas_CD, thresholds_C), weights_C)
 
 
 TIES = MergeMethod(
-    name="ties", config=TiesConfig, scope="tensor", merge=ties, statistics=("thresholds_C",)
+    name="ties",
+    config=TiesConfig,
+    scope="tensor",
+    merge=ties,
+    statistics=(
+        Statistic(
+            "thresholds_C",
+            entries_as_they_are,
+            "kth_magnitude",
+            count=lambda config, entries, found: kept(config.density, entries),
+        ),
+    ),
 )

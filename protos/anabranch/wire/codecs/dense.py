@@ -5,6 +5,7 @@ Shape legend: n entries of a tensor or a frame, g blocks of the int8 form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,12 +44,20 @@ class Plain:
 def _reduce_plain(tensor: Tensor, config: CodecConfig, dtype: torch.dtype) -> Plain:
     # A copy even where nothing is rounded: what was sent must not change with the sender's tensor.
     values = tensor.detach().to("cpu", dtype, copy=True)
-    if not bool(torch.isfinite(values).all()):
+    if not _all_finite(values):
         raise ValueError(
             f"the tensor holds entries that are NaN, infinite or beyond {dtype}: "
             "the training diverged"
         )
     return Plain(values)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether every entry is a number; the extremes are taken in one pass, and NaN spreads."""
+    if not values.numel():
+        return True
+    low, high = torch.aminmax(values)
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _pack_plain(forms: Sequence[Plain]) -> Packed:
@@ -59,7 +68,7 @@ def _pack_plain(forms: Sequence[Plain]) -> Packed:
 def _unpack_plain(payload: memoryview, frame: FrameInfo, dtype: torch.dtype) -> list[Plain]:
     _check_lengths(payload, frame, frame.entries * dtype.itemsize)
     values_n = _from_bytes(payload, dtype)
-    if not bool(torch.isfinite(values_n).all()):
+    if not _all_finite(values_n):
         raise WireError("values", "a frame holds NaN or infinite values")
     parts = torch.split(values_n, [tensor.entries for tensor in frame.tensors])
     return [

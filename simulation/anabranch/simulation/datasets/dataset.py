@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,7 @@ Labels = NDArray[np.int64]
 """Label indices [N]."""
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One labelled text as a reader yields it.
 
     Attributes:
@@ -102,7 +102,7 @@ class DatasetSpec:
 
 @cache
 def _load(spec: DatasetSpec, split: Split) -> TextDataset:
-    kept = [example for example in _examples(spec) if split_of(example.document) == split]
+    kept = _examples(spec)[split]
     return TextDataset(
         name=spec.name,
         texts=tuple(example.text for example in kept),
@@ -115,13 +115,17 @@ def _load(spec: DatasetSpec, split: Split) -> TextDataset:
 
 
 @cache
-def _examples(spec: DatasetSpec) -> tuple[Example, ...]:
-    """Every example once: a text that comes again counts where it came first."""
-    first: dict[str, Example] = {}
-    for example in spec.read():
-        text = " ".join(example.text.split())
-        first.setdefault(text.casefold(), replace(example, text=text))
-    return tuple(first.values())
+def _examples(spec: DatasetSpec) -> dict[Split, list[Example]]:
+    """Every example once, by split: a text that comes again counts where it came first."""
+    seen: set[str] = set()
+    parts: dict[Split, list[Example]] = {split: [] for split in get_args(Split)}
+    for document, raw, label, domain in spec.read():
+        text = " ".join(raw.split())
+        folded = text.casefold()
+        if folded not in seen:
+            seen.add(folded)
+            parts[split_of(document)].append(Example(document, text, label, domain))
+    return parts
 
 
 def split_of(document: str) -> Split:

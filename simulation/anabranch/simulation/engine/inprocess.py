@@ -1,11 +1,13 @@
 """Run a federation in one process: the same ServerApp and ClientApp, no server, no copies.
 
-The base is loaded once (``anabranch.client.session``); each client's adapter is swapped into it.
+The base is loaded once (``anabranch.client.session``) and adapters are swapped into it. Clients of
+a task that allows it train side by side, each in a thread with an adapter of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +22,7 @@ from anabranch.simulation.engine.identity import (
     name_message,
     server_identity,
 )
+from anabranch.simulation.engine.threads import ClientThreads
 from anabranch.wire.plan import Scalar
 
 CLIENT_FAILED = 2
@@ -27,12 +30,13 @@ CLIENT_FAILED = 2
 
 
 class InProcessGrid(Grid):
-    """A Grid whose nodes are contexts in this process; pulling a reply runs its client.
+    """A Grid whose nodes are contexts in this process.
 
     Args:
         client_app: Called for every message.
         contexts: One per node, by node number; their ``state`` lives as long as the grid.
         on_reply: Called after each client with the message type and the node's number.
+        threads: Where clients run; None runs each when its reply is pulled.
     """
 
     def __init__(
@@ -40,11 +44,13 @@ class InProcessGrid(Grid):
         client_app: ClientApp,
         contexts: dict[int, Context],
         on_reply: Callable[[str, int], None] = lambda kind, node: None,
+        threads: ClientThreads | None = None,
     ) -> None:
         self._client_app = client_app
         self._contexts = contexts
         self._on_reply = on_reply
-        self._queue: dict[str, Message] = {}
+        self._threads = threads or ClientThreads(1)
+        self._replies: dict[str, tuple[Message, Callable[[], Message]]] = {}
         self._count = 0
 
     def get_node_ids(self) -> Iterable[int]:
@@ -52,20 +58,25 @@ class InProcessGrid(Grid):
         return sorted(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; nothing runs yet."""
+        """Queue messages for their clients."""
         identifiers = []
         for message in messages:
             self._count += 1
             identifier = f"message-{self._count}"
             name_message(message, identifier)
-            self._queue[identifier] = message
+            self._replies[identifier] = message, self._threads.begin(partial(self._call, message))
             identifiers.append(identifier)
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the clients these messages wait for and return their replies."""
-        waiting = [name for name in message_ids if name in self._queue]
-        return [self._call(self._queue.pop(name)) for name in waiting]
+        """The replies to these messages, once their clients are done."""
+        replies = []
+        for identifier in message_ids:
+            if identifier in self._replies:
+                message, reply = self._replies.pop(identifier)
+                replies.append(reply())
+                self._on_reply(message.metadata.message_type, message.metadata.dst_node_id)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -74,16 +85,12 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _call(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
         try:
-            reply = self._client_app(message, self._contexts[node])
+            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
         # As Flower's own client process does: whatever an app raises becomes its reply.
         except Exception as error:
-            reply = Message(
-                Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message
-            )
-        self._on_reply(message.metadata.message_type, node)
-        return reply
+            reason = f"{type(error).__name__}: {error}"
+            return Message(Error(CLIENT_FAILED, reason), reply_to=message)
 
     def set_run(self, run: Run) -> NoReturn:
         """Not part of an in-process run."""
@@ -106,6 +113,7 @@ def run_in_process(
     clients: int,
     run_config: dict[str, Scalar],
     on_reply: Callable[[str, int], None] = lambda kind, partition: None,
+    side_by_side: int = 1,
 ) -> None:
     """Run a prepared federation folder to its end.
 
@@ -116,6 +124,7 @@ def run_in_process(
         clients: Number of clients; client i holds partition i.
         run_config: What a Flower run configuration would hold for both apps.
         on_reply: Called after each client with the message type and its partition.
+        side_by_side: How many clients train at once.
     """
     config = {**run_config, "federation": str(folder)}
     first = SERVER_NODE_ID + 1
@@ -129,7 +138,9 @@ def run_in_process(
         )
         for partition in range(clients)
     }
-    grid = InProcessGrid(client_app, contexts, lambda kind, node: on_reply(kind, node - first))
     server = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), config)
-    with server_identity():
+    with server_identity(), ClientThreads(side_by_side) as threads:
+        grid = InProcessGrid(
+            client_app, contexts, lambda kind, node: on_reply(kind, node - first), threads
+        )
         server_app(grid, server)

@@ -1,0 +1,69 @@
+"""A piece of a module with every contribution's entries: what methods are handed.
+
+Shape legend: C contributions, R rows of a chunk, n columns, D = R·n entries of a chunk, L entries
+of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anabranch.vectors.counter import uniform
+
+PIECE = 1 << 16
+"""Entries added up, or drawn, at once. Rounding depends on what is added to what, and a merge must
+not depend on the budget, so pieces are the same wherever chunks were cut."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of one module, of every contribution.
+
+    Attributes:
+        module: Its name, which names the seeded draws.
+        start: Index of the first row.
+        columns: n.
+        deltas_CD: Entries in row order [C, R·n], fp32. Belongs to whoever iterates: not to be
+            written to.
+    """
+
+    module: str
+    start: int
+    columns: int
+    deltas_CD: Tensor  # noqa: N815
+
+    def uniform(self, seed: int, contribution: int, first: int, count: int) -> Tensor:
+        """Uniform numbers in [0, 1), fp64, for ``count`` entries of the chunk from ``first`` on.
+
+        They belong to the place in the module: the same however it is cut into chunks.
+        """
+        stream = (seed, self.module, contribution)
+        position = self.start * self.columns + first
+        return uniform(count, stream, position, self.deltas_CD.device)
+
+
+def matrix_shape(shape: torch.Size, whole_vectors: bool = False) -> tuple[int, int]:
+    """Rows and columns a tensor is chunked by: a vector may be cut anywhere, or is one row."""
+    if len(shape) < 2:
+        return (1, shape.numel()) if whole_vectors else (shape.numel(), 1)
+    return shape[0], shape[1:].numel()
+
+
+def recut(stream_KD: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same entries [K, L] in pieces of ``PIECE``, the last one shorter."""
+    rest: list[Tensor] = []
+    missing = PIECE
+    for values_KD in stream_KD:
+        done = 0
+        while values_KD.shape[1] - done >= missing:
+            yield torch.cat([*rest, values_KD[:, done : done + missing]], dim=1)
+            done, rest, missing = done + missing, [], PIECE
+        if done < values_KD.shape[1]:
+            rest.append(values_KD[:, done:].clone())
+            missing -= values_KD.shape[1] - done
+    if rest:
+        yield torch.cat(rest, dim=1)

@@ -1,0 +1,139 @@
+"""What a method must know of its whole scope, and what it draws, before it can merge a chunk.
+
+Shape legend: C contributions, D entries of a chunk, K rows of what is reduced (C of them, or 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from anabranch.aggregation.chunk import Chunk, recut
+from anabranch.aggregation.magnitude import stream_kth, tensor_kth
+
+Found = Mapping[str, Tensor]
+"""Statistics gathered so far, by name."""
+
+
+class Chunks(Protocol):
+    """The chunks of a scope: how many, and each of them as often as asked."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Chunk]: ...
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One reduction over a method's scope, which is a tensor or the model.
+
+    Attributes:
+        name: The keyword under which ``merge`` gets it: a tensor [K] on the CPU.
+        values: ``values(deltas_CD, weights_C, config, found) -> values_KD``: what is reduced, of
+            one chunk in fp32. A pure function of each entry; ``found`` holds the statistics
+            declared before this one.
+        how: ``kth`` is the exact k-th largest and ``kth_magnitude`` the exact k-th largest
+            magnitude, in fp32; ``sum`` is taken in fp64; ``min`` and ``max`` are what they say.
+            None depends on how the entries are chunked.
+        count: ``count(config, entries, found) -> k``, for the two that need one; ``entries`` is D
+            of the whole scope.
+    """
+
+    name: str
+    values: Callable[[Tensor, Tensor, Any, Found], Tensor]
+    how: Literal["kth", "kth_magnitude", "sum", "min", "max"]
+    count: Callable[[Any, int, Found], int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.how.startswith("kth") != (self.count is not None):
+            raise ValueError(
+                f"statistic {self.name}: give a count to kth and kth_magnitude, and to no other"
+            )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Seeded random numbers for the entries of a chunk, the same however the entries are chunked.
+
+    Attributes:
+        name: The keyword under which ``merge`` gets them.
+        make: ``make(chunk, config) -> drawn_CD``, from ``chunk.uniform``.
+    """
+
+    name: str
+    make: Callable[[Chunk, Any], Tensor]
+
+
+def entries_as_they_are(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
+    """Values of a statistic on the task vectors themselves [C, D]."""
+    return deltas_CD
+
+
+def gather_statistics(
+    statistics: Sequence[Statistic],
+    chunks: Chunks,
+    entries: int,
+    weights_C: Tensor,
+    config: Any,
+) -> dict[str, Tensor]:
+    """Statistics over a scope, in the order in which they are declared.
+
+    Each costs one pass over the chunks, a k-th largest two; a lone chunk on the CPU costs it one.
+
+    Args:
+        statistics: What to gather.
+        chunks: The whole scope, iterated once or twice per statistic.
+        entries: How many entries of a contribution these are together.
+        weights_C: Checked weights [C].
+        config: The method's parameters.
+    """
+    found: dict[str, Tensor] = {}
+    for statistic in statistics:
+        stream = _Values(statistic, chunks, weights_C, config, found)
+        if statistic.count is not None:
+            count = statistic.count(config, entries, found)
+            magnitude = statistic.how == "kth_magnitude"
+            if len(chunks) == 1:
+                (whole_KD,) = stream
+                found[statistic.name] = tensor_kth(whole_KD, count, magnitude)
+            else:
+                found[statistic.name] = stream_kth(stream, count, magnitude)
+        elif statistic.how == "sum":
+            found[statistic.name] = _sum(stream)
+        else:
+            found[statistic.name] = _extreme(stream, statistic.how == "max")
+    return found
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What one statistic reduces, chunk by chunk, as often as asked."""
+
+    statistic: Statistic
+    chunks: Chunks
+    weights_C: Tensor  # noqa: N815
+    config: Any
+    found: Found
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for chunk in self.chunks:
+            yield self.statistic.values(chunk.deltas_CD, self.weights_C, self.config, self.found)
+
+
+def _sum(stream: Iterable[Tensor]) -> Tensor:
+    """Σ over the entries [K], in fp64."""
+    sums = [piece_KL.double().sum(dim=1).cpu() for piece_KL in recut(stream)]
+    total_K = torch.zeros_like(sums[0])
+    for sum_K in sums:
+        total_K += sum_K
+    return total_K
+
+
+def _extreme(stream: Iterable[Tensor], largest: bool) -> Tensor:
+    """The largest or the smallest of the entries [K]."""
+    reduce = torch.amax if largest else torch.amin
+    return reduce(torch.stack([reduce(values_KD, dim=1).cpu() for values_KD in stream]), dim=0)
