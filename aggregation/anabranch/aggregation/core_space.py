@@ -84,12 +84,7 @@ class CoreSpace:
             return merged_pq.float()
         # Only exact zeros go: the factors are the merged core, not an approximation of it.
         u_pr, s_r, v_rq = directions(merged_pq, zero=1e-14)
-        if not len(s_r):
-            return LowRank(self.left_mp[:, :1].float() * 0, self.right_nq[:, :1].T.float() * 0)
-        root_r = s_r.sqrt()
-        b_mr = self.left_mp @ (u_pr * root_r)
-        a_rn = (v_rq * root_r[:, None]) @ self.right_nq.T
-        return LowRank(b_mr.float(), a_rn.float())
+        return product_of(Directions(self.left_mp @ u_pr, s_r, v_rq @ self.right_nq.T))
 
 
 def core_space(deltas: Sequence[Delta]) -> CoreSpace:
@@ -137,6 +132,17 @@ def directions(
     live = int((s > floor).sum())
     live = live if count is None else min(live, count)
     return Directions(u[:, :live], s[:live], v[:live])
+
+
+def product_of(found: Directions) -> LowRank:
+    """Singular triplets as balanced factors in fp32, of rank one at least."""
+    u_mr, s_r, v_rn = found
+    if not len(s_r):
+        return LowRank(
+            u_mr.new_zeros(len(u_mr), 1).float(), v_rn.new_zeros(1, v_rn.shape[1]).float()
+        )
+    root_r = s_r.sqrt()
+    return LowRank((u_mr * root_r).float(), (v_rn * root_r[:, None]).float())
 
 
 def polar(matrix_pq: Tensor) -> Tensor:

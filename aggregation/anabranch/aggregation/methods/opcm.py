@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from anabranch.aggregation.core_space import Directions, directions
+from anabranch.aggregation.core_space import Directions, directions, product_of
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, norm, scaled
 
@@ -49,7 +49,7 @@ def opcm(deltas: Sequence[Delta], weights_C: Tensor, config: OpcmConfig) -> Delt
     for delta, weight in zip(deltas, weights_C.tolist(), strict=True):
         total = add_cleaned(total, delta, weight, config)
     if all(isinstance(delta, LowRank) for delta in deltas):
-        return _factors(total)
+        return product_of(total)
     return ((total.u_pr * total.s_r) @ total.v_rq).float()
 
 
@@ -117,7 +117,7 @@ class OpcmState:
                 continue
             m, n = len(total.u_pr), total.v_rq.shape[1]
             small = len(total.s_r) * (m + n) < m * n
-            product = _factors(total)
+            product = product_of(total)
             deltas[module] = product if small else product.dense()
         reached = math.hypot(*(norm(delta) for delta in deltas.values()))
         factor = self.norm_sum / self.weight_sum / reached if reached else 0.0
@@ -195,15 +195,6 @@ def _check_finite(module: str, delta: Delta) -> None:
                 f"module {module} of the update holds {tensor.dtype} numbers that are not finite "
                 "or not floating-point; drop the update"
             )
-
-
-def _factors(total: Directions) -> LowRank:
-    """Balanced factors in fp32, of rank one at least."""
-    if not len(total.s_r):
-        m, n = _shape(total)
-        return LowRank(total.u_pr.new_zeros(m, 1).float(), total.v_rq.new_zeros(1, n).float())
-    root_r = total.s_r.sqrt()
-    return LowRank((total.u_pr * root_r).float(), (total.v_rq * root_r[:, None]).float())
 
 
 OPCM = MergeMethod(name="opcm", config=OpcmConfig, scope="model", matrices=opcm, mean_norm=True)
