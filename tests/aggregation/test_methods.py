@@ -297,7 +297,7 @@ def test_parameters_out_of_range_are_refused(config: type, values: dict[str, obj
 
 
 def test_a_method_says_how_it_merges_once() -> None:
-    with pytest.raises(ValueError, match="exactly one of merge and coefficients"):
+    with pytest.raises(ValueError, match="exactly one of merge, coefficients and matrices"):
         MergeMethod(name="none", config=TiesConfig, scope="entry")
 
 

@@ -21,7 +21,7 @@ from anabranch.vectors.counter import bernoulli
 COUNT = 5
 NAMES = sorted(method.name for method in BUILT_IN)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in NAMES if name != "fedit"},
+    **{m.name: (m.name, {}) for m in BUILT_IN if m.matrices is None and m.name != "fedit"},
     "ties over the model": ("ties", {"scope": "model", "density": 0.3}),
     "breadcrumbs over the model": ("breadcrumbs", {"scope": "model", "gamma": 0.1}),
     "breadcrumbs_ties over the model": ("breadcrumbs_ties", {"scope": "model", "gamma": 0.1}),
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for name in ("model_stock", "slerp", "multi_slerp", "karcher")
     },
 }
-"""Every method at its defaults, and where it takes another way through the engine."""
+"""Every method on entries at its defaults, and where it takes another way through the engine."""
 
 
 def vectors(count: int = COUNT, *, dense: bool = True) -> list[TaskVector]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import PeftModel
+from torch import Tensor
 
+from anabranch.aggregation.methods.tsv_m import TSV_M
 from anabranch.client.lora import read_adapter
 from anabranch.client.session import open_session
 from anabranch.coordinator.flower import FlowerError
+from anabranch.simulation import run
 from anabranch.simulation.run import fedavg_of, simulate
 from anabranch.simulation.scenario import Scenario, write_scenario
 
@@ -224,3 +228,15 @@ def test_what_cannot_work_is_found_before_anything_is_written(
         simulate(scenario(**changes), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_on_matrices_is_tried_on_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of vectors it would take the mean, and what it cannot do would show in the first round."""
+
+    def refuse(deltas: Sequence[Tensor], weights_C: Tensor, config: object) -> Tensor:
+        raise ValueError(f"too few: {len(deltas)}")
+
+    picky = replace(TSV_M, matrices=refuse)
+    monkeypatch.setattr(run, "resolve", lambda *_: (picky, TSV_M.config()))
+    with pytest.raises(ValueError, match=r"recipe: a round merges .* tsv_m cannot: too few: \d"):
+        run.prepare(scenario())

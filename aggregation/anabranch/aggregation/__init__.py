@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anabranch.aggregation.engine.gram import cosine_similarity
     from anabranch.aggregation.engine.stream import merge_task_vectors
     from anabranch.aggregation.method import MergeMethod, MethodConfig
+    from anabranch.aggregation.methods.opcm import OpcmState, merge_next
     from anabranch.aggregation.recipe import Recipe, load_recipe
     from anabranch.aggregation.registry import resolve
 
@@ -21,10 +22,12 @@ _HOMES = {
     "MergeReport": "engine.adapters",
     "MergeResult": "engine.adapters",
     "MethodConfig": "method",
+    "OpcmState": "methods.opcm",
     "Recipe": "recipe",
     "cosine_similarity": "engine.gram",
     "load_recipe": "recipe",
     "merge": "engine.adapters",
+    "merge_next": "methods.opcm",
     "merge_task_vectors": "engine.stream",
     "resolve": "registry",
 }
@@ -35,10 +38,12 @@ __all__ = [
     "MergeReport",
     "MergeResult",
     "MethodConfig",
+    "OpcmState",
     "Recipe",
     "cosine_similarity",
     "load_recipe",
     "merge",
+    "merge_next",
     "merge_task_vectors",
     "resolve",
 ]

@@ -1,11 +1,13 @@
 """What a merge method is. The engine, not the method, decides chunks and devices.
 
-Shape legend: C contributions (clients), D entries of whatever scope is merged at once.
+Shape legend: C contributions (clients), D entries of whatever scope is merged at once, m rows, n
+columns of a module's weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
+from anabranch.vectors.task_vector import Delta, norm, scaled
 
 Scope = Literal["entry", "tensor", "model"]
 
@@ -29,7 +32,7 @@ class MethodConfig(BaseModel):
 class MergeMethod:
     """One way to merge C task vectors into one.
 
-    Exactly one of ``merge`` and ``coefficients`` is set.
+    Exactly one of ``merge``, ``coefficients`` and ``matrices`` is set.
 
     Attributes:
         name: Name in recipes, unique in the registry.
@@ -48,7 +51,15 @@ class MergeMethod:
             whose result is Σ c_i·ΔW_i: the engine then never forms ΔW. ``gram_CC`` holds the fp64
             inner products of the task vectors over the scope, None unless ``needs_gram``.
         needs_gram: Whether ``coefficients`` reads the Gram matrix (scope "tensor" or "model").
-        factors: Merges the A and the B of the contributions apart (a baseline: biased on ΔW).
+        matrices: ``matrices(deltas, weights_C, config) -> merged`` for methods that see a weight
+            matrix as one: called once per module of two dimensions with its task vectors, as
+            factors or entries, and positive weights of mean 1. It returns factors if it was given
+            factors only. Parameters of other dimensions get the weighted mean.
+        mean_norm: The result of ``matrices`` is a sum: the engine sums the other parameters too,
+            and brings the merged model to the mean norm of the task vectors (scope "model").
+        factors: With ``merge``: merges the A and the B of the contributions apart (a baseline:
+            biased on ΔW). With ``matrices``: takes the adapters' own factors, not those of the
+            task vectors against the start.
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
     """
 
@@ -61,12 +72,17 @@ class MergeMethod:
     whole_vectors: bool = False
     coefficients: Callable[[Tensor, Tensor | None, Any], Tensor] | None = None
     needs_gram: bool = False
+    matrices: Callable[[Sequence[Delta], Tensor, Any], Delta] | None = None
+    mean_norm: bool = False
     factors: bool = False
     signed_weights: bool = False
 
     def __post_init__(self) -> None:
-        if (self.merge is None) == (self.coefficients is None):
-            raise ValueError(f"method {self.name}: set exactly one of merge and coefficients")
+        kinds = (self.merge, self.coefficients, self.matrices)
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ValueError(
+                f"method {self.name}: set exactly one of merge, coefficients and matrices"
+            )
         gathers = bool(self.statistics) or self.needs_gram
         if gathers and self.scope == "entry":
             raise ValueError(
@@ -99,8 +115,8 @@ class MergeMethod:
         """Merge entries held in memory, which are then the method's whole scope.
 
         Args:
-            deltas_CD: Task vectors [C, D], or [C, m, n] for methods that look at rows; floating
-                point.
+            deltas_CD: Task vectors [C, D], or [C, m, n] for methods that look at rows or merge
+                matrices (of which [C, D] are vectors and get their mean); floating point.
             weights_C: Weight per contribution [C]; None counts each once.
             config: The method's parameters; None takes its defaults.
             module: Names the seeded draws.
@@ -116,6 +132,10 @@ class MergeMethod:
         weights_C = self.check_weights(
             torch.ones(count, dtype=torch.float64) if weights_C is None else weights_C, count
         )
+        if self.matrices is not None:
+            merged = self.merge_modules({module: list(deltas_CD)}, weights_C, config)[module]
+            assert isinstance(merged, Tensor)
+            return merged
         rows, columns = matrix_shape(shape, self.whole_vectors)
         chunk = Chunk(module, 0, columns, deltas_CD.float().reshape(count, rows * columns))
         if self.merge is not None:
@@ -133,6 +153,42 @@ class MergeMethod:
         assert self.merge is not None
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
         return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
+
+    def merge_modules(
+        self, modules: Mapping[str, Sequence[Delta]], weights_C: Tensor, config: MethodConfig
+    ) -> dict[str, Delta]:
+        """A whole model by ``matrices``.
+
+        Weights are relative: equal ones count each task vector once, as the papers do, and a
+        contribution of weight zero is left out.
+
+        Args:
+            modules: By module, one change per contribution.
+            weights_C: Checked weights [C].
+            config: The method's parameters.
+
+        Returns:
+            The merged change per module.
+        """
+        assert self.matrices is not None
+        used = weights_C.nonzero().flatten().tolist()
+        relative_C = weights_C[used] * len(used) / weights_C.sum()
+        merged: dict[str, Delta] = {}
+        for module, deltas in modules.items():
+            parts = [deltas[index] for index in used]
+            if len(parts[0].shape) == 2:
+                merged[module] = self.matrices(parts, relative_C, config)
+            else:
+                entries = torch.stack([part for part in parts if isinstance(part, Tensor)])
+                share = 1 if self.mean_norm else len(used)
+                merged[module] = combine(entries, relative_C / share)
+        if not self.mean_norm:
+            return merged
+        norms = [math.hypot(*(norm(deltas[i]) for deltas in modules.values())) for i in used]
+        mean = math.fsum(w * x for w, x in zip(relative_C.tolist(), norms, strict=True)) / len(used)
+        reached = math.hypot(*(norm(delta) for delta in merged.values()))
+        factor = mean / reached if reached else 0.0
+        return {module: scaled(delta, factor) for module, delta in merged.items()}
 
     def check_weights(self, weights_C: Tensor, count: int) -> Tensor:
         """The weights in fp64 on the CPU, once they are known to make sense.

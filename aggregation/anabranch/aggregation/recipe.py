@@ -17,7 +17,7 @@ class Refactor(BaseModel):
 
     kind: Literal["svd", "stack"] = "svd"
     """``svd``: best rank-r approximation, error reported. ``stack``: exact, rank Σ r_i (linear
-    methods only)."""
+    and spectral methods)."""
     rank: int | None = Field(None, ge=1)
     """Target rank; None keeps each module's largest input rank."""
     align: bool = True

@@ -94,3 +94,10 @@ def scaled(delta: Delta, factor: float) -> Delta:
     if isinstance(delta, LowRank):
         return LowRank(delta.b_mk * factor, delta.a_kn)
     return delta * factor
+
+
+def norm(delta: Delta) -> float:
+    """‖ΔW‖_F in fp64, of either form."""
+    if isinstance(delta, LowRank):
+        return delta.norm()
+    return float(torch.linalg.vector_norm(delta, dtype=torch.float64))

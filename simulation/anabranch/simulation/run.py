@@ -94,7 +94,8 @@ def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for count in sorted({quorum, asked}):
         try:
-            method(torch.randn(count, 4, generator=generator), config=parameters)
+            # Matrices, and not vectors: of those a method on matrices takes the mean.
+            method(torch.randn(count, 4, 4, generator=generator), config=parameters)
         except ValueError as error:
             raise ValueError(
                 f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "

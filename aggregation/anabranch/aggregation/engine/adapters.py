@@ -73,9 +73,9 @@ def merge_adapters(
         ValueError: Bad recipe, weights or adapters, in one line that names the contribution.
     """
     method, config = resolve(recipe)
-    if recipe.refactor.kind == "stack" and method.coefficients is None:
+    if recipe.refactor.kind == "stack" and method.merge is not None:
         raise ValueError(
-            f"refactor.kind: stack keeps Σ c_i·ΔW_i as it is, and {method.name} gives no such sum; "
+            f"refactor.kind: stack keeps exact factors, and {method.name} gives no such sum; "
             "set it to svd"
         )
     _check_rank(recipe.refactor.rank, adapters)
@@ -90,6 +90,8 @@ def merge_adapters(
     if method.coefficients is not None:
         coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
         lora, spectra = job.linear(coefficients)
+    elif method.matrices is not None:
+        lora, spectra = job.matrices()
     elif method.factors:
         lora, spectra = job.factors(), {}
     else:

@@ -1,4 +1,4 @@
-"""How a method goes through adapters: as a sum of factors, entry by entry, or A and B apart.
+"""How a method goes through adapters: as factors, entry by entry, or A and B apart.
 
 Shape legend: C contributions, m rows, n columns, k inner rank, R rows of a chunk.
 """
@@ -26,12 +26,12 @@ from anabranch.aggregation.engine.stream import merge_factors, weighted_sum
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.vectors.adapter import Adapter, LoraFactors
-from anabranch.vectors.task_vector import LowRank
+from anabranch.vectors.task_vector import Delta, LowRank
 
 
 @dataclass(frozen=True)
 class AdapterMerge:
-    """One merge's inputs, checked, and the three ways a method can go through them.
+    """One merge's inputs, checked, and the four ways a method can go through them.
 
     Attributes:
         adapters: The contributions' adapters.
@@ -83,7 +83,8 @@ class AdapterMerge:
         Args:
             coefficients: c_i by module, the recipe's scale not in them.
         """
-        lora, spectra = {}, {}
+        lora: dict[str, LoraFactors] = {}
+        spectra: dict[str, Spectrum] = {}
         for module in self.modules():
             parts = [adapter.lora[module].delta() for adapter in self.adapters]
             factors = [c * self.recipe.scale for c in coefficients[module]]
@@ -93,11 +94,35 @@ class AdapterMerge:
                 factors.append(rest)
             total = weighted_sum(parts, factors)
             assert isinstance(total, LowRank)
-            if self.recipe.refactor.kind == "stack":
-                lora[module] = _as_factors(total, self.reference.lora[module])
-            else:
-                spectra[module] = low_rank_spectrum(total, self.rank(module))
-                lora[module] = self._refactored(module, spectra[module])
+            lora[module] = self._from_product(module, total, spectra)
+        return lora, spectra
+
+    @cached_property
+    def merged_matrices(self) -> dict[str, Delta]:
+        """The method on weight matrices, over the whole model."""
+        modules: dict[str, Sequence[Delta]] = dict(self.cohort.deltas)
+        if self.method.factors:
+            for module in self.modules():
+                modules[module] = [adapter.lora[module].delta() for adapter in self.adapters]
+        return self.method.merge_modules(modules, self.weights_C, self.config)
+
+    def matrices(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
+        """Merged factors, the start's beside them.
+
+        Where the method merged whole adapters and not task vectors, start + scale·(merged − start).
+        """
+        scale = self.recipe.scale
+        rest = 1 - scale if self.method.factors else 1.0
+        lora: dict[str, LoraFactors] = {}
+        spectra: dict[str, Spectrum] = {}
+        for module in self.modules():
+            parts, factors = [self.merged_matrices[module]], [scale]
+            if self.start is not None and bool(self.start.lora[module].b_mr.any()):
+                parts.append(self.start.lora[module].delta())
+                factors.append(rest)
+            total = weighted_sum(parts, factors)
+            assert isinstance(total, LowRank)
+            lora[module] = self._from_product(module, total, spectra)
         return lora, spectra
 
     def entries(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
@@ -172,6 +197,8 @@ class AdapterMerge:
             deltas = self.cohort.deltas[name]
             if coefficients is not None:
                 change = weighted_sum(deltas, coefficients[name])
+            elif self.method.matrices is not None:
+                change = self.merged_matrices[name]
             elif self.method.factors:
                 change = merge_factors(
                     name, deltas, self.method, self.config, self.weights_C, self.cohort.names
@@ -181,6 +208,15 @@ class AdapterMerge:
             assert isinstance(change, Tensor)
             merged[name] = before.float().add(change, alpha=scale).to(before.dtype)
         return merged
+
+    def _from_product(
+        self, module: str, total: LowRank, spectra: dict[str, Spectrum]
+    ) -> LoraFactors:
+        """A product as it is, or brought back to rank r and its spectrum noted."""
+        if self.recipe.refactor.kind == "stack":
+            return _as_factors(total, self.reference.lora[module])
+        spectra[module] = low_rank_spectrum(total, self.rank(module))
+        return self._refactored(module, spectra[module])
 
     def _refactored(self, module: str, spectrum: Spectrum) -> LoraFactors:
         return balanced_factors(

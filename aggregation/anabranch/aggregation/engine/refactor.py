@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anabranch.aggregation.core_space import factor_cores
 from anabranch.vectors.counter import uniform
 from anabranch.vectors.task_vector import LowRank
 
@@ -53,9 +54,8 @@ def low_rank_spectrum(delta: LowRank, rank: int) -> Spectrum:
         delta: The product.
         rank: Triplets wanted.
     """
-    q_mK, left_KK = torch.linalg.qr(delta.b_mk.double())
-    p_nK, right_KK = torch.linalg.qr(delta.a_kn.double().T)
-    u_KK, s_K, v_KK = torch.linalg.svd(left_KK @ right_KK.T, full_matrices=False)
+    q_mK, (core,), p_nK = factor_cores([delta])
+    u_KK, s_K, v_KK = torch.linalg.svd(core.b_mk @ core.a_kn, full_matrices=False)
     return Spectrum(
         q_mK @ u_KK[:, :rank],
         s_K[:rank],

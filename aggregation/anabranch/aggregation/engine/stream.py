@@ -31,9 +31,11 @@ def merge_task_vectors(
     """Merge task vectors by a recipe, in bounded memory.
 
     Bytes moved: a linear method reads factors or dense entries once (twice with a Gram matrix) and
-    never forms a ΔW. Others form each ΔW once where a module's C dense copies fit half the budget,
-    else once per pass: one pass and those of the statistics (two for a threshold). The result does
-    not depend on the budget.
+    never forms a ΔW; nor does a method on matrices, for factors. It takes dense modules whole, as
+    they are held, and works on a few fp64 copies (KnOTS on C) of one at a time, outside the budget.
+    Others form each ΔW once where a module's C dense copies fit half the budget, else once per
+    pass: one pass and those of the statistics (two for a threshold). The result does not depend on
+    the budget.
 
     Args:
         vectors: One task vector per contribution.
@@ -43,7 +45,8 @@ def merge_task_vectors(
         budget_bytes: Memory for dense entries of the inputs; the result comes on top.
 
     Returns:
-        The merged task vector: factors where a linear method met factors only, else entries.
+        The merged task vector: factors where a method that is linear or on matrices met factors
+        only, else entries.
 
     Raises:
         ValueError: Bad recipe, weights or task vectors, in one line.
@@ -57,6 +60,9 @@ def merge_task_vectors(
         coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
         for module, deltas in cohort.deltas.items():
             merged[module] = weighted_sum(deltas, [c * recipe.scale for c in coefficients[module]])
+    elif method.matrices is not None:
+        for module, delta in method.merge_modules(cohort.deltas, weights_C, config).items():
+            merged[module] = scaled(delta, recipe.scale)
     elif method.factors:
         for module, deltas in cohort.deltas.items():
             average = merge_factors(module, deltas, method, config, weights_C, cohort.names)

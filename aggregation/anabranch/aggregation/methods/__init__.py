@@ -10,19 +10,25 @@ from anabranch.aggregation.methods.della import DELLA
 from anabranch.aggregation.methods.della_linear import DELLA_LINEAR
 from anabranch.aggregation.methods.fedit import FEDIT
 from anabranch.aggregation.methods.geometric_median import GEOMETRIC_MEDIAN
+from anabranch.aggregation.methods.iso_c import ISO_C
+from anabranch.aggregation.methods.iso_cts import ISO_CTS
 from anabranch.aggregation.methods.karcher import KARCHER
+from anabranch.aggregation.methods.knots_ties import KNOTS_TIES
+from anabranch.aggregation.methods.lora_lego import LORA_LEGO
 from anabranch.aggregation.methods.magmax import MAGMAX
 from anabranch.aggregation.methods.mean import MEAN
 from anabranch.aggregation.methods.median import MEDIAN
 from anabranch.aggregation.methods.model_stock import MODEL_STOCK
 from anabranch.aggregation.methods.multi_krum import MULTI_KRUM
 from anabranch.aggregation.methods.multi_slerp import MULTI_SLERP
+from anabranch.aggregation.methods.opcm import OPCM
 from anabranch.aggregation.methods.pcb import PCB
 from anabranch.aggregation.methods.sce import SCE
 from anabranch.aggregation.methods.slerp import SLERP
 from anabranch.aggregation.methods.task_arithmetic import TASK_ARITHMETIC
 from anabranch.aggregation.methods.ties import TIES
 from anabranch.aggregation.methods.trimmed_mean import TRIMMED_MEAN
+from anabranch.aggregation.methods.tsv_m import TSV_M
 
 BUILT_IN: tuple[MergeMethod, ...] = (
     MEAN,
@@ -47,4 +53,10 @@ BUILT_IN: tuple[MergeMethod, ...] = (
     MULTI_KRUM,
     GEOMETRIC_MEDIAN,
     FEDIT,
+    TSV_M,
+    ISO_C,
+    ISO_CTS,
+    KNOTS_TIES,
+    LORA_LEGO,
+    OPCM,
 )
