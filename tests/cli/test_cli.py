@@ -90,6 +90,8 @@ def test_methods_are_listed_with_their_parameters(run: Any) -> None:
     assert {"mean", "ties", "dare_ties", "multi_krum", "geometric_median", "fedit"} <= set(rows)
     assert rows["ties"]["parameters"]["density"]["default"] == 0.2
     assert "agnitude" in rows["ties"]["parameters"]["density"]["about"]
+    assert rows["breadcrumbs_ties"]["about"].startswith("Breadcrumbs in place of TIES's trim")
+    assert all(row["about"].endswith(".") for row in rows.values())
     code, out, _ = run("methods")
     assert code == 0
     assert "geometric_median" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any
 
 import typer
@@ -25,13 +26,12 @@ def methods_command(
             }
             for key, field in schema.get("properties", {}).items()
         }
-        about = (method.config.__doc__ or "").strip().splitlines()
         rows.append(
             {
                 "name": name,
                 "scope": method.scope,
                 "linear": method.coefficients is not None,
-                "about": about[0] if about else "",
+                "about": _about(method.merge or method.coefficients or method.matrices),
                 "parameters": parameters,
             }
         )
@@ -51,3 +51,10 @@ def methods_command(
         table.add_row(f"[bold]{row['name']}[/]", row["scope"], f"{row['about']}\n{shown}".strip())
         table.add_row()
     stdout.print(table)
+
+
+def _about(rule: Any) -> str:
+    """What a method is: the first line of its file, or of the function where that says nothing."""
+    module = inspect.getmodule(rule)
+    text = (module and module.__doc__) or inspect.getdoc(rule) or ""
+    return text.strip().partition("\n")[0]
