@@ -8,16 +8,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anabranch.aggregation.checkpoints.merge import CheckpointReport, merge_checkpoints
     from anabranch.aggregation.engine.adapters import MergeReport, MergeResult
     from anabranch.aggregation.engine.adapters import merge_adapters as merge
     from anabranch.aggregation.engine.gram import cosine_similarity
     from anabranch.aggregation.engine.stream import merge_task_vectors
     from anabranch.aggregation.method import MergeMethod, MethodConfig
+    from anabranch.aggregation.planning.merge_plan import MergePlan
+    from anabranch.aggregation.planning.planner import plan_merge
     from anabranch.aggregation.recipe import Recipe, load_recipe
     from anabranch.aggregation.registry import resolve
 
 _HOMES = {
+    "CheckpointReport": "checkpoints.merge",
     "MergeMethod": "method",
+    "MergePlan": "planning.merge_plan",
     "MergeReport": "engine.adapters",
     "MergeResult": "engine.adapters",
     "MethodConfig": "method",
@@ -25,13 +30,17 @@ _HOMES = {
     "cosine_similarity": "engine.gram",
     "load_recipe": "recipe",
     "merge": "engine.adapters",
+    "merge_checkpoints": "checkpoints.merge",
     "merge_task_vectors": "engine.stream",
+    "plan_merge": "planning.planner",
     "resolve": "registry",
 }
 _RENAMED = {"merge": "merge_adapters"}
 
 __all__ = [
+    "CheckpointReport",
     "MergeMethod",
+    "MergePlan",
     "MergeReport",
     "MergeResult",
     "MethodConfig",
@@ -39,7 +48,9 @@ __all__ = [
     "cosine_similarity",
     "load_recipe",
     "merge",
+    "merge_checkpoints",
     "merge_task_vectors",
+    "plan_merge",
     "resolve",
 ]
 

@@ -6,7 +6,7 @@ Shape legend: m rows (out features), n columns (in features), k inner rank of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +56,28 @@ class LowRank:
         return math.sqrt(max(0.0, float(((b_mk.T @ b_mk) * (a_kn @ a_kn.T)).sum())))
 
 
-Delta = LowRank | Tensor
-"""One module's change: two factors, or the entries themselves."""
+@dataclass(frozen=True)
+class Stored:
+    """A change that is read from disk when it is needed, a stretch at a time.
+
+    Attributes:
+        shape: Its shape.
+        read: ``read(first, out_L)`` writes the entries from ``first`` on, in row order, into fp32
+            ``out_L`` [L] on the CPU. It raises ValueError for one that is not finite.
+    """
+
+    shape: torch.Size
+    read: Callable[[int, Tensor], None]
+
+    def dense(self) -> Tensor:
+        """All entries, in fp32."""
+        out_D = torch.empty(self.shape.numel(), dtype=torch.float32)
+        self.read(0, out_D)
+        return out_D.view(self.shape)
+
+
+Delta = LowRank | Stored | Tensor
+"""One module's change: two factors, the entries themselves, or where they are stored."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,9 @@ def stack(parts: list[LowRank]) -> LowRank:
 
 
 def scaled(delta: Delta, factor: float) -> Delta:
-    """``factor`` times a change, in the same form."""
+    """``factor`` times a change, in the same form; a stored one is read."""
     if isinstance(delta, LowRank):
         return LowRank(delta.b_mk * factor, delta.a_kn)
+    if isinstance(delta, Stored):
+        delta = delta.dense()
     return delta * factor
