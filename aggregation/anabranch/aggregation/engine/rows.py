@@ -56,7 +56,9 @@ class ModuleRows:
         self._deltas = cohort.deltas[module]
         self.rows, self.columns = matrix_shape(self._deltas[0].shape, whole_vectors)
         row_bytes = len(cohort) * max(1, self.columns) * FP32_BYTES
-        block = min(ROW_BLOCK, max(1, self.rows))
+        # Entries need no product: where all are given, a row alone will do.
+        products = any(isinstance(delta, LowRank) for delta in self._deltas)
+        block = min(ROW_BLOCK if products else 1, max(1, self.rows))
         blocks = budget_bytes // 2 // (row_bytes * WORKING_COPIES * block)
         if not blocks:
             raise ValueError(
