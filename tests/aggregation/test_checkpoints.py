@@ -141,6 +141,29 @@ def test_without_a_base_the_weights_themselves_are_merged(
         torch.testing.assert_close(tensor, wanted)
 
 
+def test_methods_that_choose_entries_need_a_base(
+    folders: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    _, models = folders
+    for name in ("ties", "dare_linear", "sce"):
+        reason = f"{name} chooses among the entries of task vectors; name the checkpoint"
+        refused(reason, models, None, tmp_path / "out", recipe=Recipe(method=name))
+    report = merge_checkpoints(models, Recipe(method="karcher"), tmp_path / "out")
+    assert report.warnings == (
+        "no base: karcher merges the weights themselves, as if it were zero",
+    )
+
+
+def test_tensors_without_entries_stay(save_model: Any, tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(3), "none": torch.empty(0, 4)}
+    model = save_model("m", tensors)
+    report = merge_checkpoints([model], Recipe(method="median"), tmp_path / "out", dtype="float16")
+    found = read(tmp_path / "out")
+    assert (report.merged, report.copied) == (1, 1)
+    assert found["none"].shape == (0, 4)
+    assert torch.equal(found["w"], torch.ones(3).half())
+
+
 def test_a_lone_file_is_merged_too(folders: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, models = folders
     files = [base / "model.safetensors", models[0] / "model.safetensors"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anabranch.aggregation import Recipe, merge, merge_checkpoints, plan_merge
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
+from anabranch.aggregation.planning.cost import COUNTER_BYTES
 from anabranch.aggregation.recipe import Refactor
 from anabranch.vectors import Adapter, safetensors_header
 from anabranch.vectors.peft_folder import adapter_layout, read_adapter, write_adapter
@@ -86,7 +87,7 @@ def test_bytes_read_and_written_are_those_planned(
     assert 0.79 * plan.read_bytes <= sum(read_bytes) <= plan.read_bytes
     assert plan.output_bytes == report.size_bytes
     assert (plan.modules, plan.copied) == (report.merged, report.copied)
-    assert plan.memory_bytes <= budget_bytes
+    assert plan.memory_bytes <= budget_bytes + 3 * COUNTER_BYTES
     assert plan.names == report.names
 
 
@@ -256,18 +257,19 @@ def test_tokenizers_are_compared(save_model: Any) -> None:
         ("tokenizer.json", "{", "broken JSON"),
         ("tokenizer.json", '{"model": 3, "added_tokens": [4]}', None),
         ("tokenizer.json", '{"model": {"vocab": [["a", 0], 7, []]}}', None),
-        ("config.json", '{"text_config": []}', None),
+        ("config.json", '{"model_type": "toy", "hidden_size": 37, "text_config": []}', None),
     ],
 )
 def test_files_of_strangers_are_refused_or_read(
     file: str, content: str, reason: str | None, save_model: Any
 ) -> None:
-    model = save_model("m", {"w": torch.ones(2)})
+    tensors = {"w": torch.ones(2)}
+    other, model = save_model("other", tensors, tokenizer={}), save_model("m", tensors)
     (model / file).write_text(content)
     if reason is None:
-        assert plan_merge([model], Recipe(method="mean")).modules == 1
+        assert plan_merge([other, model], Recipe(method="mean")).modules == 1
     else:
-        refused(f"m/{file}: {reason}", [model])
+        refused(f"m/{file}: {reason}", [other, model])
 
 
 def test_other_tokenizers_and_nested_configurations(save_model: Any) -> None:

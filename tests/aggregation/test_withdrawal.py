@@ -54,7 +54,9 @@ def test_task_vectors_and_checkpoints_are_withdrawn_too(save_model: Any, tmp_pat
     never = merge_task_vectors([TaskVector({"w": t}) for t in kept], recipe, weights=weights)
     assert torch.equal(found.deltas["w"], never.deltas["w"])
     folders = [save_model(name, {"w": t}) for name, t in zip(NAMES, tensors, strict=False)]
-    report = merge_checkpoints(folders, recipe, tmp_path / "out", without=["d", str(folders[1])])
+    base = save_model("base", {"w": torch.zeros(20, 9)})
+    gone = ["d", str(folders[1])]
+    report = merge_checkpoints(folders, recipe, tmp_path / "out", base=base, without=gone)
     assert report.names == (str(folders[0]), str(folders[2]))
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(out["w"], never.deltas["w"])

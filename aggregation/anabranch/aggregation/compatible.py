@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,56 +63,100 @@ def check_architectures(folders: Folders) -> list[str]:
 def check_tokenizers(folders: Folders) -> list[str]:
     """Compare the tokenizers of all folders that have one with the first's.
 
+    Files that are equal byte for byte, as they mostly are, are not parsed.
+
     Returns:
         Warnings, one line each: added or special tokens that differ.
 
     Raises:
         ValueError: One token has two numbers: rows of the embeddings would mean different tokens.
     """
-    warnings = []
-    first: tuple[str, dict[str, int], dict[str, int], Any] | None = None
-    for name, folder in folders:
-        whole = _table(folder, "tokenizer.json") or {}
-        vocabulary = _vocabulary(whole, folder)
-        added = _added(whole, folder)
-        special = _special(folder)
-        if not vocabulary and not added:
+    marked = [(name, folder, _fingerprint(folder)) for name, folder in folders]
+    having = [(name, folder, mark) for name, folder, mark in marked if mark is not None]
+    warnings: list[str] = []
+    theirs = None
+    for name, folder, mark in having[1:]:
+        whose, first, their_mark = having[0]
+        if mark == their_mark:
             continue
-        if first is None:
-            first = name, vocabulary, added, special
-            continue
-        whose, their_vocabulary, their_added, their_special = first
-        for kind, mine, theirs in (
-            ("vocabulary", vocabulary, their_vocabulary),
-            ("added tokens", added, their_added),
-        ):
-            moved = sorted(
-                token for token in mine.keys() & theirs.keys() if mine[token] != theirs[token]
-            )
-            if moved:
-                raise ValueError(
-                    f"{name}: tokenizer: {moved[0]!r} of the {kind} is number {mine[moved[0]]}, in "
-                    f"{whose} it is {theirs[moved[0]]}; merge models of one tokenizer"
-                )
-        if vocabulary and their_vocabulary and len(vocabulary) != len(their_vocabulary):
-            raise ValueError(
-                f"{name}: tokenizer: has {len(vocabulary)} tokens, {whose} has "
-                f"{len(their_vocabulary)}; merge models of one tokenizer"
-            )
-        extra = sorted(added.keys() ^ their_added.keys())
-        if extra:
-            shown = ", ".join(extra[:3]) + (", ..." if len(extra) > 3 else "")
-            warnings.append(
-                f"{name}: adds other tokens than {whose} ({shown}); the result has {whose}'s"
-            )
-        if special and their_special and special != their_special:
-            warnings.append(
-                f"{name}: has other special tokens than {whose}; the result has {whose}'s"
-            )
+        theirs = _tokenizer(first) if theirs is None else theirs
+        warnings += _differences(name, _tokenizer(folder), whose, theirs)
     return warnings
 
 
-def _vocabulary(whole: Mapping[str, Any], folder: Path | None) -> dict[str, int]:
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+def _fingerprint(folder: Path | None) -> str | None:
+    """Hash of a folder's tokenizer files, None where there are none."""
+    files = [] if folder is None else [folder / name for name in _TOKENIZER_FILES]
+    digest = hashlib.sha256()
+    found = False
+    for path in files:
+        if path.is_file():
+            found = True
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if found else None
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """Numbers of the vocabulary's tokens and of those added later, and what is special."""
+
+    vocabulary: Mapping[str, Any]
+    added: Mapping[str, Any]
+    special: Mapping[str, Any]
+
+
+def _tokenizer(folder: Path | None) -> _Tokenizer:
+    whole = _table(folder, "tokenizer.json") or {}
+    return _Tokenizer(_vocabulary(whole, folder), _added(whole, folder), _special(folder))
+
+
+def _differences(name: str, mine: _Tokenizer, whose: str, theirs: _Tokenizer) -> list[str]:
+    """Warnings on how one tokenizer differs from another.
+
+    Raises:
+        ValueError: They give one token two numbers, or have different vocabularies.
+    """
+    for kind, my_numbers, their_numbers in (
+        ("vocabulary", mine.vocabulary, theirs.vocabulary),
+        ("added tokens", mine.added, theirs.added),
+    ):
+        shared = sorted(my_numbers.keys() & their_numbers.keys())
+        moved = [token for token in shared if my_numbers[token] != their_numbers[token]]
+        if moved:
+            raise ValueError(
+                f"{name}: tokenizer: {moved[0]!r} of the {kind} is number {my_numbers[moved[0]]}, "
+                f"in {whose} it is {their_numbers[moved[0]]}; merge models of one tokenizer"
+            )
+    sizes = len(mine.vocabulary), len(theirs.vocabulary)
+    if all(sizes) and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{name}: tokenizer: has {sizes[0]} tokens, {whose} has {sizes[1]}; "
+            "merge models of one tokenizer"
+        )
+    warnings = []
+    extra = sorted(mine.added.keys() ^ theirs.added.keys())
+    if extra:
+        shown = ", ".join(extra[:3]) + (", ..." if len(extra) > 3 else "")
+        warnings.append(
+            f"{name}: adds other tokens than {whose} ({shown}); the result has {whose}'s"
+        )
+    if mine.special and theirs.special and mine.special != theirs.special:
+        warnings.append(f"{name}: has other special tokens than {whose}; the result has {whose}'s")
+    return warnings
+
+
+def _vocabulary(whole: Mapping[str, Any], folder: Path | None) -> Mapping[str, Any]:
     """Numbers of the tokens: of tokenizer.json, or of vocab.json or vocab.txt."""
     model = whole.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -129,7 +175,7 @@ def _vocabulary(whole: Mapping[str, Any], folder: Path | None) -> dict[str, int]
     return {token: number for number, token in enumerate(text.split("\n"))}
 
 
-def _added(whole: Mapping[str, Any], folder: Path | None) -> dict[str, int]:
+def _added(whole: Mapping[str, Any], folder: Path | None) -> Mapping[str, Any]:
     """Numbers of tokens that were added after the vocabulary was made."""
     added = dict(_table(folder, "added_tokens.json") or {})
     for entry in whole.get("added_tokens") or ():

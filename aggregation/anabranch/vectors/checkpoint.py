@@ -6,6 +6,7 @@ Shape legend: L entries of a stretch.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -203,6 +204,9 @@ def companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy ``companions`` into a new checkpoint."""
+    """Copy ``companions`` into a new checkpoint, and wait until they are on disk."""
     for path in companions(folder):
-        shutil.copyfile(path, out / path.name)
+        with path.open("rb") as source, (out / path.name).open("xb") as target:
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())

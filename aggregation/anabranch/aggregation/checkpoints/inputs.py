@@ -27,7 +27,8 @@ class Inputs:
         base: What they were fine-tuned from; None merges the weights themselves.
         cohort: The contributions' task vectors, left on disk.
         reference: Reads the base; None without one.
-        copied: Names of integer tensors, which must be equal everywhere and are copied.
+        copied: Names of integer tensors, which must be equal everywhere and are copied, and of
+            those without entries.
         warnings: What is odd about them, one line each.
     """
 
@@ -44,10 +45,10 @@ class Inputs:
         return self.models[0] if self.base is None else self.base
 
     def check_copied(self) -> None:
-        """Compare the tensors that are copied, as far as they are there.
+        """Compare the tensors that are copied.
 
         Raises:
-            ValueError: One differs, or holds a number in one model and another one elsewhere.
+            ValueError: One differs.
         """
         for name in self.copied:
             for label, model in zip(self.cohort.names, self.models, strict=True):
@@ -88,7 +89,11 @@ def open_inputs(
     warnings = [*check_architectures(folders), *check_tokenizers(folders)]
     _check_tensors(labelled)
     like = labelled[0][1].tensors
-    floating = [name for name, tensor in like.items() if tensor.dtype.is_floating_point]
+    floating = [
+        name
+        for name, tensor in like.items()
+        if tensor.dtype.is_floating_point and tensor.shape.numel()
+    ]
     if not floating:
         raise ValueError(f"{labelled[0][1].path}: holds no floating-point tensors to merge")
     reference = None if origin is None else Reference(origin.tensors)

@@ -25,7 +25,7 @@ from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
 from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.checkpoint import copy_companions, write_checkpoint
-from anabranch.vectors.new_folder import new_folder
+from anabranch.vectors.new_folder import new_folder, write_text
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -89,7 +89,7 @@ def merge_checkpoints(
         OSError: The disk refuses.
     """
     method, config = resolve(recipe)
-    check_method(method)
+    warnings = check_method(method, base)
     if without:
         stay = withdraw(
             [str(path) for path in models] if names is None else names, without, recipe, weights
@@ -98,6 +98,10 @@ def merge_checkpoints(
         weights = stay.weights
     inputs = open_inputs(models, base, names)
     weights_C = cohort_weights(method, recipe, weights, len(models))
+    check_count(method, config, weights_C)
+    for module in inputs.cohort.deltas:
+        # Refuses a budget that is too small for a module before the first one is read.
+        ModuleRows(inputs.cohort, module, budget_bytes, whole_vectors=method.whole_vectors)
     like = inputs.like.tensors
     stored = None if dtype is None else getattr(torch, dtype)
     layout = {
@@ -131,21 +135,43 @@ def merge_checkpoints(
         merged=len(inputs.cohort.deltas),
         copied=len(inputs.copied),
         size_bytes=sum(kind.itemsize * shape.numel() for kind, shape in layout.values()),
-        warnings=inputs.warnings,
+        warnings=(*warnings, *inputs.warnings),
     )
 
 
-def check_method(method: MergeMethod) -> None:
-    """Refuse methods that need factors.
+def check_method(method: MergeMethod, base: Path | None) -> list[str]:
+    """Refuse methods that need factors, or a base that is not given.
+
+    Returns:
+        Warnings, one line each.
 
     Raises:
-        ValueError: The method merges neither entries nor whole task vectors.
+        ValueError: The method merges neither entries nor whole task vectors, or it drops entries,
+            and would do so with the weights of a model.
     """
     if method.factors or (method.merge is None and method.coefficients is None):
         raise ValueError(
             f"method: {method.name} works on the factors of adapters, checkpoints have none; "
             "choose another, such as mean or ties"
         )
+    if base is None and (method.statistics or method.draws):
+        raise ValueError(
+            f"method: {method.name} chooses among the entries of task vectors; "
+            "name the checkpoint that all were fine-tuned from with --base"
+        )
+    # A mean is the same from wherever it is taken.
+    if base is None and method.name != "mean":
+        return [f"no base: {method.name} merges the weights themselves, as if it were zero"]
+    return []
+
+
+def check_count(method: MergeMethod, config: MethodConfig, weights_C: Tensor) -> None:
+    """Let a method refuse what it can tell without numbers, such as too few contributions.
+
+    Raises:
+        ValueError: What the method says to one entry of zero from each.
+    """
+    method(torch.zeros(len(weights_C), 1, 1), weights_C, config)
 
 
 def _merge_rows(
@@ -208,4 +234,5 @@ def _restate_dtype(path: Path, dtype: OutDtype) -> None:
     for key in ("dtype", "torch_dtype"):
         if key in table:
             table[key] = dtype
-    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    path.unlink()
+    write_text(path, json.dumps(table, indent=2) + "\n")

@@ -9,6 +9,10 @@ from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.rows import FP32_BYTES, WORKING_COPIES, ModuleRows
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 
+COUNTER_BYTES = 5 * (8 << 16)
+"""What finding one exact k-th in a stream takes: a histogram of 65,536 counters, and copies of it.
+They come on top of the budget."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -32,13 +36,15 @@ def entry_cost(
     whole_model = gathers and method.scope_of(config) == "model"
     everything = cohort.entries() * (count + 1) * FP32_BYTES
     keep_all = whole_model and everything <= budget_bytes // 2
-    passes, working, kept_bytes = {}, 0, everything if keep_all else 0
+    passes, working, kept_bytes, counters = {}, 0, everything if keep_all else 0, 0
     for module, parts in cohort.deltas.items():
         rows = ModuleRows(cohort, module, budget_bytes, gathers, method.whole_vectors)
         row_bytes = count * rows.columns * FP32_BYTES
         several = whole_model or len(rows) > 1
         # An exact k-th takes two passes unless the whole scope is one chunk.
-        first = sum(1 + (s.how.startswith("kth") and several) for s in method.statistics)
+        kths = several * sum(s.how.startswith("kth") for s in method.statistics)
+        first = len(method.statistics) + kths
+        counters = max(counters, COUNTER_BYTES * count * bool(kths))
         whole_bytes = parts[0].shape.numel() * FP32_BYTES
         fits = rows.rows * row_bytes + whole_bytes <= budget_bytes // 2
         kept = keep_all if whole_model else gathers and fits
@@ -48,4 +54,4 @@ def entry_cost(
         if keeps_result and whole_bytes <= budget_bytes // 2:
             kept_bytes = max(kept_bytes, whole_bytes)
         working = max(working, min(rows.step, rows.rows) * row_bytes * WORKING_COPIES)
-    return Cost(passes, working + kept_bytes)
+    return Cost(passes, working + kept_bytes + counters)

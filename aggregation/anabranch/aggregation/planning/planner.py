@@ -6,12 +6,11 @@ That is before the first of many gigabytes is read, and not after the last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from anabranch.aggregation.checkpoints.inputs import open_inputs
-from anabranch.aggregation.checkpoints.merge import check_method
+from anabranch.aggregation.checkpoints.merge import check_count, check_method
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import cohort_weights
 from anabranch.aggregation.planning.adapters import plan_adapters
@@ -58,16 +57,16 @@ def plan_merge(
     )
     inputs, names = [inputs[index] for index in stay.indices], stay.names
     weights_C = cohort_weights(method, recipe, stay.weights, len(inputs))
-    # On one entry of zero a method shows what it would refuse: a number of contributions, mostly.
-    method(torch.zeros(len(inputs), 1, 1), weights_C, config)
+    check_count(method, config, weights_C)
     if kind == "checkpoints":
         if start is not None:
             raise ValueError(
                 f"{start}: --start is for adapters; name what checkpoints share as --base"
             )
-        check_method(method)
+        warnings = check_method(method, base)
         opened = open_inputs(inputs, base, names)
-        return plan_checkpoints(opened, method, config, dtype, budget_bytes)
+        plan = plan_checkpoints(opened, method, config, dtype, budget_bytes)
+        return replace(plan, warnings=(*warnings, *plan.warnings))
     if base is not None:
         raise ValueError(
             f"{base}: --base is for checkpoints; adapters say themselves what they add"
