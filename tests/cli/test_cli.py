@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from anabranch.cli.main import main
 from anabranch.vectors import Adapter, LoraFactors
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 from anabranch.wire import CodecConfig, UpdateMeta, encode_update
@@ -44,22 +43,6 @@ def recipe(tmp_path: Path, text: str = 'method = "mean"\n') -> str:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     return str(path)
-
-
-def call(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["anabranch", *arguments])
-    monkeypatch.delenv("ANABRANCH_DEBUG", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    return lambda *arguments: call([str(word) for word in arguments], monkeypatch, capsys)
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:

@@ -7,7 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from anabranch.vectors.safetensors_file import MAX_HEADER_BYTES, read_tensors, write_tensors
+from anabranch.vectors.safetensors_file import read_tensors, write_tensors
+from anabranch.vectors.safetensors_header import MAX_HEADER_BYTES
 
 
 def tensors() -> dict[str, torch.Tensor]:

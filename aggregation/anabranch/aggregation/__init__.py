@@ -8,17 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anabranch.aggregation.checkpoints.merge import CheckpointReport, merge_checkpoints
     from anabranch.aggregation.engine.adapters import MergeReport, MergeResult
     from anabranch.aggregation.engine.adapters import merge_adapters as merge
     from anabranch.aggregation.engine.gram import cosine_similarity
     from anabranch.aggregation.engine.stream import merge_task_vectors
     from anabranch.aggregation.method import MergeMethod, MethodConfig
     from anabranch.aggregation.methods.opcm import OpcmState, merge_next
+    from anabranch.aggregation.planning.merge_plan import MergePlan
+    from anabranch.aggregation.planning.planner import plan_merge
     from anabranch.aggregation.recipe import Recipe, load_recipe
     from anabranch.aggregation.registry import resolve
 
 _HOMES = {
+    "CheckpointReport": "checkpoints.merge",
     "MergeMethod": "method",
+    "MergePlan": "planning.merge_plan",
     "MergeReport": "engine.adapters",
     "MergeResult": "engine.adapters",
     "MethodConfig": "method",
@@ -28,13 +33,17 @@ _HOMES = {
     "load_recipe": "recipe",
     "merge": "engine.adapters",
     "merge_next": "methods.opcm",
+    "merge_checkpoints": "checkpoints.merge",
     "merge_task_vectors": "engine.stream",
+    "plan_merge": "planning.planner",
     "resolve": "registry",
 }
 _RENAMED = {"merge": "merge_adapters"}
 
 __all__ = [
+    "CheckpointReport",
     "MergeMethod",
+    "MergePlan",
     "MergeReport",
     "MergeResult",
     "MethodConfig",
@@ -43,8 +52,10 @@ __all__ = [
     "cosine_similarity",
     "load_recipe",
     "merge",
+    "merge_checkpoints",
     "merge_next",
     "merge_task_vectors",
+    "plan_merge",
     "resolve",
 ]
 

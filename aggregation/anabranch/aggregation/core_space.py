@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anabranch.vectors.task_vector import Delta, LowRank
+from anabranch.vectors.task_vector import Held, LowRank
 
 ZERO = 1e-6
 """Singular values up to this share of the largest count as zero. Task vectors are fp32: summing a
@@ -50,7 +50,7 @@ class CoreSpace:
         right_nq: Orthonormal basis of their rows [n, q]; None where the cores are the entries.
     """
 
-    cores: tuple[Delta, ...]
+    cores: tuple[Held, ...]
     left_mp: Tensor | None = None
     right_nq: Tensor | None = None
 
@@ -78,7 +78,7 @@ class CoreSpace:
         below = torch.cat([_left_part(_transposed(core)) for core in self.cores], dim=1)
         return min(len(self.joint().s_r), len(directions(below).s_r))
 
-    def lift(self, merged_pq: Tensor) -> Delta:
+    def lift(self, merged_pq: Tensor) -> Held:
         """A merged core as a change of the module, in fp32: balanced factors, or entries."""
         if self.left_mp is None or self.right_nq is None:
             return merged_pq.float()
@@ -87,7 +87,7 @@ class CoreSpace:
         return product_of(Directions(self.left_mp @ u_pr, s_r, v_rq @ self.right_nq.T))
 
 
-def core_space(deltas: Sequence[Delta]) -> CoreSpace:
+def core_space(deltas: Sequence[Held]) -> CoreSpace:
     """The space of one module's task vectors: small for factors, the entries where any is dense.
 
     Args:
@@ -113,7 +113,7 @@ def factor_cores(factors: Sequence[LowRank]) -> tuple[Tensor, tuple[LowRank, ...
 
 
 def directions(
-    matrix: Delta, count: int | None = None, *, zero: float = ZERO, of: float | None = None
+    matrix: Held, count: int | None = None, *, zero: float = ZERO, of: float | None = None
 ) -> Directions:
     """The singular triplets of a matrix whose values are not zero.
 
@@ -151,7 +151,7 @@ def polar(matrix_pq: Tensor) -> Tensor:
     return u_pr @ v_rq
 
 
-def _left_part(core: Delta) -> Tensor:
+def _left_part(core: Held) -> Tensor:
     """A core less an isometry on its right [p, k], fp64."""
     if not isinstance(core, LowRank):
         return core.double()
@@ -159,5 +159,5 @@ def _left_part(core: Delta) -> Tensor:
     return core.b_mk @ right_kk.T
 
 
-def _transposed(core: Delta) -> Delta:
+def _transposed(core: Held) -> Held:
     return LowRank(core.a_kn.T, core.b_mk.T) if isinstance(core, LowRank) else core.T

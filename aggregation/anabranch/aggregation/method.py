@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
-from anabranch.vectors.task_vector import Delta, norm, scaled
+from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
 
 Scope = Literal["entry", "tensor", "model"]
 
@@ -72,7 +72,7 @@ class MergeMethod:
     whole_vectors: bool = False
     coefficients: Callable[[Tensor, Tensor | None, Any], Tensor] | None = None
     needs_gram: bool = False
-    matrices: Callable[[Sequence[Delta], Tensor, Any], Delta] | None = None
+    matrices: Callable[[Sequence[Held], Tensor, Any], Held] | None = None
     mean_norm: bool = False
     factors: bool = False
     signed_weights: bool = False
@@ -156,7 +156,7 @@ class MergeMethod:
 
     def merge_modules(
         self, modules: Mapping[str, Sequence[Delta]], weights_C: Tensor, config: MethodConfig
-    ) -> dict[str, Delta]:
+    ) -> dict[str, Held]:
         """A whole model by ``matrices``.
 
         Weights are relative: equal ones count each task vector once, as the papers do, and a
@@ -173,9 +173,9 @@ class MergeMethod:
         assert self.matrices is not None
         used = weights_C.nonzero().flatten().tolist()
         relative_C = weights_C[used] * len(used) / weights_C.sum()
-        merged: dict[str, Delta] = {}
+        merged: dict[str, Held] = {}
         for module, deltas in modules.items():
-            parts = [deltas[index] for index in used]
+            parts = [held(deltas[index]) for index in used]
             if len(parts[0].shape) == 2:
                 merged[module] = self.matrices(parts, relative_C, config)
             else:

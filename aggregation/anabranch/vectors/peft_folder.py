@@ -7,17 +7,16 @@ What ``PeftModel.save_pretrained`` writes is read, what is written here
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anabranch.vectors.adapter import Adapter, LoraFactors
+from anabranch.vectors.new_folder import new_folder, write_text
 from anabranch.vectors.peft_config import (
     CONFIG_FILE,
     NOT_A_SUM,
@@ -27,6 +26,7 @@ from anabranch.vectors.peft_config import (
     read_peft_config,
 )
 from anabranch.vectors.safetensors_file import read_tensors, write_tensors
+from anabranch.vectors.safetensors_header import read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -52,15 +52,73 @@ def read_adapter(folder: Path) -> Adapter:
             fit together or the configuration.
     """
     config = read_peft_config(folder)
+    return _adapter(folder, config, *read_tensors(_weights_file(folder)))
+
+
+def adapter_layout(folder: Path) -> Adapter:
+    """What ``read_adapter`` would return, on torch's meta device: everything but the numbers.
+
+    Reads the configuration and the header of the weights, whatever their size.
+
+    Raises:
+        ValueError: As ``read_adapter``.
+    """
+    config = read_peft_config(folder)
+    weights = _weights_file(folder)
+    stored, metadata = read_header(weights)
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in stored.items()
+    }
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{weights}: {name} holds {tensor.dtype}; give floating-point weights")
+    return _adapter(folder, config, tensors, metadata)
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter as a folder PEFT loads. Nothing half-written is ever seen under its name.
+
+    Args:
+        adapter: What to write.
+        folder: A folder that does not exist yet, or is empty: files of others are never replaced.
+
+    Raises:
+        ValueError: The folder holds files, or the adapter cannot be said in PEFT's words.
+        OSError: The disk refuses.
+    """
+    config = peft_config(adapter)
+    tensors = {_PREFIX + name: tensor for name, tensor in adapter.dense.items()}
+    for module, factors in adapter.lora.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = factors.a_rn
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = factors.b_mr
+    metadata = {"format": "pt"}
+    if adapter.base_hash is not None:
+        metadata[BASE_HASH_KEY] = adapter.base_hash
+    with new_folder(folder) as partial:
+        write_tensors(partial / WEIGHTS_FILE, tensors, metadata)
+        write_text(partial / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _weights_file(folder: Path) -> Path:
     weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        if (folder / PICKLE_FILE).exists():
-            raise ValueError(
-                f"{folder}: {PICKLE_FILE} is pickle, which runs code when it is opened; "
-                "save it again with save_pretrained(..., safe_serialization=True)"
-            )
-        raise ValueError(f"{folder}: has no {WEIGHTS_FILE}; name a folder that PEFT saved")
-    tensors, metadata = read_tensors(weights)
+    if weights.is_file():
+        return weights
+    if (folder / PICKLE_FILE).exists():
+        raise ValueError(
+            f"{folder}: {PICKLE_FILE} is pickle, which runs code when it is opened; "
+            "save it again with save_pretrained(..., safe_serialization=True)"
+        )
+    raise ValueError(f"{folder}: has no {WEIGHTS_FILE}; name a folder that PEFT saved")
+
+
+def _adapter(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> Adapter:
+    """Tensors by PEFT's names as an adapter."""
     sides: dict[str, dict[str, Tensor]] = {}
     dense: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -84,44 +142,6 @@ def read_adapter(folder: Path) -> Adapter:
     lora = {module: _factors(folder, module, pair, config) for module, pair in sides.items()}
     peft = {key: value for key, value in config.items() if key not in SAID_BY_FACTORS}
     return Adapter(lora, dense, metadata.get(BASE_HASH_KEY), peft)
-
-
-def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter as a folder PEFT loads. Nothing half-written is ever seen under its name.
-
-    Args:
-        adapter: What to write.
-        folder: A folder that does not exist yet, or is empty: files of others are never replaced.
-
-    Raises:
-        ValueError: The folder holds files, or the adapter cannot be said in PEFT's words.
-        OSError: The disk refuses.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists already; name a new folder, or remove this one first")
-    config = peft_config(adapter)
-    tensors = {_PREFIX + name: tensor for name, tensor in adapter.dense.items()}
-    for module, factors in adapter.lora.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = factors.a_rn
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = factors.b_mr
-    metadata = {"format": "pt"}
-    if adapter.base_hash is not None:
-        metadata[BASE_HASH_KEY] = adapter.base_hash
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, on the same file system: a rename is then one step.
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    partial.mkdir()
-    try:
-        write_tensors(partial / WEIGHTS_FILE, tensors, metadata)
-        with (partial / CONFIG_FILE).open("x", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(folder.parent)
 
 
 def _factors(
@@ -155,12 +175,3 @@ def _why_refused(name: str) -> str:
     if name.endswith(".bias"):
         return NOT_A_SUM["lora_bias"]
     return "is no factor of a plain LoRA; save the adapter with PEFT's save_pretrained"
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,29 +1,26 @@
 """Safetensors files: written to the same bytes every time, read with a cap on what they claim.
 
 The library's own writer orders metadata at random, so that equal adapters would have unequal files,
-and makes files nobody else can read (mode 0600).
+makes files nobody else can read (mode 0600), and wants all tensors in memory at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-MAX_HEADER_BYTES = 16 << 20
-"""A header holds some 150 bytes per tensor; a hostile one may claim to be as large as memory."""
+from anabranch.vectors.safetensors_header import DTYPES, header_size
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+Layout = Mapping[str, tuple[torch.dtype, torch.Size]]
+"""Dtype and shape of every tensor of a file, by name."""
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -33,17 +30,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: Unreadable or broken file, header over the cap, entries that are not floating
             point. Names the file.
     """
-    try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if header_bytes > min(MAX_HEADER_BYTES, size_bytes - 8):
-        raise ValueError(
-            f"{path}: claims a header of {header_bytes} bytes in a file of {size_bytes}, at most "
-            f"{MAX_HEADER_BYTES} are read; it is broken or hostile, fetch it again"
-        )
+    header_size(path)
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -53,10 +40,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error}); fetch it again") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{path}: {name} holds {tensor.dtype}; give floating-point weights, not quantised"
-            )
+        _check_merged(path, name, tensor.dtype)
     return tensors, metadata
 
 
@@ -72,29 +56,61 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         ValueError: A tensor that is not floating point.
         OSError: The file cannot be written.
     """
+    for name, tensor in tensors.items():
+        _check_merged(path, name, tensor.dtype)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_streamed(path, layout, lambda name: [tensors[name]], metadata)
+
+
+def write_streamed(
+    path: Path,
+    layout: Layout,
+    pieces: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a new file a piece at a time, and wait until it is on disk.
+
+    Args:
+        path: A file that does not exist.
+        layout: What it will hold.
+        pieces: A tensor's entries in row order, cut anywhere, in the dtype the layout gives.
+        metadata: Strings for the header.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     # Widest entries first, as the format's own writer has them: every tensor starts aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    ends = {}
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{path}: {name} holds {tensor.dtype}; give floating-point weights")
-        end = offset + tensor.numel() * tensor.element_size()
+        dtype, shape = layout[name]
+        ends[name] = offset + shape.numel() * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, ends[name]],
         }
-        offset = end
+        offset = ends[name]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            # numpy knows no bfloat16: bytes are taken through a uint8 view.
-            file.write(flat.view(torch.uint8).numpy().data)
+            for piece in pieces(name):
+                assert piece.dtype == layout[name][0]
+                flat = piece.detach().cpu().contiguous().reshape(-1)
+                # numpy knows no bfloat16: bytes are taken through a uint8 view.
+                file.write(flat.view(torch.uint8).numpy().data)
+            assert file.tell() == 8 + len(text) + ends[name]
         file.flush()
         os.fsync(file.fileno())
+
+
+def _check_merged(path: Path, name: str, dtype: torch.dtype) -> None:
+    if dtype not in _CODES or not dtype.is_floating_point:
+        raise ValueError(
+            f"{path}: {name} holds {dtype}; give floating-point weights, not quantised"
+        )

@@ -6,7 +6,7 @@ Shape legend: m rows (out features), n columns (in features), k inner rank of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +56,36 @@ class LowRank:
         return math.sqrt(max(0.0, float(((b_mk.T @ b_mk) * (a_kn @ a_kn.T)).sum())))
 
 
-Delta = LowRank | Tensor
-"""One module's change: two factors, or the entries themselves."""
+@dataclass(frozen=True)
+class Stored:
+    """A change that is read from disk when it is needed, a stretch at a time.
+
+    Attributes:
+        shape: Its shape.
+        read: ``read(first, out_L)`` writes the entries from ``first`` on, in row order, into fp32
+            ``out_L`` [L] on the CPU. It raises ValueError for one that is not finite.
+    """
+
+    shape: torch.Size
+    read: Callable[[int, Tensor], None]
+
+    def dense(self) -> Tensor:
+        """All entries, in fp32."""
+        out_D = torch.empty(self.shape.numel(), dtype=torch.float32)
+        self.read(0, out_D)
+        return out_D.view(self.shape)
+
+
+Held = LowRank | Tensor
+"""One module's change in memory: two factors, or the entries themselves."""
+
+Delta = Held | Stored
+"""One module's change: held in memory, or stored."""
+
+
+def held(delta: Delta) -> Held:
+    """A change in memory; a stored one is read."""
+    return delta.dense() if isinstance(delta, Stored) else delta
 
 
 @dataclass(frozen=True)
@@ -89,15 +117,17 @@ def stack(parts: list[LowRank]) -> LowRank:
     )
 
 
-def scaled(delta: Delta, factor: float) -> Delta:
-    """``factor`` times a change, in the same form."""
-    if isinstance(delta, LowRank):
-        return LowRank(delta.b_mk * factor, delta.a_kn)
-    return delta * factor
+def scaled(delta: Delta, factor: float) -> Held:
+    """``factor`` times a change, in the same form; a stored one is read."""
+    change = held(delta)
+    if isinstance(change, LowRank):
+        return LowRank(change.b_mk * factor, change.a_kn)
+    return change * factor
 
 
 def norm(delta: Delta) -> float:
-    """‖ΔW‖_F in fp64, of either form."""
-    if isinstance(delta, LowRank):
-        return delta.norm()
-    return float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    """‖ΔW‖_F in fp64; a stored one is read."""
+    change = held(delta)
+    if isinstance(change, LowRank):
+        return change.norm()
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64))

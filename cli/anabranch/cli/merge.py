@@ -1,83 +1,252 @@
-"""``anabranch merge``: merge PEFT adapter folders offline."""
+"""``anabranch merge``: merge PEFT adapter folders, or checkpoints, offline."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.output import print_json, stderr, stdout
+from anabranch.cli.output import caution, human_bytes, module_bar, print_json, stderr, stdout
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for, by the recipe file and the arguments."""
+
+    source: Path
+    recipe: Any
+    inputs: tuple[Path, ...]
+    base: Path | None
+    start: Path | None
+    dtype: Any
+    without: tuple[str, ...]
+    budget_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [str(path) for path in self.inputs]
+
+    def blamed(self, error: ValueError) -> ValueError:
+        """The error with a place on it: what is wrong with an input names it, the rest does not."""
+        places = [*self.names, str(self.source), *(str(p) for p in (self.base, self.start) if p)]
+        if any(place in str(error) for place in places):
+            return error
+        return ValueError(f"{self.source}: {error}")
 
 
 def merge_command(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="Recipe file, TOML or YAML: how to merge.")
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="Recipe, TOML or YAML: how to merge. mergekit's YAML names its models itself.",
+        ),
     ],
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter folders.")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[INPUT...]", help="PEFT adapter folders, or checkpoints; not both at once."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write; must not exist.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Checkpoint that checkpoints were fine-tuned from.")
+    ] = None,
     start: Annotated[
         Path | None,
-        typer.Option(help="Adapter all of them started from; needed where heads were trained."),
+        typer.Option(help="Adapter that adapters started from; needed where heads were trained."),
     ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Leave an input out, by folder name or path, as if it had never been there. "
+            "Repeatable.",
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Check the inputs and say what would be done; merge not.")
+    ] = False,
     budget_mb: Annotated[
         int, typer.Option(min=16, help="Working memory of the merge, in MB (10^6 bytes).")
     ] = 2000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    shard_mb: Annotated[
+        int, typer.Option(min=1, help="Largest file of a merged checkpoint, in MB.")
+    ] = 5000,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan or the report as JSON.")
+    ] = False,
 ) -> None:
-    """Merge PEFT adapters into one that `PeftModel.from_pretrained` loads."""
-    from rich.markup import escape
+    """Merge PEFT adapters into one that `PeftModel.from_pretrained` loads, or whole models.
 
-    from anabranch.aggregation import load_recipe, merge, resolve
+    Headers and configurations are checked before any weight is read.
+    """
+    from anabranch.aggregation import plan_merge
 
-    loaded = load_recipe(recipe)
-    method, _ = resolve(loaded, str(recipe))
+    job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb)
+    if not plan:
+        _check_out(out)
+    try:
+        planned = plan_merge(
+            job.inputs,
+            job.recipe,
+            base=job.base,
+            start=job.start,
+            without=job.without,
+            dtype=job.dtype,
+            budget_bytes=job.budget_bytes,
+        )
+    except ValueError as error:
+        raise job.blamed(error) from error
+    warnings = [*job.warnings, *planned.warnings]
+    for warning in warnings:
+        caution(warning)
+    if plan:
+        _show_plan(planned, as_json, warnings)
+        return
+    assert out is not None
+    try:
+        if planned.kind == "checkpoints":
+            _merge_checkpoints(job, out, shard_mb * 1_000_000, as_json)
+        else:
+            _merge_adapters(job, out, as_json)
+    except ValueError as error:
+        raise job.blamed(error) from error
+
+
+def _read(
+    source: Path,
+    inputs: tuple[Path, ...],
+    base: Path | None,
+    start: Path | None,
+    without: tuple[str, ...],
+    budget_mb: int,
+) -> _Job:
+    from anabranch.aggregation.mergekit import from_mergekit, is_mergekit
+    from anabranch.aggregation.recipe import load_recipe, read_config
+
+    budget_bytes = budget_mb * 1_000_000
+    data = read_config(source)
+    if not is_mergekit(data):
+        recipe = load_recipe(source)
+        from anabranch.aggregation import resolve
+
+        resolve(recipe, str(source))
+        return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, ())
+    if inputs or base is not None or start is not None:
+        raise ValueError(f"{source}: names its models itself; leave the arguments and --base out")
+    theirs = from_mergekit(data, str(source))
+    return _Job(
+        source,
+        theirs.recipe,
+        theirs.models,
+        theirs.base,
+        None,
+        theirs.dtype,
+        without,
+        budget_bytes,
+        theirs.warnings,
+    )
+
+
+def _check_out(out: Path | None) -> None:
+    if out is None:
+        raise ValueError("nowhere to write to; name a new folder with --out, or ask for --plan")
     if out.exists():
         raise ValueError(f"{out}: already exists; name a new folder with --out")
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{out}: cannot be written, {above} is no folder one may write to")
+
+
+def _show_plan(plan: Any, as_json: bool, warnings: list[str]) -> None:
+    from rich.markup import escape
+
+    facts = {**asdict(plan), "warnings": warnings}
+    if as_json:
+        print_json(facts)
+        return
+    copied = f", {plan.copied} copied" if plan.copied else ""
+    lines = {
+        "merge": f"{len(plan.names)} {plan.kind} by {plan.method}, scope {plan.scope}",
+        "of": ", ".join(plan.names),
+        "modules": f"{plan.modules} merged{copied}",
+        "passes": f"{plan.passes} at most over the entries",
+        "memory": f"{human_bytes(plan.memory_bytes)} at most, above what torch takes",
+        "reads": f"{human_bytes(plan.read_bytes)} at most",
+        "writes": human_bytes(plan.output_bytes),
+    }
+    for key, value in lines.items():
+        stdout.print(f"[dim]{key:>8}[/]  {escape(value)}", soft_wrap=True)
+
+
+def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
+    from anabranch.aggregation import merge
+    from anabranch.aggregation.withdrawal import withdraw
     from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
-    names = [str(folder) for folder in adapters]
-    with stderr.status(f"reading {len(adapters)} adapters") as status:
-        contributions = [read_adapter(folder) for folder in adapters]
-        begun = None if start is None else read_adapter(start)
-        for name, adapter in zip(names, contributions, strict=True):
-            if adapter.dense and begun is None:
-                trained = ", ".join(sorted(adapter.dense))
-                raise ValueError(
-                    f"{name}: holds weights trained in full ({trained}); "
-                    "name the adapter they started from with --start"
-                )
-        status.update(f"merging {len(adapters)} adapters by {method.name}")
-        try:
-            result = merge(
-                contributions,
-                loaded,
-                start=begun,
-                names=names,
-                budget_bytes=budget_mb * 1_000_000,
-            )
-        except ValueError as error:
-            # What is wrong with an adapter names it; the rest the recipe asked for.
-            if any(name in str(error) for name in names):
-                raise
-            raise ValueError(f"{recipe}: {error}") from error
-        status.update("writing")
-        write_adapter(result.adapter, out)
-    report = asdict(result.report)
-    if as_json:
-        print_json({"out": str(out), "method": method.name, "report": report})
-        return
+    stay = withdraw(job.names, job.without, job.recipe)
+    with stderr.status(f"reading {len(stay.names)} adapters"):
+        contributions = [read_adapter(job.inputs[index]) for index in stay.indices]
+        begun = None if job.start is None else read_adapter(job.start)
+    with module_bar(job.recipe.method) as progress:
+        result = merge(
+            contributions,
+            job.recipe,
+            start=begun,
+            weights=stay.weights,
+            names=stay.names,
+            budget_bytes=job.budget_bytes,
+            progress=progress,
+        )
+    write_adapter(result.adapter, out)
     ranks = sorted({factors.rank for factors in result.adapter.lora.values()})
-    stdout.print(
-        f"[bold]{escape(str(out))}[/]: {len(adapters)} adapters by {method.name}, "
+    _report(
+        job,
+        out,
+        as_json,
+        asdict(result.report),
+        f"{len(contributions)} adapters by {job.recipe.method}, "
         f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, ranks))}, "
         f"truncation error {result.report.overall_truncation:.2%}",
-        soft_wrap=True,
     )
+
+
+def _merge_checkpoints(job: _Job, out: Path, shard_bytes: int, as_json: bool) -> None:
+    from anabranch.aggregation import merge_checkpoints
+
+    with module_bar(job.recipe.method) as progress:
+        report = merge_checkpoints(
+            job.inputs,
+            job.recipe,
+            out,
+            base=job.base,
+            without=job.without,
+            dtype=job.dtype,
+            budget_bytes=job.budget_bytes,
+            shard_bytes=shard_bytes,
+            progress=progress,
+        )
+    _report(
+        job,
+        out,
+        as_json,
+        asdict(report),
+        f"{len(report.names)} checkpoints by {job.recipe.method}, {report.merged} tensors merged, "
+        f"{report.copied} copied, {human_bytes(report.size_bytes)}",
+    )
+
+
+def _report(job: _Job, out: Path, as_json: bool, report: dict[str, Any], line: str) -> None:
+    from rich.markup import escape
+
+    if as_json:
+        print_json({"out": str(out), "method": job.recipe.method, "report": report})
+        return
+    stdout.print(f"[bold]{escape(str(out))}[/]: {line}", soft_wrap=True)

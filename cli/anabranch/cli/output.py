@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +18,29 @@ def complain(message: str) -> None:
     """One line on stderr."""
     line = " ".join(message.split()) or "failed without a message; ANABRANCH_DEBUG=1 shows where"
     stderr.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+
+
+def caution(message: str) -> None:
+    """One line on stderr about what is odd and goes on."""
+    stderr.print(f"[bold yellow]warning:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+
+
+@contextmanager
+def module_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of modules done, on a terminal; what it yields is told done and total."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=stderr, transient=True, disable=not stderr.is_terminal
+    ) as shown:
+        task = shown.add_task(escape(title), total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def print_json(value: Any) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from anabranch.aggregation.engine.cohort import common_base, contribution_names, gather
 from anabranch.aggregation.engine.gram import module_grams, total_gram
-from anabranch.aggregation.engine.job import AdapterMerge
+from anabranch.aggregation.engine.job import AdapterMerge, Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
-from anabranch.aggregation.method import cosines
+from anabranch.aggregation.method import MergeMethod, cosines
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
+from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.adapter import Adapter, task_vector
 from anabranch.vectors.task_vector import TaskVector
 
@@ -54,7 +55,9 @@ def merge_adapters(
     start: Adapter | None = None,
     weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into one of the recipe's rank: start + scale·merge(adapter_i − start).
 
@@ -66,25 +69,27 @@ def merge_adapters(
         start: The adapter all of them started from; None stands for the bare base.
         weights: Weight per contribution; None takes the recipe's, and without any counts each once.
         names: What to call the contributions in messages and in the report.
+        without: Names of contributions to leave out, as if they had never been given; see
+            ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
             where it fits half, and is formed again on every read where it does not.
+        progress: Called with the modules done and all there are.
 
     Raises:
         ValueError: Bad recipe, weights or adapters, in one line that names the contribution.
     """
     method, config = resolve(recipe)
-    if recipe.refactor.kind == "stack" and method.merge is not None:
-        raise ValueError(
-            f"refactor.kind: stack keeps exact factors, and {method.name} gives no such sum; "
-            "set it to svd"
-        )
-    _check_rank(recipe.refactor.rank, adapters)
     names = contribution_names(names, len(adapters))
+    if without:
+        stay = withdraw(names, without, recipe, weights)
+        adapters, names = [adapters[index] for index in stay.indices], stay.names
+        weights = stay.weights
+    check_refactor(recipe, method, adapters)
     cohort = gather(_task_vectors(adapters, start, names), names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     grams = module_grams(cohort, budget_bytes)
     job = AdapterMerge(
-        list(adapters), start, recipe, method, config, cohort, weights_C, budget_bytes
+        list(adapters), start, recipe, method, config, cohort, weights_C, budget_bytes, progress
     )
     coefficients = None
     if method.coefficients is not None:
@@ -114,8 +119,20 @@ def merge_adapters(
     return MergeResult(adapter, report)
 
 
-def _check_rank(rank: int | None, adapters: Sequence[Adapter]) -> None:
-    """Refuse a rank that no module has; zeros up to a mistyped one would fill the memory."""
+def check_refactor(recipe: Recipe, method: MergeMethod, adapters: Sequence[Adapter]) -> None:
+    """Refuse a way back to an adapter that the method or the modules do not have.
+
+    Zeros up to a mistyped rank would fill the memory.
+
+    Raises:
+        ValueError: Stacking what is no sum of products, or a rank above every module's.
+    """
+    if recipe.refactor.kind == "stack" and method.merge is not None:
+        raise ValueError(
+            f"refactor.kind: stack keeps exact factors, and {method.name} gives no such sum; "
+            "set it to svd"
+        )
+    rank = recipe.refactor.rank
     modules = [factors for adapter in adapters for factors in adapter.lora.values()]
     largest = max((min(len(one.b_mr), one.a_rn.shape[1]) for one in modules), default=0)
     if rank is not None and modules and rank > largest:

@@ -6,11 +6,11 @@ Shape legend: m rows, n columns of a module, k inner rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from anabranch.vectors.task_vector import Delta, LowRank, TaskVector
+from anabranch.vectors.task_vector import Delta, LowRank, Stored, TaskVector
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,28 @@ def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) ->
         names: What to call each in messages; None numbers them from 0.
 
     Raises:
-        ValueError: No contribution; names that do not pair up; different bases, modules or shapes;
-            a number that is not finite. Names the contribution and the module.
+        ValueError: As ``side_by_side``, or a number that is not finite. Names the contribution and
+            the module.
+    """
+    cohort = side_by_side(vectors, names)
+    deltas = {}
+    for module, parts in cohort.deltas.items():
+        for name, delta in zip(cohort.names, parts, strict=True):
+            _check_finite(delta, name, module)
+        deltas[module] = tuple(map(_wide, parts))
+    return replace(cohort, deltas=deltas)
+
+
+def side_by_side(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) -> Cohort:
+    """Task vectors of the same modules and shapes; no number is looked at.
+
+    Args:
+        vectors: One task vector per contribution.
+        names: What to call each in messages; None numbers them from 0.
+
+    Raises:
+        ValueError: No contribution; names that do not pair up; different bases, modules or shapes.
+            Names the contribution and the module.
     """
     if not vectors:
         raise ValueError("nothing to merge: give at least one contribution")
@@ -69,8 +89,7 @@ def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) ->
                     f"{name}: module {module} has shape {tuple(shape)}, "
                     f"in {names[0]} it has {tuple(expected)}; they belong to different bases"
                 )
-            _check_finite(delta, name, module)
-            parts.append(_wide(delta))
+            parts.append(delta)
         deltas[module] = tuple(parts)
     return Cohort(names, deltas, common_base([v.base_hash for v in vectors], names))
 
@@ -105,17 +124,20 @@ def common_base(hashes: Sequence[str | None], names: Sequence[str]) -> str | Non
 
 
 def _wide(delta: Delta) -> Delta:
-    """Factors in fp32, once and not per chunk; dense entries stay as they came."""
+    """Factors in fp32, once and not per chunk; other entries stay as they came."""
     if isinstance(delta, LowRank):
         return LowRank(delta.b_mk.detach().float(), delta.a_kn.detach().float())
-    return delta.detach()
+    return delta if isinstance(delta, Stored) else delta.detach()
 
 
 def _check_finite(delta: Delta, name: str, module: str) -> None:
     """One NaN would spread over the whole result, so it is found before anything is added up.
 
-    The extremes are taken in one pass without a temporary; NaN propagates through them.
+    The extremes are taken in one pass without a temporary; NaN propagates through them. What is
+    stored is looked at whenever it is read: a pass over files for this alone may double the time.
     """
+    if isinstance(delta, Stored):
+        return
     tensors = (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
     largest = 1.0
     for tensor in tensors:

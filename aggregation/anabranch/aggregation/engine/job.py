@@ -5,7 +5,7 @@ Shape legend: C contributions, m rows, n columns, k inner rank, R rows of a chun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +26,10 @@ from anabranch.aggregation.engine.stream import merge_factors, weighted_sum
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.vectors.adapter import Adapter, LoraFactors
-from anabranch.vectors.task_vector import Delta, LowRank
+from anabranch.vectors.task_vector import Delta, Held, LowRank
+
+Progress = Callable[[int, int], None]
+"""Called with how many modules are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class AdapterMerge:
         cohort: The contributions' task vectors against the start.
         weights_C: Checked weights [C].
         budget_bytes: Memory for dense entries.
+        progress: Told of every module that is done.
     """
 
     adapters: Sequence[Adapter]
@@ -52,6 +56,7 @@ class AdapterMerge:
     cohort: Cohort
     weights_C: Tensor  # noqa: N815
     budget_bytes: int
+    progress: Progress | None = None
 
     @property
     def reference(self) -> Adapter:
@@ -63,9 +68,13 @@ class AdapterMerge:
         """The method on entries; made once, for what it gathers over the whole model."""
         return EntryMerge(self.cohort, self.method, self.config, self.weights_C, self.budget_bytes)
 
-    def modules(self) -> list[str]:
-        """Modules with factors, in order."""
-        return sorted(self.reference.lora)
+    def modules(self) -> Iterator[str]:
+        """Modules with factors, in order; asking for the next one says that one is done."""
+        modules = sorted(self.reference.lora)
+        for done, module in enumerate(modules, start=1):
+            yield module
+            if self.progress is not None:
+                self.progress(done, len(modules))
 
     def rank(self, module: str) -> int:
         """The rank a module goes back to."""
@@ -98,7 +107,7 @@ class AdapterMerge:
         return lora, spectra
 
     @cached_property
-    def merged_matrices(self) -> dict[str, Delta]:
+    def merged_matrices(self) -> dict[str, Held]:
         """The method on weight matrices, over the whole model."""
         modules: dict[str, Sequence[Delta]] = dict(self.cohort.deltas)
         if self.method.factors:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
-from anabranch.vectors.task_vector import Delta, LowRank
+from anabranch.vectors.task_vector import Delta, LowRank, Stored
 
 DEFAULT_BUDGET_BYTES = 2 << 30
 
@@ -56,7 +56,9 @@ class ModuleRows:
         self._deltas = cohort.deltas[module]
         self.rows, self.columns = matrix_shape(self._deltas[0].shape, whole_vectors)
         row_bytes = len(cohort) * max(1, self.columns) * FP32_BYTES
-        block = min(ROW_BLOCK, max(1, self.rows))
+        # Entries need no product: where all are given, a row alone will do.
+        products = any(isinstance(delta, LowRank) for delta in self._deltas)
+        block = min(ROW_BLOCK if products else 1, max(1, self.rows))
         blocks = budget_bytes // 2 // (row_bytes * WORKING_COPIES * block)
         if not blocks:
             raise ValueError(
@@ -99,6 +101,9 @@ class ModuleRows:
 
 def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:
     """Write the rows of a change from ``start`` on, a multiple of ``ROW_BLOCK``, into [R, n]."""
+    if isinstance(delta, Stored):
+        delta.read(start * out_Rn.shape[1], out_Rn.view(-1))
+        return
     if not isinstance(delta, LowRank):
         rows_mn = delta.reshape(-1, out_Rn.shape[1])
         out_Rn.copy_(rows_mn[start : start + len(out_Rn)])
@@ -111,5 +116,7 @@ def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:
 
 
 def device_of(delta: Delta) -> torch.device:
-    """Where a change lives."""
+    """Where a change lives, or is read to."""
+    if isinstance(delta, Stored):
+        return torch.device("cpu")
     return delta.b_mk.device if isinstance(delta, LowRank) else delta.device

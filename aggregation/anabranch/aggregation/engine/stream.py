@@ -10,14 +10,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.engine.cohort import Cohort, gather
+from anabranch.aggregation.engine.cohort import Cohort, contribution_names, gather
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
-from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, scaled, stack
+from anabranch.aggregation.withdrawal import withdraw
+from anabranch.vectors.task_vector import (
+    Delta,
+    LowRank,
+    Stored,
+    TaskVector,
+    scaled,
+    stack,
+)
 
 
 def merge_task_vectors(
@@ -26,6 +34,7 @@ def merge_task_vectors(
     *,
     weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
 ) -> TaskVector:
     """Merge task vectors by a recipe, in bounded memory.
@@ -42,6 +51,8 @@ def merge_task_vectors(
         recipe: Method, parameters and scale; its ``refactor`` is not read here.
         weights: Weight per contribution; None takes the recipe's, and without any counts each once.
         names: What to call the contributions in messages.
+        without: Names of contributions to leave out, as if they had never been given; see
+            ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; the result comes on top.
 
     Returns:
@@ -52,6 +63,10 @@ def merge_task_vectors(
         ValueError: Bad recipe, weights or task vectors, in one line.
     """
     method, config = resolve(recipe)
+    if without:
+        stay = withdraw(contribution_names(names, len(vectors)), without, recipe, weights)
+        vectors, names = [vectors[index] for index in stay.indices], stay.names
+        weights = stay.weights
     cohort = gather(vectors, names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     merged: dict[str, Delta] = {}
@@ -132,7 +147,7 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delt
         if isinstance(delta, LowRank):
             total.addmm_(delta.b_mk.float(), delta.a_kn.float(), alpha=coefficient)
         else:
-            total.add_(delta.float(), alpha=coefficient)
+            total.add_(_entries(delta).float(), alpha=coefficient)
     return total
 
 
@@ -156,7 +171,7 @@ def merge_factors(
         flat_CD = torch.stack([tensor.float().flatten() for tensor in tensors])
         return merge(flat_CD, weights_C, config).view(tensors[0].shape)
 
-    dense = [delta for delta in deltas if not isinstance(delta, LowRank)]
+    dense = [_entries(delta) for delta in deltas if not isinstance(delta, LowRank)]
     if len(dense) == len(deltas):
         return apart(dense)
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]
@@ -167,3 +182,8 @@ def merge_factors(
             f"got {ranks}; use mean, which merges ΔW"
         )
     return LowRank(apart([part.b_mk for part in factors]), apart([part.a_kn for part in factors]))
+
+
+def _entries(delta: Stored | Tensor) -> Tensor:
+    """Entries of one module in memory."""
+    return delta.dense() if isinstance(delta, Stored) else delta

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anabranch.aggregation.core_space import Directions, core_space, directions
 from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.vectors.task_vector import Delta
+from anabranch.vectors.task_vector import Held
 
 
 class IsoCConfig(MethodConfig):
@@ -23,7 +23,7 @@ class IsoCConfig(MethodConfig):
     only pick among equals, so give r here, or keep all by ``refactor.kind = "stack"``."""
 
 
-def iso_c(deltas: Sequence[Delta], weights_C: Tensor, config: IsoCConfig) -> Delta:
+def iso_c(deltas: Sequence[Held], weights_C: Tensor, config: IsoCConfig) -> Held:
     """mean(s)·U·V for Σ w_i τ_i = U·diag(s)·V: every direction of the sum gets the same say.
 
     On sums of full rank this is the paper. A sum of adapters has rank Σ r_i at most, and there the

@@ -15,7 +15,7 @@ from torch import Tensor
 from anabranch.aggregation.core_space import Directions, core_space, directions, polar
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.methods.iso_c import flattened
-from anabranch.vectors.task_vector import Delta, LowRank, norm
+from anabranch.vectors.task_vector import Held, LowRank, norm
 
 
 class IsoCtsConfig(MethodConfig):
@@ -29,7 +29,7 @@ class IsoCtsConfig(MethodConfig):
     only pick among equals, so give r here, or keep all by ``refactor.kind = "stack"``."""
 
 
-def iso_cts(deltas: Sequence[Delta], weights_C: Tensor, config: IsoCtsConfig) -> Delta:
+def iso_cts(deltas: Sequence[Held], weights_C: Tensor, config: IsoCtsConfig) -> Held:
     """The leading directions of the sum, and beside them those of each task vector's remainder.
 
     Of d directions, about ``common``·d are the sum's; the others go in equal number to the parts of
@@ -67,7 +67,7 @@ def iso_cts(deltas: Sequence[Delta], weights_C: Tensor, config: IsoCtsConfig) ->
     return space.lift(flattened(Directions(u_pK, torch.cat([p.s_r for p in parts]), v_Kq)))
 
 
-def _outside(core: Delta, basis_pr: Tensor, weight: float) -> Delta:
+def _outside(core: Held, basis_pr: Tensor, weight: float) -> Held:
     """w·core less its part in a subspace of columns, fp64."""
     columns = core.b_mk if isinstance(core, LowRank) else core.double()
     rest = (columns - basis_pr @ (basis_pr.T @ columns)) * weight

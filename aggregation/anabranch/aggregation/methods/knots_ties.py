@@ -15,7 +15,7 @@ from torch import Tensor
 from anabranch.aggregation.core_space import core_space
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.methods.ties import TIES, TiesConfig
-from anabranch.vectors.task_vector import Delta, LowRank
+from anabranch.vectors.task_vector import Held, LowRank
 
 
 class KnotsTiesConfig(MethodConfig):
@@ -25,7 +25,7 @@ class KnotsTiesConfig(MethodConfig):
     """Fraction of entries kept per task vector in the shared basis, by magnitude."""
 
 
-def knots_ties(deltas: Sequence[Delta], weights_C: Tensor, config: KnotsTiesConfig) -> Delta:
+def knots_ties(deltas: Sequence[Held], weights_C: Tensor, config: KnotsTiesConfig) -> Held:
     """U·TIES(Z_1 … Z_C), where [τ_1 | … | τ_C] = U·[Z_1 | … | Z_C] is a joint SVD.
 
     TIES is ours: weighted election, one density per module. With a linear merge in its place the
@@ -48,7 +48,7 @@ def knots_ties(deltas: Sequence[Delta], weights_C: Tensor, config: KnotsTiesConf
     return basis_mr.float() @ merged_rn
 
 
-def shared_basis(deltas: Sequence[Delta]) -> tuple[Tensor, Tensor]:
+def shared_basis(deltas: Sequence[Held]) -> tuple[Tensor, Tensor]:
     """Task vectors in the left singular vectors of all of them side by side.
 
     diag(s)·V_i of the joint SVD is Uᵀ·τ_i. Values up to ``core_space.ZERO`` of the largest count as

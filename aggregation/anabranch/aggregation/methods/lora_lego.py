@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anabranch.aggregation.k_means import k_means
 from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.vectors.task_vector import Delta, LowRank
+from anabranch.vectors.task_vector import Held, LowRank
 
 
 class LoraLegoConfig(MethodConfig):
@@ -31,7 +31,7 @@ class LoraLegoConfig(MethodConfig):
     """Starts of the clustering, of which the tightest is kept."""
 
 
-def lora_lego(deltas: Sequence[Delta], weights_C: Tensor, config: LoraLegoConfig) -> Delta:
+def lora_lego(deltas: Sequence[Held], weights_C: Tensor, config: LoraLegoConfig) -> Held:
     """One unit [a; b] per cluster of units: their mean, as long as they are on average.
 
     A unit is a row of A with its column of B, the LoRA scaling folded into B. The centroid of a

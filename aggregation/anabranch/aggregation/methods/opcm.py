@@ -20,7 +20,7 @@ from torch import Tensor
 
 from anabranch.aggregation.core_space import Directions, directions, product_of
 from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, norm, scaled
+from anabranch.vectors.task_vector import Held, LowRank, TaskVector, held, norm, scaled
 
 
 class OpcmConfig(MethodConfig):
@@ -33,7 +33,7 @@ class OpcmConfig(MethodConfig):
     adapters; None keeps all, min(m, n) at most."""
 
 
-def opcm(deltas: Sequence[Delta], weights_C: Tensor, config: OpcmConfig) -> Delta:
+def opcm(deltas: Sequence[Held], weights_C: Tensor, config: OpcmConfig) -> Held:
     """R_C for one module, in the order of the contributions; the engine rescales the model.
 
     Args:
@@ -53,7 +53,7 @@ def opcm(deltas: Sequence[Delta], weights_C: Tensor, config: OpcmConfig) -> Delt
     return ((total.u_pr * total.s_r) @ total.v_rq).float()
 
 
-def add_cleaned(total: Directions, delta: Delta, weight: float, config: OpcmConfig) -> Directions:
+def add_cleaned(total: Directions, delta: Held, weight: float, config: OpcmConfig) -> Directions:
     """R + w·clean(τ; R): τ without what would move the directions R already has.
 
     With P = Uᵀ·τ·Vᵀ for R = U·diag(s)·V, cleaning removes P's diagonal and its leading block, up to
@@ -110,7 +110,7 @@ class OpcmState:
         """
         if not self.weight_sum:
             raise ValueError("nothing to merge: give merge_next at least one task vector")
-        deltas: dict[str, Delta] = {}
+        deltas: dict[str, Held] = {}
         for module, total in self.sums.items():
             if isinstance(total, Tensor):
                 deltas[module] = total.float()
@@ -147,7 +147,8 @@ def merge_next(state: OpcmState, update: TaskVector, weight: float = 1.0) -> Opc
             f"those merged on {str(state.base_hash)[:12]}; merge updates to one base"
         )
     sums: dict[str, Directions | Tensor] = {}
-    for module, delta in update.items():
+    for module, change in update.items():
+        delta = held(change)
         _check_finite(module, delta)
         before = state.sums[module] if state.sums else _nothing(delta)
         shape = _shape(before)
@@ -177,7 +178,7 @@ def _shape(total: Directions | Tensor) -> torch.Size:
     return torch.Size((len(total.u_pr), total.v_rq.shape[1]))
 
 
-def _nothing(delta: Delta) -> Directions | Tensor:
+def _nothing(delta: Held) -> Directions | Tensor:
     """A sum of nothing: a matrix without directions, or zeros."""
     like = delta.b_mk if isinstance(delta, LowRank) else delta
     if len(delta.shape) != 2:
@@ -187,7 +188,7 @@ def _nothing(delta: Delta) -> Directions | Tensor:
     return Directions(none.new_zeros(m, 0), none, none.new_zeros(0, n))
 
 
-def _check_finite(module: str, delta: Delta) -> None:
+def _check_finite(module: str, delta: Held) -> None:
     tensors = (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
     for tensor in tensors:
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):

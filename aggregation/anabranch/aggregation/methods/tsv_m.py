@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anabranch.aggregation.core_space import core_space, directions, polar
 from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.vectors.task_vector import Delta
+from anabranch.vectors.task_vector import Held
 
 
 class TsvMConfig(MethodConfig):
@@ -25,7 +25,7 @@ class TsvMConfig(MethodConfig):
     is all of an adapter's while C·r fits the matrix."""
 
 
-def tsv_m(deltas: Sequence[Delta], weights_C: Tensor, config: TsvMConfig) -> Delta:
+def tsv_m(deltas: Sequence[Held], weights_C: Tensor, config: TsvMConfig) -> Held:
     """U⊥·diag(w_i s_i)·V⊥: the leading directions of all task vectors, decorrelated.
 
     U and V hold the k leading singular vectors of each task vector side by side; ⊥ takes their

@@ -1,0 +1,243 @@
+"""Merges checkpoints by a recipe: rows are read, merged and written, a stretch at a time.
+
+Shape legend: C contributions, R rows of a chunk, n columns, L entries of a stretch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anabranch.aggregation.checkpoints.inputs import Inputs, open_inputs, pieces
+from anabranch.aggregation.engine.entries import EntryMerge
+from anabranch.aggregation.engine.gram import module_grams
+from anabranch.aggregation.engine.job import Progress
+from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, ModuleRows
+from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
+from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
+from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import resolve
+from anabranch.aggregation.withdrawal import withdraw
+from anabranch.vectors.checkpoint import copy_companions, write_checkpoint
+from anabranch.vectors.new_folder import new_folder, write_text
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+OutDtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What a merge of checkpoints did.
+
+    Attributes:
+        names: The contributions, in order.
+        merged: How many tensors were merged.
+        copied: How many were copied: integers, equal everywhere.
+        size_bytes: Bytes of the tensors written.
+        warnings: What was odd about the inputs.
+    """
+
+    names: tuple[str, ...]
+    merged: int
+    copied: int
+    size_bytes: int
+    warnings: tuple[str, ...]
+
+
+def merge_checkpoints(
+    models: Sequence[Path],
+    recipe: Recipe,
+    out: Path,
+    *,
+    base: Path | None = None,
+    weights: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    dtype: OutDtype | None = None,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> CheckpointReport:
+    """Merge whole models into a new checkpoint: base + scale·merge(model_i − base).
+
+    Memory is the budget and a few pieces, whatever the number and the size of the models: nothing
+    is mapped, and the result goes to disk as it is made. The folder appears when it is complete.
+
+    Args:
+        models: Checkpoints: folders, or safetensors files.
+        recipe: Method, parameters and scale; its ``refactor`` is not read.
+        out: Folder to write; must not exist, or be empty.
+        base: What the models were fine-tuned from. Without it the weights themselves are merged,
+            as if the base were zero: for means and for methods on angles.
+        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        names: What to call the contributions; None takes their paths.
+        without: Names of contributions to leave out, as if they had never been given.
+        dtype: What the result is stored in; None keeps the base's, tensor by tensor.
+        budget_bytes: Memory for entries.
+        shard_bytes: Most bytes of tensors in one file.
+        progress: Called with the tensors done and all there are.
+
+    Raises:
+        ValueError: Bad recipe, weights or checkpoints, in one line that names the contribution.
+        OSError: The disk refuses.
+    """
+    method, config = resolve(recipe)
+    warnings = check_method(method, base)
+    if without:
+        stay = withdraw(
+            [str(path) for path in models] if names is None else names, without, recipe, weights
+        )
+        models, names = [models[index] for index in stay.indices], stay.names
+        weights = stay.weights
+    inputs = open_inputs(models, base, names)
+    weights_C = cohort_weights(method, recipe, weights, len(models))
+    check_count(method, config, weights_C)
+    for module in inputs.cohort.deltas:
+        # Refuses a budget that is too small for a module before the first one is read.
+        ModuleRows(inputs.cohort, module, budget_bytes, whole_vectors=method.whole_vectors)
+    like = inputs.like.tensors
+    stored = None if dtype is None else getattr(torch, dtype)
+    layout = {
+        name: (stored if stored and tensor.dtype.is_floating_point else tensor.dtype, tensor.shape)
+        for name, tensor in like.items()
+    }
+    total = len(layout)
+    done = 0
+
+    def merged_pieces(name: str) -> Iterator[Tensor]:
+        nonlocal done
+        if name in inputs.cohort.deltas:
+            for start, rows_Rn in rows.rows(name):
+                yield _onto_base(inputs, name, start, rows_Rn, recipe.scale, layout[name][0])
+        else:
+            yield from pieces(like[name])
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    with new_folder(out) as partial:
+        inputs.check_copied()
+        rows = _merge_rows(inputs, method, config, weights_C, budget_bytes)
+        if inputs.like.folder is not None:
+            copy_companions(inputs.like.folder, partial)
+            if dtype is not None:
+                _restate_dtype(partial / "config.json", dtype)
+        write_checkpoint(partial, layout, merged_pieces, shard_bytes)
+    return CheckpointReport(
+        names=inputs.cohort.names,
+        merged=len(inputs.cohort.deltas),
+        copied=len(inputs.copied),
+        size_bytes=sum(kind.itemsize * shape.numel() for kind, shape in layout.values()),
+        warnings=(*warnings, *inputs.warnings),
+    )
+
+
+def check_method(method: MergeMethod, base: Path | None) -> list[str]:
+    """Refuse methods that need factors, or a base that is not given.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        ValueError: The method merges neither entries nor whole task vectors, or it drops entries,
+            and would do so with the weights of a model.
+    """
+    if method.factors:
+        raise ValueError(
+            f"method: {method.name} works on the factors of adapters, checkpoints have none; "
+            "choose another, such as mean or ties"
+        )
+    if method.matrices is not None:
+        raise ValueError(
+            f"method: {method.name} takes whole matrices, and checkpoints are merged some rows at "
+            "a time; choose another, such as mean or ties"
+        )
+    if base is None and (method.statistics or method.draws):
+        raise ValueError(
+            f"method: {method.name} chooses among the entries of task vectors; "
+            "name the checkpoint that all were fine-tuned from with --base"
+        )
+    # A mean is the same from wherever it is taken.
+    if base is None and method.name != "mean":
+        return [f"no base: {method.name} merges the weights themselves, as if it were zero"]
+    return []
+
+
+def check_count(method: MergeMethod, config: MethodConfig, weights_C: Tensor) -> None:
+    """Let a method refuse what it can tell without numbers, such as too few contributions.
+
+    Raises:
+        ValueError: What the method says to one entry of zero from each.
+    """
+    method(torch.zeros(len(weights_C), 1, 1), weights_C, config)
+
+
+def _merge_rows(
+    inputs: Inputs,
+    method: MergeMethod,
+    config: MethodConfig,
+    weights_C: Tensor,
+    budget_bytes: int,
+) -> EntryMerge | _Combined:
+    """The merge, ready to give the rows of any tensor: model-wide statistics are gathered here."""
+    cohort = inputs.cohort
+    if method.coefficients is None:
+        return EntryMerge(cohort, method, config, weights_C, budget_bytes)
+    grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
+    coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
+    return _Combined(inputs, coefficients, budget_bytes)
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """Σ c_i·τ_i, a chunk of rows at a time."""
+
+    inputs: Inputs
+    coefficients: Mapping[str, Sequence[float]]
+    budget_bytes: int
+
+    def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
+        """Merged rows, first to last: index of the first, and entries [R, n] in fp32."""
+        coefficients_C = torch.tensor(self.coefficients[module], dtype=torch.float64)
+        for chunk in ModuleRows(self.inputs.cohort, module, self.budget_bytes):
+            merged_D = combine(chunk.deltas_CD, coefficients_C)
+            yield chunk.start, merged_D.view(-1, chunk.columns)
+
+
+def _onto_base(
+    inputs: Inputs, name: str, start: int, rows_Rn: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The base + scale·merged [L], in the dtype that is stored.
+
+    Raises:
+        ValueError: The sum does not fit the dtype.
+    """
+    total_L = rows_Rn.flatten() * scale
+    if inputs.reference is not None:
+        total_L += inputs.reference.entries(name, start * rows_Rn.shape[1], len(total_L))
+    stored_L = total_L.to(dtype)
+    if not bool(stored_L.isfinite().all()):
+        raise ValueError(
+            f"scale: {name} leaves the range of {dtype}; lower the scale or the weights, or store "
+            "the result in float32"
+        )
+    return stored_L
+
+
+def _restate_dtype(path: Path, dtype: OutDtype) -> None:
+    """Let a copied config.json say what the weights are stored in."""
+    if not path.is_file():
+        return
+    table = json.loads(path.read_bytes())
+    for key in ("dtype", "torch_dtype"):
+        if key in table:
+            table[key] = dtype
+    path.unlink()
+    write_text(path, json.dumps(table, indent=2) + "\n")

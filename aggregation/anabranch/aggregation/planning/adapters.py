@@ -1,0 +1,118 @@
+"""What a merge of adapters reads, holds and writes, and whether they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anabranch.aggregation.compatible import check_tokenizers
+from anabranch.aggregation.engine.adapters import check_refactor
+from anabranch.aggregation.engine.cohort import Cohort, common_base, side_by_side
+from anabranch.aggregation.engine.rows import FP32_BYTES
+from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.planning.cost import Cost, entry_cost
+from anabranch.aggregation.planning.merge_plan import MergePlan
+from anabranch.aggregation.recipe import Recipe
+from anabranch.vectors.adapter import Adapter
+from anabranch.vectors.peft_config import CONFIG_FILE
+from anabranch.vectors.peft_folder import adapter_layout
+from anabranch.vectors.task_vector import TaskVector
+
+
+def plan_adapters(
+    folders: Sequence[Path],
+    names: Sequence[str],
+    start: Path | None,
+    recipe: Recipe,
+    method: MergeMethod,
+    config: MethodConfig,
+    budget_bytes: int,
+) -> MergePlan:
+    """Plan a merge of PEFT folders from their configurations and headers.
+
+    Raises:
+        ValueError: Adapters that do not belong together.
+    """
+    adapters = [adapter_layout(folder) for folder in folders]
+    begun = None if start is None else adapter_layout(start)
+    check_refactor(recipe, method, adapters)
+    warnings = check_tokenizers(list(zip(names, folders, strict=True)))
+    everyone = list(zip(names, adapters, strict=True))
+    if begun is not None:
+        everyone.append((f"the start {start}", begun))
+    warnings += _check_named_bases(everyone)
+    cohort = side_by_side([_layout(adapter) for _, adapter in everyone], [n for n, _ in everyone])
+    for name, adapter in everyone:
+        if adapter.dense and begun is None:
+            trained = ", ".join(sorted(adapter.dense))
+            raise ValueError(
+                f"{name}: holds weights trained in full ({trained}); "
+                "name the adapter they started from with --start"
+            )
+    alone = {module: parts[: len(adapters)] for module, parts in cohort.deltas.items()}
+    contributions = Cohort(tuple(names), alone, cohort.base_hash)
+    like = adapters[0] if begun is None else begun
+    held = sum(tensor.numel() for adapter in adapters for tensor in adapter.tensors().values())
+    dense = method.coefficients is None and not method.factors
+    cost = (
+        entry_cost(contributions, method, config, budget_bytes, keeps_result=True)
+        if dense
+        else Cost(dict.fromkeys(alone, 1 + method.needs_gram), 0)
+    )
+    return MergePlan(
+        kind="adapters",
+        names=tuple(names),
+        method=method.name,
+        scope=method.scope_of(config),
+        modules=len(alone),
+        copied=0,
+        passes=max(cost.passes.values()),
+        memory_bytes=held * FP32_BYTES + cost.memory_bytes,
+        read_bytes=sum(_size_bytes(adapter) for _, adapter in everyone),
+        output_bytes=_output_bytes(recipe, adapters, like),
+        warnings=tuple(warnings),
+    )
+
+
+def _layout(adapter: Adapter) -> TaskVector:
+    """An adapter's modules and shapes as a task vector without numbers."""
+    deltas = {name: factors.delta() for name, factors in adapter.lora.items()}
+    return TaskVector({**deltas, **adapter.dense}, adapter.base_hash)
+
+
+def _check_named_bases(everyone: Sequence[tuple[str, Adapter]]) -> list[str]:
+    """Compare the bases that adapters name, unless hashes of the weights decide.
+
+    Returns:
+        Warnings, one line each: one name under two paths.
+    """
+    common_base([adapter.base_hash for _, adapter in everyone], [name for name, _ in everyone])
+    if all(adapter.base_hash is not None for _, adapter in everyone):
+        return []
+    warnings = []
+    named = [(name, a.peft.get("base_model_name_or_path")) for name, a in everyone]
+    stated = [(name, str(value)) for name, value in named if value]
+    for name, value in stated[1:]:
+        whose, first = stated[0]
+        if Path(value).name != Path(first).name:
+            raise ValueError(
+                f"{name}: base_model_name_or_path: is {value!r}, in {whose} it is {first!r}; merge "
+                f"adapters of one base, or correct {CONFIG_FILE} if these are one"
+            )
+        if value != first:
+            warnings.append(f"{name}: names its base {value!r}, {whose} names it {first!r}")
+    return warnings
+
+
+def _output_bytes(recipe: Recipe, adapters: Sequence[Adapter], like: Adapter) -> int:
+    total = sum(t.numel() * t.element_size() for t in like.dense.values())
+    for module, factors in like.lora.items():
+        ranks = [adapter.lora[module].rank for adapter in adapters]
+        rank = sum(ranks) if recipe.refactor.kind == "stack" else recipe.refactor.rank or max(ranks)
+        per_rank = len(factors.b_mr) + factors.a_rn.shape[1]
+        total += rank * per_rank * factors.a_rn.element_size()
+    return total
+
+
+def _size_bytes(adapter: Adapter) -> int:
+    return sum(t.numel() * t.element_size() for t in adapter.tensors().values())

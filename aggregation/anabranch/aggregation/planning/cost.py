@@ -1,0 +1,57 @@
+"""What going through dense entries costs: passes and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from anabranch.aggregation.engine.cohort import Cohort
+from anabranch.aggregation.engine.rows import FP32_BYTES, WORKING_COPIES, ModuleRows
+from anabranch.aggregation.method import MergeMethod, MethodConfig
+
+COUNTER_BYTES = 5 * (8 << 16)
+"""What finding one exact k-th in a stream takes: a histogram of 65,536 counters, and copies of it.
+They come on top of the budget."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Passes over each module's entries, and the memory they take together."""
+
+    passes: Mapping[str, int]
+    memory_bytes: int
+
+
+def entry_cost(
+    cohort: Cohort,
+    method: MergeMethod,
+    config: MethodConfig,
+    budget_bytes: int,
+    *,
+    keeps_result: bool,
+) -> Cost:
+    """What going through dense entries takes, by the rules ``EntryMerge`` and ``gram`` follow."""
+    count = len(cohort)
+    gathers = bool(method.statistics)
+    whole_model = gathers and method.scope_of(config) == "model"
+    everything = cohort.entries() * (count + 1) * FP32_BYTES
+    keep_all = whole_model and everything <= budget_bytes // 2
+    passes, working, kept_bytes, counters = {}, 0, everything if keep_all else 0, 0
+    for module, parts in cohort.deltas.items():
+        rows = ModuleRows(cohort, module, budget_bytes, gathers, method.whole_vectors)
+        row_bytes = count * rows.columns * FP32_BYTES
+        several = whole_model or len(rows) > 1
+        # An exact k-th takes two passes unless the whole scope is one chunk.
+        kths = several * sum(s.how.startswith("kth") for s in method.statistics)
+        first = len(method.statistics) + kths
+        counters = max(counters, COUNTER_BYTES * count * bool(kths))
+        whole_bytes = parts[0].shape.numel() * FP32_BYTES
+        fits = rows.rows * row_bytes + whole_bytes <= budget_bytes // 2
+        kept = keep_all if whole_model else gathers and fits
+        passes[module] = 1 if kept else first + 1 + method.needs_gram
+        if kept and not keep_all:
+            kept_bytes = max(kept_bytes, rows.rows * row_bytes)
+        if keeps_result and whole_bytes <= budget_bytes // 2:
+            kept_bytes = max(kept_bytes, whole_bytes)
+        working = max(working, min(rows.step, rows.rows) * row_bytes * WORKING_COPIES)
+    return Cost(passes, working + kept_bytes + counters)

@@ -1,0 +1,71 @@
+"""Leaving contributions out of a merge, as if they had never been there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from anabranch.aggregation.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """Who is left, with the weights that go with them.
+
+    Attributes:
+        indices: Places of the contributions that stay, in order.
+        names: Their names.
+        weights: Their weights, None where nobody gave any.
+    """
+
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+def withdraw(
+    names: Sequence[str],
+    without: Sequence[str],
+    recipe: Recipe,
+    weights: Sequence[float] | None = None,
+) -> Remaining:
+    """The contributions that stay, and their weights: the caller's, else the recipe's.
+
+    What is merged then, and which random numbers each contribution draws, depends on those that
+    stay alone: the result is that of a merge which never had the others, bit for bit.
+
+    Args:
+        names: Every contribution's name.
+        without: Names to leave out: as given, or the last part where a name is a path.
+        recipe: Its weights, by place, are used where no others are given.
+        weights: Weight per contribution of ``names``.
+
+    Raises:
+        ValueError: A name that nobody or more than one has, nobody left, or not one weight for
+            each.
+    """
+    gone = {_place(name, names) for name in without}
+    stay = tuple(index for index in range(len(names)) if index not in gone)
+    if names and not stay:
+        raise ValueError(f"without: leaves none of {', '.join(names)}; keep at least one")
+    given = recipe.weights if weights is None else weights
+    if given is not None and len(given) != len(names):
+        raise ValueError(f"weights: {len(given)} for {len(names)} contributions; give one for each")
+    return Remaining(
+        stay,
+        tuple(names[index] for index in stay),
+        None if given is None else tuple(given[index] for index in stay),
+    )
+
+
+def _place(wanted: str, names: Sequence[str]) -> int:
+    """Which contribution a name stands for."""
+    exact = [index for index, name in enumerate(names) if PurePath(name) == PurePath(wanted)]
+    found = exact or [index for index, name in enumerate(names) if PurePath(name).name == wanted]
+    if not found:
+        raise ValueError(f"without: {wanted!r} is none of {', '.join(names)}; name one of these")
+    if len(found) > 1:
+        which = ", ".join(names[index] for index in found)
+        raise ValueError(f"without: {wanted!r} may be any of {which}; give its whole name")
+    return found[0]

@@ -1,0 +1,57 @@
+"""A folder that appears under its name whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name when the block ends without an error.
+
+    Args:
+        folder: What does not exist yet, or is empty: files of others are never replaced.
+
+    Yields:
+        A hidden folder beside it.
+
+    Raises:
+        ValueError: The folder holds files.
+        OSError: The disk refuses.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists already; name a new folder, or remove this one first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, on the same file system: a rename is then one step.
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        yield partial
+        _sync(partial)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(folder.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new file and wait until it is on disk."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make what a folder lists last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,80 @@
+"""Memory is the budget, whatever the number and the size of the models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from anabranch.vectors.checkpoint import write_checkpoint
+
+MODELS = 12
+BUDGET_BYTES = 48 << 20
+SHARD_BYTES = 16 << 20
+SLACK_BYTES = 24 << 20
+"""What torch takes at its first sort, product or thread, and the allocator keeps."""
+
+LAYOUT = {f"layer.{i}.w": (torch.float32, torch.Size((1500, 2000))) for i in range(5)}
+"""60 MB a model."""
+
+MERGE = """
+import json, sys
+from pathlib import Path
+import torch
+from anabranch.aggregation import Recipe, merge_checkpoints
+import anabranch.aggregation.methods
+torch.set_num_threads(1)
+
+def status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+folder, method, params, budget, shard = sys.argv[1:]
+models = sorted(Path(folder).glob("m*"))
+before = status("VmRSS")
+merge_checkpoints(
+    models, Recipe(method=method, params=json.loads(params)), Path(folder) / "out",
+    base=Path(folder) / "base", budget_bytes=int(budget), shard_bytes=int(shard),
+)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for index, name in enumerate(["base", *(f"m{i:02}" for i in range(MODELS))]):
+        generator = torch.Generator().manual_seed(index)
+
+        def rows(_: str, generator: torch.Generator = generator) -> Iterator[torch.Tensor]:
+            for _part in range(10):
+                yield torch.randn(150, 2000, generator=generator)
+
+        (folder / name).mkdir()
+        write_checkpoint(folder / name, LAYOUT, rows, 1 << 30)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("mean", {}), ("ties", {}), ("ties", {"scope": "model"}), ("karcher", {}), ("della", {})],
+)
+def test_peak_memory_is_the_budget(method: str, params: dict[str, str], folder: Path) -> None:
+    arguments = [folder, method, json.dumps(params), BUDGET_BYTES, SHARD_BYTES]
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shutil.rmtree(folder / "out")
+    assert 0 < int(done.stdout) <= BUDGET_BYTES + SLACK_BYTES
