@@ -53,7 +53,7 @@ def plan_adapters(
     contributions = Cohort(tuple(names), alone, cohort.base_hash)
     like = adapters[0] if begun is None else begun
     held = sum(tensor.numel() for adapter in adapters for tensor in adapter.tensors().values())
-    dense = method.coefficients is None and not method.factors
+    dense = method.merge is not None and not method.factors
     cost = (
         entry_cost(contributions, method, config, budget_bytes, keeps_result=True)
         if dense
