@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
+from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 
 Scope = Literal["entry", "tensor", "model"]
@@ -50,6 +51,9 @@ class MergeMethod:
         needs_gram: Whether ``coefficients`` reads the Gram matrix (scope "tensor" or "model").
         factors: Merges the A and the B of the contributions apart (a baseline: biased on ΔW).
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
+        kernel: Where the same merge stands fused for large modules on the CPU, as
+            ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
+            which makes its own draws.
     """
 
     name: str
@@ -63,6 +67,7 @@ class MergeMethod:
     needs_gram: bool = False
     factors: bool = False
     signed_weights: bool = False
+    kernel: str | None = None
 
     def __post_init__(self) -> None:
         if (self.merge is None) == (self.coefficients is None):
@@ -73,10 +78,10 @@ class MergeMethod:
                 f"method {self.name}: what it gathers is taken over a tensor or the model; "
                 "set scope to one of them"
             )
-        if (self.statistics or self.draws) and (self.merge is None or self.factors):
+        if (self.statistics or self.draws or self.kernel) and (self.merge is None or self.factors):
             raise ValueError(
-                f"method {self.name}: statistics and draws are handed to a merge of entries; "
-                "leave them out, or set merge and not factors"
+                f"method {self.name}: statistics and draws are handed to a merge of entries, "
+                "which a kernel stands in for; leave them out, or set merge and not factors"
             )
         keywords = [statistic.name for statistic in self.statistics]
         keywords += [draw.name for draw in self.draws]
@@ -117,13 +122,17 @@ class MergeMethod:
             torch.ones(count, dtype=torch.float64) if weights_C is None else weights_C, count
         )
         rows, columns = matrix_shape(shape, self.whole_vectors)
-        chunk = Chunk(module, 0, columns, deltas_CD.float().reshape(count, rows * columns))
+        flat_CD = deltas_CD.detach().float().reshape(count, rows * columns)
+        fused = all_worthwhile(flat_CD)
+        chunk = Chunk(module, 0, columns, flat_CD, fused)
         if self.merge is not None:
             found = gather_statistics(self.statistics, [chunk], rows * columns, weights_C, config)
             return self.merge_chunk(chunk, weights_C, config, found).view(shape)
         assert self.coefficients is not None
         gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
-        merged_D = combine(chunk.deltas_CD, self.coefficients(weights_C, gram_CC, config))
+        coefficients_C = self.coefficients(weights_C, gram_CC, config)
+        sum_up = load(WEIGHTED_SUM) if fused else combine
+        merged_D: Tensor = sum_up(flat_CD, coefficients_C)
         return merged_D.view(shape)
 
     def merge_chunk(
@@ -131,6 +140,9 @@ class MergeMethod:
     ) -> Tensor:
         """Merged entries of a chunk [D], with the statistics given and the draws made for it."""
         assert self.merge is not None
+        if chunk.fused and self.kernel is not None:
+            merged_D: Tensor = load(self.kernel)(chunk, weights_C, config, **found)
+            return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
         return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
 

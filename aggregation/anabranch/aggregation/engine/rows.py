@@ -10,15 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from anabranch.aggregation.chunk import ROW_BLOCK as ROW_BLOCK
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
+from anabranch.aggregation.kernels.rows import readable, worthwhile
 from anabranch.vectors.task_vector import Delta, LowRank
 
 DEFAULT_BUDGET_BYTES = 2 << 30
-
-ROW_BLOCK = 32
-"""Products are formed in blocks of this many rows, whatever the chunk: a BLAS result depends on the
-shape of the call, and a merge must not depend on the budget."""
 
 WORKING_COPIES = 6
 """What a chunk costs while it is merged, in copies of itself: the chunk, a masked copy, and the
@@ -39,6 +37,8 @@ class ModuleRows:
         budget_bytes: Memory for entries.
         keep: Whether a second pass will come.
         whole_vectors: Whether a vector is one row, or may be cut.
+        fused: Whether whoever reads the chunks has a kernel for them. Dense entries are then handed
+            over where they lie, in one chunk, and cost no budget.
 
     Raises:
         ValueError: The budget holds no block of rows.
@@ -51,10 +51,20 @@ class ModuleRows:
         budget_bytes: int,
         keep: bool = False,
         whole_vectors: bool = False,
+        fused: bool = False,
     ) -> None:
         self.module = module
         self._deltas = cohort.deltas[module]
         self.rows, self.columns = matrix_shape(self._deltas[0].shape, whole_vectors)
+        self.fused = fused and worthwhile(
+            len(cohort), self.rows * self.columns, device_of(self._deltas[0])
+        )
+        self._kept: list[Chunk] | None = None
+        if self.fused and all(isinstance(d, Tensor) and readable(d) for d in self._deltas):
+            self.step = self.rows
+            where_they_lie = tuple(d.view(-1) for d in self._deltas if isinstance(d, Tensor))
+            self._kept = [Chunk(module, 0, self.columns, where_they_lie, True)]
+            return
         row_bytes = len(cohort) * max(1, self.columns) * FP32_BYTES
         block = min(ROW_BLOCK, max(1, self.rows))
         blocks = budget_bytes // 2 // (row_bytes * WORKING_COPIES * block)
@@ -67,7 +77,6 @@ class ModuleRows:
         self.step = blocks * block
         result_bytes = self.rows * self.columns * FP32_BYTES
         self._keep = keep and self.rows * row_bytes + result_bytes <= budget_bytes // 2
-        self._kept: list[Chunk] | None = None
 
     def __len__(self) -> int:
         """How many chunks there are."""
@@ -94,7 +103,7 @@ class ModuleRows:
         )
         for delta, out_Rn in zip(self._deltas, rows_CRn, strict=True):
             fill_rows(delta, start, out_Rn)
-        return Chunk(self.module, start, self.columns, rows_CRn.flatten(1))
+        return Chunk(self.module, start, self.columns, rows_CRn.flatten(1), self.fused)
 
 
 def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:

@@ -14,6 +14,7 @@ from anabranch.aggregation.engine.cohort import Cohort, gather
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
+from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load, readable
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
@@ -119,6 +120,10 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delt
     ]
     if parts and len(parts) == len(used):
         return stack(parts)
+    dense = [delta.view(-1) for delta, _ in used if isinstance(delta, Tensor) and readable(delta)]
+    if dense and len(dense) == len(used) and all_worthwhile(dense):
+        merged_D: Tensor = load(WEIGHTED_SUM)(dense, [coefficient for _, coefficient in used])
+        return merged_D.view(deltas[0].shape)
     if not used and isinstance(deltas[0], LowRank):
         return scaled(deltas[0], 0.0)
     total = torch.zeros(deltas[0].shape, dtype=torch.float32, device=device_of(deltas[0]))
