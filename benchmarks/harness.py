@@ -69,10 +69,8 @@ def main(name: str, measure: Measure) -> None:
             reads = "" if row.reads is None else f"{row.reads:.1f} reads"
             ratio = "" if row.ratio is None else f"ratio {row.ratio:.3g}"
             rival = "" if row.rival is None else f"{row.rival_name} {row.rival:.4g}"
-            print(
-                f"{row.scenario:<34} {row.what:<18} ours {row.ours:<9.4g} {rival}  {ratio}  {reads}",
-                flush=True,
-            )
+            ours = f"{row.scenario:<34} {row.what:<18} ours {row.ours:<9.4g}"
+            print(f"{ours} {rival}  {ratio}  {reads}", flush=True)
     if not rows:
         parser.error(f"--only {options.only}: no such row or scenario")
     result = {"machine": machine(), "quick": options.quick, "rows": rows}

@@ -46,9 +46,8 @@ ALONE = ("median", "trimmed_mean", "magmax", "consensus")
 
 
 def seconds(work: Callable[[], object], runs: int) -> float:
-    """Median wall seconds of a call, after one that is not counted where there are several."""
-    if runs > 1:
-        work()
+    """Median wall seconds of a call, after one that is not counted."""
+    work()
     taken = []
     for _ in range(runs):
         started = time.perf_counter()
@@ -83,7 +82,7 @@ def dense_rows(side: int, runs: int, wanted: Callable[[str], bool]) -> Iterator[
 
     def ours(name: str) -> float:
         recipe = Recipe(method=name, params=DENSE[name][0] if name in DENSE else {})
-        return seconds(lambda: merge_task_vectors(vectors, recipe), runs)
+        return seconds(lambda: merge_task_vectors(vectors, recipe), max(runs, 3))
 
     def row(what: str, mine: float, theirs: float | None, rival: str, note: str = "") -> Row:
         read = seconds(lambda: [tensor.sum() for tensor in tensors], 2 * runs)

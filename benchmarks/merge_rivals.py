@@ -1,4 +1,4 @@
-"""What mergekit and PEFT do with the same task vectors, and how far a rank-r merge is from the best."""
+"""The same task vectors merged by mergekit and by PEFT, and how good a merge of rank r is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _MERGED = "merged"
 
 def mergekit(tensors: list[Tensor], method: str, **parameters: Any) -> Tensor:
     """Mergekit takes models, not task vectors: the base is zero and comes first."""
+    merged: Tensor
     if method == "mean":
-        return merge_tensors(tensors, "linear", parameters={"weight": 1.0})
-    if method != "sce":
-        parameters["weight"] = 1.0
-    base = torch.zeros_like(tensors[0])
-    return merge_tensors([base, *tensors], method, parameters=parameters, base_index=0)
+        merged = merge_tensors(tensors, "linear", parameters={"weight": 1.0})
+    else:
+        if method != "sce":
+            parameters["weight"] = 1.0
+        base = torch.zeros_like(tensors[0])
+        merged = merge_tensors([base, *tensors], method, parameters=parameters, base_index=0)
+    return merged
 
 
 def peft_ties(tensors: list[Tensor], density: float = 0.2) -> Tensor:
@@ -42,12 +45,17 @@ def peft_model(adapters: Sequence[Adapter], size: int, rank: int) -> PeftModel:
     )
     for client in range(1, len(adapters)):
         model.add_adapter(str(client), config)
-    layer = model.base_model.model[0]
+    layer = _layer(model)
     for client, adapter in enumerate(adapters):
         factors = adapter.lora[LAYER]
         layer.lora_A[str(client)].weight.data.copy_(factors.a_rn)
         layer.lora_B[str(client)].weight.data.copy_(factors.b_mr)
     return model
+
+
+def _layer(model: PeftModel) -> Any:
+    """The one layer that carries adapters."""
+    return model.base_model.model.get_submodule(LAYER)
 
 
 def peft_merge(model: PeftModel, kind: str, rank: int, density: float) -> None:
@@ -63,7 +71,7 @@ def peft_merge(model: PeftModel, kind: str, rank: int, density: float) -> None:
 
 def peft_delta(model: PeftModel) -> Tensor:
     """ΔW of what it merged."""
-    delta: Tensor = model.base_model.model[0].get_delta_weight(_MERGED).detach()
+    delta: Tensor = _layer(model).get_delta_weight(_MERGED).detach()
     return delta
 
 
