@@ -55,7 +55,8 @@ def peft_model(adapters: Sequence[Adapter], size: int, rank: int) -> PeftModel:
 
 def _layer(model: PeftModel) -> Any:
     """The one layer that carries adapters."""
-    return model.base_model.model.get_submodule(LAYER)
+    layered: Any = model.base_model.model
+    return layered.get_submodule(LAYER)
 
 
 def peft_merge(model: PeftModel, kind: str, rank: int, density: float) -> None:
