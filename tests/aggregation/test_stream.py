@@ -257,6 +257,17 @@ def test_numbers_that_are_not_finite_are_refused_by_name(bad: float) -> None:
         merge_task_vectors(replaced(cohort, 1, **{"head.bias": head}), Recipe(method="median"))
 
 
+def test_dense_entries_that_are_not_finite_show_in_a_sum_or_are_looked_for() -> None:
+    cohort = vectors()
+    head = cohort[1].deltas["head.bias"].clone()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        head[3] = bad
+        broken = replaced(cohort, 1, **{"head.bias": head})
+        for weights in ([1.0] * COUNT, [1.0, 0, 1, 1, 1]):
+            with pytest.raises(ValueError, match=r"contribution 1: module head\.bias holds"):
+                merge_task_vectors(broken, Recipe(method="mean"), weights=weights)
+
+
 def test_factors_whose_product_overflows_are_refused() -> None:
     broken = LowRank(torch.full((150, 3), 1e30), torch.full((3, 33), 1e30))
     with pytest.raises(ValueError, match="contribution 0: module tall"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from anabranch.vectors.task_vector import Delta, LowRank, TaskVector
 
@@ -36,12 +37,18 @@ class Cohort:
         return sum(parts[0].shape.numel() for parts in self.deltas.values())
 
 
-def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) -> Cohort:
+def gather(
+    vectors: Sequence[TaskVector],
+    names: Sequence[str] | None = None,
+    dense_later: bool = False,
+) -> Cohort:
     """Check that task vectors can be merged, and set them side by side.
 
     Args:
         vectors: One task vector per contribution.
         names: What to call each in messages; None numbers them from 0.
+        dense_later: Leaves it to ``check_dense`` whether dense entries are finite: that is a read
+            of all of them, which a sum of them makes needless.
 
     Raises:
         ValueError: No contribution; names that do not pair up; different bases, modules or shapes;
@@ -69,10 +76,31 @@ def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) ->
                     f"{name}: module {module} has shape {tuple(shape)}, "
                     f"in {names[0]} it has {tuple(expected)}; they belong to different bases"
                 )
-            _check_finite(delta, name, module)
+            _check_dtype(delta, name, module)
+            if isinstance(delta, LowRank) or not dense_later:
+                _check_finite(delta, name, module)
             parts.append(_wide(delta))
         deltas[module] = tuple(parts)
     return Cohort(names, deltas, common_base([v.base_hash for v in vectors], names))
+
+
+def check_dense(cohort: Cohort, module: str, coefficients: Sequence[float], merged: Delta) -> None:
+    """Refuse dense entries that are not finite, which the sum of them shows.
+
+    Args:
+        cohort: The contributions, gathered with ``dense_later``.
+        module: Which module.
+        coefficients: c_i per contribution; one without a say does not show, and is read.
+        merged: Σ c_i ΔW_i.
+
+    Raises:
+        ValueError: Some are not; names the contribution.
+    """
+    fine = isinstance(merged, LowRank) or _largest(merged) <= torch.finfo(torch.float32).max
+    deltas = cohort.deltas[module]
+    for name, delta, coefficient in zip(cohort.names, deltas, coefficients, strict=True):
+        if not (fine and coefficient):
+            _check_finite(delta, name, module)
 
 
 def contribution_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -111,21 +139,23 @@ def _wide(delta: Delta) -> Delta:
     return delta.detach()
 
 
-def _check_finite(delta: Delta, name: str, module: str) -> None:
-    """One NaN would spread over the whole result, so it is found before anything is added up.
+def _parts(delta: Delta) -> tuple[Tensor, ...]:
+    return (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
 
-    The extremes are taken in one pass without a temporary; NaN propagates through them.
-    """
-    tensors = (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
-    largest = 1.0
-    for tensor in tensors:
+
+def _check_dtype(delta: Delta, name: str, module: str) -> None:
+    for tensor in _parts(delta):
         if not tensor.is_floating_point():
             raise ValueError(
                 f"{name}: module {module} holds {tensor.dtype}; give floating-point numbers"
             )
-        if tensor.numel():
-            low, high = torch.aminmax(tensor.detach())
-            largest *= max(abs(float(low)), abs(float(high)))
+
+
+def _check_finite(delta: Delta, name: str, module: str) -> None:
+    """One NaN would spread over the whole result."""
+    largest = 1.0
+    for tensor in _parts(delta):
+        largest *= _largest(tensor)
     if isinstance(delta, LowRank):
         largest *= delta.rank
     # A comparison that NaN fails. A product of factors is bounded before it is formed in fp32.
@@ -134,3 +164,12 @@ def _check_finite(delta: Delta, name: str, module: str) -> None:
             f"{name}: module {module} holds numbers that are not finite in fp32; "
             "drop that contribution"
         )
+
+
+def _largest(tensor: Tensor) -> float:
+    """Largest magnitude, NaN where an entry is; in one pass without a temporary."""
+    if not tensor.numel():
+        return 1.0
+    low, high = (abs(float(end)) for end in torch.aminmax(tensor.detach()))
+    # Both are NaN where an entry is.
+    return max(low, high)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.engine.cohort import Cohort, gather
+from anabranch.aggregation.engine.cohort import Cohort, check_dense, gather
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
@@ -50,14 +50,20 @@ def merge_task_vectors(
         ValueError: Bad recipe, weights or task vectors, in one line.
     """
     method, config = resolve(recipe)
-    cohort = gather(vectors, names)
+    # A number that is not finite makes the sum so; elsewhere a mask or a rank may hide it.
+    linear = method.coefficients is not None and not method.needs_gram
+    cohort = gather(vectors, names, dense_later=linear)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     merged: dict[str, Delta] = {}
     if method.coefficients is not None:
         grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
         coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
         for module, deltas in cohort.deltas.items():
-            merged[module] = weighted_sum(deltas, [c * recipe.scale for c in coefficients[module]])
+            factors = [c * recipe.scale for c in coefficients[module]]
+            total = weighted_sum(deltas, factors)
+            if linear:
+                check_dense(cohort, module, factors, total)
+            merged[module] = total
     elif method.factors:
         for module, deltas in cohort.deltas.items():
             average = merge_factors(module, deltas, method, config, weights_C, cohort.names)
