@@ -75,8 +75,7 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
     for values_KD in chunks:
         # Counts are exact either way, so a chunk's size may decide.
         if all_worthwhile(values_KD):
-            counted_KH: Tensor = load(HISTOGRAM)(values_KD, bucket_K, magnitude)
-            total_KH = counted_KH if total_KH is None else total_KH.add_(counted_KH)
+            total_KH = load(HISTOGRAM)(values_KD, bucket_K, magnitude, total_KH)
             continue
         counts = []
         for row, values_D in enumerate(values_KD):

@@ -24,6 +24,9 @@ values and 64-bit indices of a sort, or one copy in fp64."""
 
 FP32_BYTES = 4
 
+FUSED_CHUNK_BYTES = 32 << 20
+"""A chunk for a kernel: what was just formed is then read from a cache, not from memory."""
+
 
 class ModuleRows:
     """One module's task vectors as chunks of rows; iterating again forms them again.
@@ -74,8 +77,11 @@ class ModuleRows:
                 f"{len(cohort)} contributions; allow at least "
                 f"{2 * row_bytes * WORKING_COPIES * block}"
             )
+        if self.fused:
+            blocks = min(blocks, max(1, FUSED_CHUNK_BYTES // (row_bytes * block)))
         self.step = blocks * block
         result_bytes = self.rows * self.columns * FP32_BYTES
+        self._memory: Tensor | None = None
         self._keep = keep and self.rows * row_bytes + result_bytes <= budget_bytes // 2
 
     def __len__(self) -> int:
@@ -98,9 +104,14 @@ class ModuleRows:
 
     def _form(self, start: int, stop: int) -> Chunk:
         device = device_of(self._deltas[0])
-        rows_CRn = torch.empty(
-            (len(self._deltas), stop - start, self.columns), dtype=torch.float32, device=device
-        )
+        shape = (len(self._deltas), stop - start, self.columns)
+        if self._memory is not None and self._memory.shape == shape:
+            rows_CRn = self._memory
+        else:
+            rows_CRn = torch.empty(shape, dtype=torch.float32, device=device)
+        # A kernel never returns its inputs, so the next chunk may lie where this one did. New
+        # memory costs as much as what is written to it.
+        self._memory = rows_CRn if self.fused and not self._keep else None
         for delta, out_Rn in zip(self._deltas, rows_CRn, strict=True):
             fill_rows(delta, start, out_Rn)
         return Chunk(self.module, start, self.columns, rows_CRn.flatten(1), self.fused)

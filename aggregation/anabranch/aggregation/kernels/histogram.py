@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Rows
-from anabranch.aggregation.kernels.compiled import bits_at, compiled
+from anabranch.aggregation.kernels.compiled import Int64, bits_at, compiled
 from anabranch.aggregation.kernels.rows import addresses, in_parallel
 
 _BUCKETS = 1 << 16
@@ -20,11 +19,17 @@ _SEGMENT = 1 << 22
 """Entries counted at once: fewer would spend their time on adding up 64 Ki counters."""
 
 
-def histogram(rows: Rows, bucket_K: Tensor | None, magnitude: bool) -> Tensor:
-    """``magnitude._histogram`` of one chunk [K, H], int64."""
+def histogram(
+    rows: Rows, bucket_K: Tensor | None, magnitude: bool, total_KH: Tensor | None
+) -> Tensor:
+    """``magnitude._histogram`` of one chunk [K, H], int64, added to ``total_KH`` if there is one."""
     addresses_K, entries = addresses(rows), len(rows[0])
+    if total_KH is None:
+        total_KH = torch.zeros(len(rows), _BUCKETS, dtype=torch.int64)
     segments = max(1, -(-entries // _SEGMENT))
-    counts_KSH = np.zeros((len(rows), segments, _BUCKETS), np.uint32)
+    # A row that is counted in one go is counted where the total is.
+    shape = (len(rows), segments, _BUCKETS)
+    counts_KSH = np.zeros(shape, np.int64) if segments > 1 else total_KH[:, None].numpy()
     buckets = [-1] * len(rows) if bucket_K is None else bucket_K.tolist()
 
     def part(first: int, stop: int) -> None:
@@ -38,7 +43,7 @@ def histogram(rows: Rows, bucket_K: Tensor | None, magnitude: bool) -> Tensor:
                 _lower(addresses_K[row], start, end - start, magnitude, buckets[row], counts_H)
 
     in_parallel(part, len(rows) * segments)
-    return torch.from_numpy(counts_KSH.sum(axis=1, dtype=np.int64))
+    return total_KH.add_(torch.from_numpy(counts_KSH.sum(axis=1))) if segments > 1 else total_KH
 
 
 @compiled
@@ -49,17 +54,15 @@ def _signed_order(bits: np.int32) -> np.int32:
 
 
 @compiled
-def _upper(
-    address: int, first: int, count: int, magnitude: bool, counts_H: NDArray[np.uint32]
-) -> None:
+def _upper(address: int, first: int, count: int, magnitude: bool, counts_H: Int64) -> None:
     """Count the upper halves."""
     bits_D = bits_at(address, first, count)
     if magnitude:
         for i in range(count):
-            counts_H[(bits_D[i] >> np.int32(16)) & 0x7FFF] += np.uint32(1)
+            counts_H[(bits_D[i] >> np.int32(16)) & 0x7FFF] += 1
     else:
         for i in range(count):
-            counts_H[(_signed_order(bits_D[i]) >> np.int32(16)) & 0xFFFF] += np.uint32(1)
+            counts_H[(_signed_order(bits_D[i]) >> np.int32(16)) & 0xFFFF] += 1
 
 
 @compiled
@@ -69,16 +72,16 @@ def _lower(
     count: int,
     magnitude: bool,
     bucket: int,
-    counts_H: NDArray[np.uint32],
+    counts_H: Int64,
 ) -> None:
     """Count the lower halves of those whose upper half is ``bucket``."""
     bits_D = bits_at(address, first, count)
     if magnitude:
         for i in range(count):
             if (bits_D[i] >> np.int32(16)) & 0x7FFF == bucket:
-                counts_H[bits_D[i] & 0xFFFF] += np.uint32(1)
+                counts_H[bits_D[i] & 0xFFFF] += 1
     else:
         for i in range(count):
             order = _signed_order(bits_D[i])
             if (order >> np.int32(16)) & 0xFFFF == bucket:
-                counts_H[order & 0xFFFF] += np.uint32(1)
+                counts_H[order & 0xFFFF] += 1
