@@ -30,7 +30,7 @@ def compiled(function: F) -> F:
 
 
 @intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
+def pointer(typing_context: Any, address: Any) -> Any:
     """An address as a pointer."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -52,14 +52,14 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 @compiled
 def entries_at(address: int, first: int, count: int) -> Fp32:
     """``count`` fp32 numbers from the ``first`` one of those at an address."""
-    found: Fp32 = carray(_pointer(address + 4 * first), (count,), np.float32)
+    found: Fp32 = carray(pointer(address + 4 * first), (count,), np.float32)
     return found
 
 
 @compiled
 def bits_at(address: int, first: int, count: int) -> NDArray[np.int32]:
     """The same as int32 with the same bits."""
-    found: NDArray[np.int32] = carray(_pointer(address + 4 * first), (count,), np.int32)
+    found: NDArray[np.int32] = carray(pointer(address + 4 * first), (count,), np.int32)
     return found
 
 

@@ -22,7 +22,7 @@ _SEGMENT = 1 << 22
 def histogram(
     rows: Rows, bucket_K: Tensor | None, magnitude: bool, total_KH: Tensor | None
 ) -> Tensor:
-    """``magnitude._histogram`` of one chunk [K, H], int64, added to ``total_KH`` if there is one."""
+    """``magnitude._histogram`` of one chunk [K, H], added to ``total_KH`` if there is one."""
     addresses_K, entries = addresses(rows), len(rows[0])
     if total_KH is None:
         total_KH = torch.zeros(len(rows), _BUCKETS, dtype=torch.int64)

@@ -16,10 +16,10 @@ from torch import Tensor
 from anabranch.aggregation.kernels.compiled import (
     Fp32,
     Int64,
-    _pointer,
     compiled,
     entries_at,
     fma,
+    pointer,
 )
 from anabranch.aggregation.kernels.rows import fp32, in_parallel
 from anabranch.vectors.sparse import SparseTernary
@@ -76,7 +76,7 @@ def _merge(
     count = len(positions_C)
     places_C = np.empty(count, np.int64)
     for c in range(count):
-        position_k = carray(_pointer(positions_C[c]), (counts_C[c],), np.int64)
+        position_k = carray(pointer(positions_C[c]), (counts_C[c],), np.int64)
         places_C[c] = _place_of(position_k, first)
     # By sign: what its entries sum to, and what those who say so weigh.
     sums_B4 = np.empty((_BLOCK, 4), np.float32)
@@ -86,8 +86,8 @@ def _merge(
         total_B[:] = 0
         sums_B4[:] = 0
         for c in range(count):
-            position_k = carray(_pointer(positions_C[c]), (counts_C[c],), np.int64)
-            negative_k = carray(_pointer(negatives_C[c]), (counts_C[c],), np.uint8)
+            position_k = carray(pointer(positions_C[c]), (counts_C[c],), np.int64)
+            negative_k = carray(pointer(negatives_C[c]), (counts_C[c],), np.uint8)
             place, value, weight = places_C[c], values_C[c], weights_C[c]
             while place < counts_C[c] and position_k[place] < end:
                 entry, negative = position_k[place] - start, np.int64(negative_k[place])
