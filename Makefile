@@ -33,6 +33,7 @@ check: install
 	$(BIN)/python -m anabranch.wire.generate --check
 
 bench: install
+	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.federation
 
 clean:

@@ -27,6 +27,7 @@ class Row:
         ratio: ours / rival; None without a rival's figure.
         scenario: On what it was measured.
         note: How to read the figure.
+        reads: Our seconds in reads of the inputs; None where that says nothing.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Row:
     rival_name: str
     scenario: str
     note: str = ""
+    reads: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -64,12 +66,11 @@ def main(name: str, measure: Measure) -> None:
             continue
         rows.append({**asdict(row), "ratio": row.ratio})
         if not options.json:
+            reads = "" if row.reads is None else f"{row.reads:.1f} reads"
             ratio = "" if row.ratio is None else f"ratio {row.ratio:.3g}"
             rival = "" if row.rival is None else f"{row.rival_name} {row.rival:.4g}"
-            print(
-                f"{row.scenario:<34} {row.what:<18} ours {row.ours:<9.4g} {rival}  {ratio}",
-                flush=True,
-            )
+            ours = f"{row.scenario:<34} {row.what:<18} ours {row.ours:<9.4g}"
+            print(f"{ours} {rival}  {ratio}  {reads}", flush=True)
     if not rows:
         parser.error(f"--only {options.only}: no such row or scenario")
     result = {"machine": machine(), "quick": options.quick, "rows": rows}

@@ -12,6 +12,7 @@ from torch import Tensor
 from anabranch.aggregation import chunk
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
 from anabranch.aggregation.engine.stream import merge_task_vectors
+from anabranch.aggregation.kernels import rows as kernel_rows
 from anabranch.aggregation.methods import BUILT_IN
 from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.recipe import Recipe
@@ -95,6 +96,14 @@ def expected(
     }
 
 
+@pytest.fixture(params=["torch", "kernels"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways through the engine, whatever the size."""
+    smallest = 1 if request.param == "kernels" else 1 << 60
+    monkeypatch.setattr(kernel_rows, "SMALLEST", smallest)
+
+
+@pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_budget_changes_no_bit(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk, "PIECE", 500)
@@ -107,6 +116,7 @@ def test_the_budget_changes_no_bit(variant: str, monkeypatch: pytest.MonkeyPatch
         assert_same_bits(entries(roomy), entries(tight))
 
 
+@pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_streaming_is_the_method_on_whole_tensors(variant: str) -> None:
     name, params = VARIANTS[variant]
@@ -120,6 +130,7 @@ def test_streaming_is_the_method_on_whole_tensors(variant: str) -> None:
         torch.testing.assert_close(merged_mn, 0.5 * whole[module], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dense_entries_stream_to_the_same_bits(variant: str) -> None:
     """Products of factors are formed by blocks of rows, so only entries compare to the last bit."""
@@ -244,6 +255,17 @@ def test_numbers_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     head[3] = bad
     with pytest.raises(ValueError, match=r"contribution 1: module head\.bias holds numbers"):
         merge_task_vectors(replaced(cohort, 1, **{"head.bias": head}), Recipe(method="median"))
+
+
+def test_dense_entries_that_are_not_finite_show_in_a_sum_or_are_looked_for() -> None:
+    cohort = vectors()
+    head = cohort[1].deltas["head.bias"].clone()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        head[3] = bad
+        broken = replaced(cohort, 1, **{"head.bias": head})
+        for weights in ([1.0] * COUNT, [1.0, 0, 1, 1, 1]):
+            with pytest.raises(ValueError, match=r"contribution 1: module head\.bias holds"):
+                merge_task_vectors(broken, Recipe(method="mean"), weights=weights)
 
 
 def test_factors_whose_product_overflows_are_refused() -> None:

@@ -6,7 +6,7 @@ of a piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,13 @@ PIECE = 1 << 16
 """Entries added up, or drawn, at once. Rounding depends on what is added to what, and a merge must
 not depend on the budget, so pieces are the same wherever chunks were cut."""
 
+ROW_BLOCK = 32
+"""Rows of a matrix that no chunk cuts. Products are formed so many at a time, whatever the chunk: a
+BLAS result depends on the shape of the call, and a merge must not depend on the budget."""
+
+Rows = Tensor | Sequence[Tensor]
+"""Each contribution's entries: one tensor [C, D], or C of them [D] where they lie."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -27,14 +34,21 @@ class Chunk:
         module: Its name, which names the seeded draws.
         start: Index of the first row.
         columns: n.
-        deltas_CD: Entries in row order [C, R·n], fp32. Belongs to whoever iterates: not to be
-            written to.
+        rows: Entries in row order [C, R·n], fp32. Belongs to whoever iterates: not to be written
+            to.
+        fused: Whether kernels take the module, which its whole size decides.
     """
 
     module: str
     start: int
     columns: int
-    deltas_CD: Tensor  # noqa: N815
+    rows: Rows
+    fused: bool = False
+
+    @property
+    def deltas_CD(self) -> Tensor:  # noqa: N802
+        """The entries as one tensor [C, R·n]; a copy where they are not."""
+        return self.rows if isinstance(self.rows, Tensor) else torch.stack(list(self.rows))
 
     def uniform(self, seed: int, contribution: int, first: int, count: int) -> Tensor:
         """Uniform numbers in [0, 1), fp64, for ``count`` entries of the chunk from ``first`` on.
@@ -43,7 +57,7 @@ class Chunk:
         """
         stream = (seed, self.module, contribution)
         position = self.start * self.columns + first
-        return uniform(count, stream, position, self.deltas_CD.device)
+        return uniform(count, stream, position, self.rows[0].device)
 
 
 def matrix_shape(shape: torch.Size, whole_vectors: bool = False) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 The bits of a non-negative fp32 number order like the number; those of a negative one do so once all
 but the sign are flipped. For a stream, a histogram of the upper 16 bits finds the bucket the k-th
 falls in, a second pass over the lower 16 bits finds the number itself: two passes, 64 Ki counters,
-no sort. A tensor on the CPU is quicker by selection.
+no sort. A small tensor is quicker by selection.
 
 Shape legend: K rows (often one per contribution), D entries of a chunk, H buckets.
 """
@@ -15,7 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from anabranch.vectors.select import kth_magnitude
+from anabranch.aggregation.chunk import Rows
+from anabranch.aggregation.kernels.rows import HISTOGRAM, all_worthwhile, load
 
 _BUCKETS = 1 << 16
 
@@ -25,19 +26,16 @@ def kept(density: float, entries: int) -> int:
     return max(1, int(density * entries))
 
 
-def tensor_kth(values_KD: Tensor, count: int, magnitude: bool = True) -> Tensor:
+def tensor_kth(values_KD: Rows, count: int, magnitude: bool = True) -> Tensor:
     """The same as ``stream_kth`` for entries that are all there [K, D]."""
-    if values_KD.device.type != "cpu":
+    if values_KD[0].device.type != "cpu" or all_worthwhile(values_KD):
         return stream_kth([values_KD], count, magnitude)
-    if magnitude:
-        return torch.tensor([kth_magnitude(values_D, count) for values_D in values_KD])
-    entries = values_KD.shape[1]
-    return torch.stack(
-        [values_D.kthvalue(entries + 1 - count).values for values_D in values_KD]
-    ).float()
+    place = len(values_KD[0]) + 1 - count
+    compared = [values_D.abs() if magnitude else values_D for values_D in values_KD]
+    return torch.stack([values_D.kthvalue(place).values for values_D in compared]).float()
 
 
-def stream_kth(chunks: Iterable[Tensor], count: int, magnitude: bool = True) -> Tensor:
+def stream_kth(chunks: Iterable[Rows], count: int, magnitude: bool = True) -> Tensor:
     """The ``count``-th largest magnitude, or entry, of every row, exact, ties counted singly.
 
     Keeping what is ≥ it keeps at least ``count`` entries; more where some tie with it. A k-th
@@ -71,10 +69,14 @@ def _flipped(bits_D: Tensor) -> Tensor:
     return bits_D ^ ((bits_D >> 31) & 0x7FFF_FFFF)
 
 
-def _histogram(chunks: Iterable[Tensor], bucket_K: Tensor | None, magnitude: bool) -> Tensor:
+def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool) -> Tensor:
     """Counts [K, H] of the upper halves, or of the lower halves inside ``bucket_K``."""
     total_KH: Tensor | None = None
     for values_KD in chunks:
+        # Counts are exact either way, so a chunk's size may decide.
+        if all_worthwhile(values_KD):
+            total_KH = load(HISTOGRAM)(values_KD, bucket_K, magnitude, total_KH)
+            continue
         counts = []
         for row, values_D in enumerate(values_KD):
             if magnitude:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
+from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
 
@@ -61,6 +62,9 @@ class MergeMethod:
             biased on ΔW). With ``matrices``: takes the adapters' own factors, not those of the
             task vectors against the start.
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
+        kernel: Where the same merge stands fused for large modules on the CPU, as
+            ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
+            which makes its own draws.
     """
 
     name: str
@@ -76,6 +80,7 @@ class MergeMethod:
     mean_norm: bool = False
     factors: bool = False
     signed_weights: bool = False
+    kernel: str | None = None
 
     def __post_init__(self) -> None:
         kinds = (self.merge, self.coefficients, self.matrices)
@@ -89,10 +94,10 @@ class MergeMethod:
                 f"method {self.name}: what it gathers is taken over a tensor or the model; "
                 "set scope to one of them"
             )
-        if (self.statistics or self.draws) and (self.merge is None or self.factors):
+        if (self.statistics or self.draws or self.kernel) and (self.merge is None or self.factors):
             raise ValueError(
-                f"method {self.name}: statistics and draws are handed to a merge of entries; "
-                "leave them out, or set merge and not factors"
+                f"method {self.name}: statistics and draws are handed to a merge of entries, "
+                "which a kernel stands in for; leave them out, or set merge and not factors"
             )
         keywords = [statistic.name for statistic in self.statistics]
         keywords += [draw.name for draw in self.draws]
@@ -137,13 +142,17 @@ class MergeMethod:
             assert isinstance(merged, Tensor)
             return merged
         rows, columns = matrix_shape(shape, self.whole_vectors)
-        chunk = Chunk(module, 0, columns, deltas_CD.float().reshape(count, rows * columns))
+        flat_CD = deltas_CD.detach().float().reshape(count, rows * columns)
+        fused = all_worthwhile(flat_CD)
+        chunk = Chunk(module, 0, columns, flat_CD, fused)
         if self.merge is not None:
             found = gather_statistics(self.statistics, [chunk], rows * columns, weights_C, config)
             return self.merge_chunk(chunk, weights_C, config, found).view(shape)
         assert self.coefficients is not None
         gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
-        merged_D = combine(chunk.deltas_CD, self.coefficients(weights_C, gram_CC, config))
+        coefficients_C = self.coefficients(weights_C, gram_CC, config)
+        sum_up = load(WEIGHTED_SUM) if fused else combine
+        merged_D: Tensor = sum_up(flat_CD, coefficients_C)
         return merged_D.view(shape)
 
     def merge_chunk(
@@ -151,6 +160,9 @@ class MergeMethod:
     ) -> Tensor:
         """Merged entries of a chunk [D], with the statistics given and the draws made for it."""
         assert self.merge is not None
+        if chunk.fused and self.kernel is not None:
+            merged_D: Tensor = load(self.kernel)(chunk, weights_C, config, **found)
+            return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
         return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.chunk import Chunk, recut
+from anabranch.aggregation.chunk import Chunk, Rows, recut
+from anabranch.aggregation.kernels.rows import load
 from anabranch.aggregation.magnitude import stream_kth, tensor_kth
 
 Found = Mapping[str, Tensor]
@@ -41,12 +42,16 @@ class Statistic:
             None depends on how the entries are chunked.
         count: ``count(config, entries, found) -> k``, for the two that need one; ``entries`` is D
             of the whole scope.
+        kernel: Where the values stand fused for large modules on the CPU, as ``module:function``
+            of a chunk and what else ``values`` takes. For a ``sum``, their sums over parts of the
+            chunk that do not depend on how the module was cut [K, P], fp64.
     """
 
     name: str
     values: Callable[[Tensor, Tensor, Any, Found], Tensor]
     how: Literal["kth", "kth_magnitude", "sum", "min", "max"]
     count: Callable[[Any, int, Found], int] | None = None
+    kernel: str | None = None
 
     def __post_init__(self) -> None:
         if self.how.startswith("kth") != (self.count is not None):
@@ -103,7 +108,7 @@ def gather_statistics(
             else:
                 found[statistic.name] = stream_kth(stream, count, magnitude)
         elif statistic.how == "sum":
-            found[statistic.name] = _sum(stream)
+            found[statistic.name] = stream.sums()
         else:
             found[statistic.name] = _extreme(stream, statistic.how == "max")
     return found
@@ -119,21 +124,47 @@ class _Values:
     config: Any
     found: Found
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Rows]:
         for chunk in self.chunks:
-            yield self.statistic.values(chunk.deltas_CD, self.weights_C, self.config, self.found)
+            yield self._of(chunk)
+
+    def sums(self) -> Tensor:
+        """Σ over the entries [K], in fp64."""
+        fused: list[Tensor] = []
+
+        def others() -> Iterator[Tensor]:
+            for chunk in self.chunks:
+                values = self._of(chunk)
+                assert isinstance(values, Tensor)
+                if chunk.fused and self.statistic.kernel is not None:
+                    fused.append(values)
+                else:
+                    yield values
+
+        sums = [piece_KL.double().sum(dim=1).cpu() for piece_KL in recut(others())]
+        if fused:
+            sums.append(torch.cat(fused, dim=1).sum(dim=1))
+        total_K = torch.zeros_like(sums[0])
+        for sum_K in sums:
+            total_K += sum_K
+        return total_K
+
+    def _of(self, chunk: Chunk) -> Rows:
+        """The values of a chunk; a kernel's where it has one and they are large."""
+        statistic = self.statistic
+        if chunk.fused and statistic.kernel is not None:
+            values: Tensor = load(statistic.kernel)(chunk, self.weights_C, self.config, self.found)
+            return values
+        if statistic.values is entries_as_they_are and statistic.count is not None:
+            return chunk.rows
+        return statistic.values(chunk.deltas_CD, self.weights_C, self.config, self.found)
 
 
-def _sum(stream: Iterable[Tensor]) -> Tensor:
-    """Σ over the entries [K], in fp64."""
-    sums = [piece_KL.double().sum(dim=1).cpu() for piece_KL in recut(stream)]
-    total_K = torch.zeros_like(sums[0])
-    for sum_K in sums:
-        total_K += sum_K
-    return total_K
-
-
-def _extreme(stream: Iterable[Tensor], largest: bool) -> Tensor:
+def _extreme(stream: Iterable[Rows], largest: bool) -> Tensor:
     """The largest or the smallest of the entries [K]."""
     reduce = torch.amax if largest else torch.amin
-    return reduce(torch.stack([reduce(values_KD, dim=1).cpu() for values_KD in stream]), dim=0)
+    found = []
+    for values_KD in stream:
+        assert isinstance(values_KD, Tensor)
+        found.append(reduce(values_KD, dim=1).cpu())
+    return reduce(torch.stack(found), dim=0)

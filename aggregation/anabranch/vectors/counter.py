@@ -25,14 +25,21 @@ def _signed(word: int) -> int:
     return (word & (2 * _SIGN - 1)) - (2 * _SIGN if word & _SIGN else 0)
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
 
 
 def _shift(x_D: Tensor, bits: int) -> Tensor:
     """Logical right shift: torch's keeps the sign."""
     return (x_D >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def stream_key(stream: Stream) -> int:
+    """The word that tells a stream from others, 64 bits."""
+    seed, name, contribution = stream
+    digest = hashlib.sha256(f"{seed}\0{name}\0{contribution}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def uniform(
@@ -49,13 +56,11 @@ def uniform(
     Returns:
         Entries ``start`` to ``start + count`` of the stream [D], fp64.
     """
-    seed, name, contribution = stream
-    digest = hashlib.sha256(f"{seed}\0{name}\0{contribution}".encode()).digest()
-    key = _signed(int.from_bytes(digest[:8], "little"))
+    key = _signed(stream_key(stream))
     # int64 products wrap modulo 2⁶⁴ on every device, which is the arithmetic wanted.
-    x_D = torch.arange(start + 1, start + 1 + count, device=device).mul_(_GOLDEN).add_(key)
-    x_D = x_D.bitwise_xor_(_shift(x_D, 30)).mul_(_MIX_1)
-    x_D = x_D.bitwise_xor_(_shift(x_D, 27)).mul_(_MIX_2)
+    x_D = torch.arange(start + 1, start + 1 + count, device=device).mul_(_signed(GOLDEN)).add_(key)
+    x_D = x_D.bitwise_xor_(_shift(x_D, 30)).mul_(_signed(MIX_1))
+    x_D = x_D.bitwise_xor_(_shift(x_D, 27)).mul_(_signed(MIX_2))
     x_D = x_D.bitwise_xor_(_shift(x_D, 31))
     return _shift(x_D, 11).double().mul_(2.0**-53)
 

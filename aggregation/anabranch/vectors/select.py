@@ -35,21 +35,6 @@ _MARGIN_SIGMAS = 4.0
 """A sampled threshold is too high once in 30,000 tensors, and then the scan is repeated."""
 
 
-def kth_magnitude(x: Tensor, k: int) -> float:
-    """The exact k-th largest magnitude of a tensor, compared in fp32.
-
-    Args:
-        x: Entries of any shape, floating dtype and device.
-        k: Rank from the top, 1 for the largest.
-
-    Raises:
-        ValueError: ``k`` is not in 1..n, or an entry is NaN or infinite.
-    """
-    bits_n = magnitude_order(x)
-    _, magnitudes_c = _candidates(bits_n, k)
-    return float(_kth(magnitudes_c, k).view(np.float32))
-
-
 def top_k_positions(x: Tensor, k: int) -> Tensor:
     """Positions of the k entries largest in magnitude; of equal entries, the first ones.
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from anabranch.vectors.task_vector import Delta, LowRank, Stored, TaskVector
+from anabranch.vectors.task_vector import Delta, Held, LowRank, Stored, TaskVector
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,18 @@ class Cohort:
         return sum(parts[0].shape.numel() for parts in self.deltas.values())
 
 
-def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) -> Cohort:
+def gather(
+    vectors: Sequence[TaskVector],
+    names: Sequence[str] | None = None,
+    dense_later: bool = False,
+) -> Cohort:
     """Check that task vectors can be merged, and set them side by side.
 
     Args:
         vectors: One task vector per contribution.
         names: What to call each in messages; None numbers them from 0.
+        dense_later: Leaves it to ``check_dense`` whether dense entries are finite: that is a read
+            of all of them, which a sum of them makes needless.
 
     Raises:
         ValueError: As ``side_by_side``, or a number that is not finite. Names the contribution and
@@ -51,7 +58,9 @@ def gather(vectors: Sequence[TaskVector], names: Sequence[str] | None = None) ->
     deltas = {}
     for module, parts in cohort.deltas.items():
         for name, delta in zip(cohort.names, parts, strict=True):
-            _check_finite(delta, name, module)
+            _check_dtype(delta, name, module)
+            if isinstance(delta, LowRank) or not dense_later:
+                _check_finite(delta, name, module)
         deltas[module] = tuple(map(_wide, parts))
     return replace(cohort, deltas=deltas)
 
@@ -94,6 +103,25 @@ def side_by_side(vectors: Sequence[TaskVector], names: Sequence[str] | None = No
     return Cohort(names, deltas, common_base([v.base_hash for v in vectors], names))
 
 
+def check_dense(cohort: Cohort, module: str, coefficients: Sequence[float], merged: Held) -> None:
+    """Refuse dense entries that are not finite, which the sum of them shows.
+
+    Args:
+        cohort: The contributions, gathered with ``dense_later``.
+        module: Which module.
+        coefficients: c_i per contribution; one without a say does not show, and is read.
+        merged: Σ c_i ΔW_i.
+
+    Raises:
+        ValueError: Some are not; names the contribution.
+    """
+    fine = isinstance(merged, LowRank) or _largest(merged) <= torch.finfo(torch.float32).max
+    deltas = cohort.deltas[module]
+    for name, delta, coefficient in zip(cohort.names, deltas, coefficients, strict=True):
+        if not (fine and coefficient):
+            _check_finite(delta, name, module)
+
+
 def contribution_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     """What to call each contribution in messages: as given, or numbered from 0.
 
@@ -130,24 +158,30 @@ def _wide(delta: Delta) -> Delta:
     return delta if isinstance(delta, Stored) else delta.detach()
 
 
-def _check_finite(delta: Delta, name: str, module: str) -> None:
-    """One NaN would spread over the whole result, so it is found before anything is added up.
+def _parts(delta: Delta) -> tuple[Tensor, ...]:
+    """What a change holds in memory.
 
-    The extremes are taken in one pass without a temporary; NaN propagates through them. What is
-    stored is looked at whenever it is read: a pass over files for this alone may double the time.
+    What is stored is looked at whenever it is read: a pass over files for this alone may double
+    the time.
     """
     if isinstance(delta, Stored):
-        return
-    tensors = (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
-    largest = 1.0
-    for tensor in tensors:
+        return ()
+    return (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
+
+
+def _check_dtype(delta: Delta, name: str, module: str) -> None:
+    for tensor in _parts(delta):
         if not tensor.is_floating_point():
             raise ValueError(
                 f"{name}: module {module} holds {tensor.dtype}; give floating-point numbers"
             )
-        if tensor.numel():
-            low, high = torch.aminmax(tensor.detach())
-            largest *= max(abs(float(low)), abs(float(high)))
+
+
+def _check_finite(delta: Delta, name: str, module: str) -> None:
+    """One NaN would spread over the whole result."""
+    largest = 1.0
+    for tensor in _parts(delta):
+        largest *= _largest(tensor)
     if isinstance(delta, LowRank):
         largest *= delta.rank
     # A comparison that NaN fails. A product of factors is bounded before it is formed in fp32.
@@ -156,3 +190,12 @@ def _check_finite(delta: Delta, name: str, module: str) -> None:
             f"{name}: module {module} holds numbers that are not finite in fp32; "
             "drop that contribution"
         )
+
+
+def _largest(tensor: Tensor) -> float:
+    """Largest magnitude, NaN where an entry is; in one pass without a temporary."""
+    if not tensor.numel():
+        return 1.0
+    low, high = (abs(float(end)) for end in torch.aminmax(tensor.detach()))
+    # Both are NaN where an entry is.
+    return max(low, high)

@@ -82,7 +82,14 @@ class EntryMerge:
         return total_mn
 
     def _source(self, module: str, keep: bool) -> ModuleRows:
-        return ModuleRows(self.cohort, module, self.budget_bytes, keep, self.method.whole_vectors)
+        return ModuleRows(
+            self.cohort,
+            module,
+            self.budget_bytes,
+            keep,
+            self.method.whole_vectors,
+            fused=self.method.kernel is not None,
+        )
 
     def _gather(self, sources: Sequence[ModuleRows]) -> Found:
         entries = sum(source.rows * source.columns for source in sources)

@@ -10,21 +10,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from anabranch.aggregation.chunk import ROW_BLOCK as ROW_BLOCK
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
+from anabranch.aggregation.kernels.rows import readable, worthwhile
 from anabranch.vectors.task_vector import Delta, LowRank, Stored
 
 DEFAULT_BUDGET_BYTES = 2 << 30
-
-ROW_BLOCK = 32
-"""Products are formed in blocks of this many rows, whatever the chunk: a BLAS result depends on the
-shape of the call, and a merge must not depend on the budget."""
 
 WORKING_COPIES = 6
 """What a chunk costs while it is merged, in copies of itself: the chunk, a masked copy, and the
 values and 64-bit indices of a sort, or one copy in fp64."""
 
 FP32_BYTES = 4
+
+FUSED_CHUNK_BYTES = 32 << 20
+"""A chunk for a kernel: what was just formed is then read from a cache, not from memory."""
 
 
 class ModuleRows:
@@ -39,6 +40,8 @@ class ModuleRows:
         budget_bytes: Memory for entries.
         keep: Whether a second pass will come.
         whole_vectors: Whether a vector is one row, or may be cut.
+        fused: Whether whoever reads the chunks has a kernel for them. Dense entries are then handed
+            over where they lie, in one chunk, and cost no budget.
 
     Raises:
         ValueError: The budget holds no block of rows.
@@ -51,10 +54,20 @@ class ModuleRows:
         budget_bytes: int,
         keep: bool = False,
         whole_vectors: bool = False,
+        fused: bool = False,
     ) -> None:
         self.module = module
         self._deltas = cohort.deltas[module]
         self.rows, self.columns = matrix_shape(self._deltas[0].shape, whole_vectors)
+        self.fused = fused and worthwhile(
+            len(cohort), self.rows * self.columns, device_of(self._deltas[0])
+        )
+        self._kept: list[Chunk] | None = None
+        if self.fused and all(isinstance(d, Tensor) and readable(d) for d in self._deltas):
+            self.step = self.rows
+            where_they_lie = tuple(d.view(-1) for d in self._deltas if isinstance(d, Tensor))
+            self._kept = [Chunk(module, 0, self.columns, where_they_lie, True)]
+            return
         row_bytes = len(cohort) * max(1, self.columns) * FP32_BYTES
         # Entries need no product: where all are given, a row alone will do.
         products = any(isinstance(delta, LowRank) for delta in self._deltas)
@@ -66,10 +79,12 @@ class ModuleRows:
                 f"{len(cohort)} contributions; allow at least "
                 f"{2 * row_bytes * WORKING_COPIES * block}"
             )
+        if self.fused:
+            blocks = min(blocks, max(1, FUSED_CHUNK_BYTES // (row_bytes * block)))
         self.step = blocks * block
         result_bytes = self.rows * self.columns * FP32_BYTES
+        self._memory: Tensor | None = None
         self._keep = keep and self.rows * row_bytes + result_bytes <= budget_bytes // 2
-        self._kept: list[Chunk] | None = None
 
     def __len__(self) -> int:
         """How many chunks there are."""
@@ -91,12 +106,17 @@ class ModuleRows:
 
     def _form(self, start: int, stop: int) -> Chunk:
         device = device_of(self._deltas[0])
-        rows_CRn = torch.empty(
-            (len(self._deltas), stop - start, self.columns), dtype=torch.float32, device=device
-        )
+        shape = (len(self._deltas), stop - start, self.columns)
+        if self._memory is not None and self._memory.shape == shape:
+            rows_CRn = self._memory
+        else:
+            rows_CRn = torch.empty(shape, dtype=torch.float32, device=device)
+        # A kernel never returns its inputs, so the next chunk may lie where this one did. New
+        # memory costs as much as what is written to it.
+        self._memory = rows_CRn if self.fused and not self._keep else None
         for delta, out_Rn in zip(self._deltas, rows_CRn, strict=True):
             fill_rows(delta, start, out_Rn)
-        return Chunk(self.module, start, self.columns, rows_CRn.flatten(1))
+        return Chunk(self.module, start, self.columns, rows_CRn.flatten(1), self.fused)
 
 
 def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:

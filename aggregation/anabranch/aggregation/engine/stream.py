@@ -10,16 +10,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.engine.cohort import Cohort, contribution_names, gather
+from anabranch.aggregation.engine.cohort import (
+    Cohort,
+    check_dense,
+    contribution_names,
+    gather,
+)
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
+from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load, readable
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
 from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.task_vector import (
     Delta,
+    Held,
     LowRank,
     Stored,
     TaskVector,
@@ -67,14 +74,20 @@ def merge_task_vectors(
         stay = withdraw(contribution_names(names, len(vectors)), without, recipe, weights)
         vectors, names = [vectors[index] for index in stay.indices], stay.names
         weights = stay.weights
-    cohort = gather(vectors, names)
+    # A number that is not finite makes the sum so; elsewhere a mask or a rank may hide it.
+    linear = method.coefficients is not None and not method.needs_gram
+    cohort = gather(vectors, names, dense_later=linear)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     merged: dict[str, Delta] = {}
     if method.coefficients is not None:
         grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
         coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
         for module, deltas in cohort.deltas.items():
-            merged[module] = weighted_sum(deltas, [c * recipe.scale for c in coefficients[module]])
+            factors = [c * recipe.scale for c in coefficients[module]]
+            total = weighted_sum(deltas, factors)
+            if linear:
+                check_dense(cohort, module, factors, total)
+            merged[module] = total
     elif method.matrices is not None:
         for module, delta in method.merge_modules(cohort.deltas, weights_C, config).items():
             merged[module] = scaled(delta, recipe.scale)
@@ -125,7 +138,7 @@ def cohort_coefficients(
     return dict.fromkeys(cohort.deltas, shared)
 
 
-def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delta:
+def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Held:
     """Σ c_i ΔW_i: stacked factors where all are factors, else dense in fp32.
 
     Args:
@@ -140,6 +153,10 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delt
     ]
     if parts and len(parts) == len(used):
         return stack(parts)
+    dense = [delta.view(-1) for delta, _ in used if isinstance(delta, Tensor) and readable(delta)]
+    if dense and len(dense) == len(used) and all_worthwhile(dense):
+        merged_D: Tensor = load(WEIGHTED_SUM)(dense, [coefficient for _, coefficient in used])
+        return merged_D.view(deltas[0].shape)
     if not used and isinstance(deltas[0], LowRank):
         return scaled(deltas[0], 0.0)
     total = torch.zeros(deltas[0].shape, dtype=torch.float32, device=device_of(deltas[0]))
@@ -158,7 +175,7 @@ def merge_factors(
     config: MethodConfig,
     weights_C: Tensor,
     names: Sequence[str],
-) -> Delta:
+) -> Held:
     """A and B merged apart, for the methods that do so; dense entries as they are.
 
     Raises:

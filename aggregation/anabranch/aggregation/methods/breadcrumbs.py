@@ -80,5 +80,6 @@ BREADCRUMBS = MergeMethod(
     config=BreadcrumbsConfig,
     scope="tensor",
     merge=breadcrumbs,
+    kernel="anabranch.aggregation.kernels.band:breadcrumbs",
     statistics=BAND,
 )

@@ -44,5 +44,6 @@ BREADCRUMBS_TIES = MergeMethod(
     config=BreadcrumbsConfig,
     scope="tensor",
     merge=breadcrumbs_ties,
+    kernel="anabranch.aggregation.kernels.band:breadcrumbs_ties",
     statistics=BAND,
 )

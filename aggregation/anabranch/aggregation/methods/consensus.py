@@ -21,6 +21,18 @@ class ConsensusConfig(MethodConfig):
     votes: int = Field(2, ge=1)
     """An entry stays if it is the own of so many contributions: 2 drops what is selfish or idle."""
 
+    def check(self, count: int) -> None:
+        """Refuse more votes than there are contributions.
+
+        Raises:
+            ValueError: There are.
+        """
+        if self.votes > count:
+            raise ValueError(
+                f"consensus: votes: {self.votes} of {count} contributions never agree; "
+                "lower votes or wait for more"
+            )
+
 
 def consensus(deltas_CD: Tensor, weights_C: Tensor, config: ConsensusConfig) -> Tensor:
     """Σ w τ where at least ``votes`` masks agree, 0 elsewhere.
@@ -40,11 +52,7 @@ def consensus(deltas_CD: Tensor, weights_C: Tensor, config: ConsensusConfig) -> 
     Raises:
         ValueError: More votes asked for than there are contributions.
     """
-    if config.votes > len(deltas_CD):
-        raise ValueError(
-            f"consensus: votes: {config.votes} of {len(deltas_CD)} contributions never agree; "
-            "lower votes or wait for more"
-        )
+    config.check(len(deltas_CD))
     total_D = combine(deltas_CD, weights_C)
     votes_D = torch.zeros_like(total_D)
     for delta_D, weight in zip(deltas_CD, weights_C.tolist(), strict=True):
@@ -59,5 +67,6 @@ CONSENSUS = MergeMethod(
     config=ConsensusConfig,
     scope="entry",
     merge=consensus,
+    kernel="anabranch.aggregation.kernels.votes:consensus",
     signed_weights=True,
 )

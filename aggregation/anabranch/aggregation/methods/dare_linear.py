@@ -60,5 +60,10 @@ def dare_linear(
 
 
 DARE_LINEAR = MergeMethod(
-    name="dare_linear", config=DareConfig, scope="entry", merge=dare_linear, draws=(KEEP,)
+    name="dare_linear",
+    config=DareConfig,
+    scope="entry",
+    merge=dare_linear,
+    kernel="anabranch.aggregation.kernels.dare:dare_linear",
+    draws=(KEEP,),
 )

@@ -34,5 +34,10 @@ def dare_ties(
 
 
 DARE_TIES = MergeMethod(
-    name="dare_ties", config=DareConfig, scope="entry", merge=dare_ties, draws=(KEEP,)
+    name="dare_ties",
+    config=DareConfig,
+    scope="entry",
+    merge=dare_ties,
+    kernel="anabranch.aggregation.kernels.dare:dare_ties",
+    draws=(KEEP,),
 )

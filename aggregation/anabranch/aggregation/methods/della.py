@@ -34,6 +34,7 @@ DELLA = MergeMethod(
     config=DellaConfig,
     scope="tensor",
     merge=della,
+    kernel="anabranch.aggregation.kernels.della:della",
     draws=(SURVIVORS,),
     whole_vectors=True,
 )

@@ -78,6 +78,7 @@ DELLA_LINEAR = MergeMethod(
     config=DellaConfig,
     scope="tensor",
     merge=della_linear,
+    kernel="anabranch.aggregation.kernels.della:della_linear",
     draws=(SURVIVORS,),
     whole_vectors=True,
 )

@@ -34,4 +34,10 @@ def magmax(
     return torch.where(high_D >= -low_D, high_D, low_D)
 
 
-MAGMAX = MergeMethod(name="magmax", config=MagMaxConfig, scope="entry", merge=magmax)
+MAGMAX = MergeMethod(
+    name="magmax",
+    config=MagMaxConfig,
+    scope="entry",
+    merge=magmax,
+    kernel="anabranch.aggregation.kernels.votes:magmax",
+)

@@ -39,4 +39,10 @@ def median(
     return low_D / 2 + high_D / 2
 
 
-MEDIAN = MergeMethod(name="median", config=MedianConfig, scope="entry", merge=median)
+MEDIAN = MergeMethod(
+    name="median",
+    config=MedianConfig,
+    scope="entry",
+    merge=median,
+    kernel="anabranch.aggregation.kernels.order:median",
+)

@@ -100,9 +100,21 @@ SCE = MergeMethod(
     config=SceConfig,
     scope="tensor",
     merge=sce,
+    kernel="anabranch.aggregation.kernels.sce:sce",
     statistics=(
-        Statistic("varying_1", _varies, "sum"),
-        Statistic("threshold_1", _variance, "kth_magnitude", _place_of_threshold),
-        Statistic("energies_C", _selected_squares, "sum"),
+        Statistic("varying_1", _varies, "sum", kernel="anabranch.aggregation.kernels.sce:varying"),
+        Statistic(
+            "threshold_1",
+            _variance,
+            "kth_magnitude",
+            _place_of_threshold,
+            kernel="anabranch.aggregation.kernels.sce:variance",
+        ),
+        Statistic(
+            "energies_C",
+            _selected_squares,
+            "sum",
+            kernel="anabranch.aggregation.kernels.sce:energies",
+        ),
     ),
 )

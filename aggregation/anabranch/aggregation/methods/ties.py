@@ -56,6 +56,7 @@ TIES = MergeMethod(
     config=TiesConfig,
     scope="tensor",
     merge=ties,
+    kernel="anabranch.aggregation.kernels.band:ties",
     statistics=(
         Statistic(
             "thresholds_C",

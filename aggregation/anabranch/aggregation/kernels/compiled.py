@@ -1,0 +1,107 @@
+"""What all kernels are compiled with and built from.
+
+Shape legend: C contributions, B entries of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+F = TypeVar("F", bound=Callable[..., Any])
+Fp32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+
+def compiled(function: F) -> F:
+    """Compile on first use and keep the result on disk.
+
+    No fast-math: kernels round as torch does. The numpy error model divides by zero without a
+    branch, which would keep loops from being vectorised.
+    """
+    jitted: F = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)(function)
+    return jitted
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, rounded once: what torch's ``add_(alpha=)`` computes on processors that have it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@compiled
+def entries_at(address: int, first: int, count: int) -> Fp32:
+    """``count`` fp32 numbers from the ``first`` one of those at an address."""
+    found: Fp32 = carray(pointer(address + 4 * first), (count,), np.float32)
+    return found
+
+
+@compiled
+def bits_at(address: int, first: int, count: int) -> NDArray[np.int32]:
+    """The same as int32 with the same bits."""
+    found: NDArray[np.int32] = carray(pointer(address + 4 * first), (count,), np.int32)
+    return found
+
+
+@compiled
+def add_up(kept_CB: Fp32, weights_C: Fp32, sum_B: Fp32) -> None:
+    """Σ w τ of a block, as ``method.combine`` adds it up."""
+    for i in range(len(sum_B)):
+        sum_B[i] = 0
+    for c in range(len(weights_C)):
+        weight, kept_B = weights_C[c], kept_CB[c]
+        if weight != 0:
+            for i in range(len(sum_B)):
+                sum_B[i] = fma(kept_B[i], weight, sum_B[i])
+
+
+@compiled
+def elect_and_average(
+    kept_CB: Fp32, votes_C: Fp32, weights_C: Fp32, sign_B: Fp32, share_B: Fp32, sum_B: Fp32
+) -> None:
+    """``election.disjoint_mean`` with the signs of Σ votes·τ, into ``sum_B``."""
+    add_up(kept_CB, votes_C, sum_B)
+    for i in range(len(sum_B)):
+        sign_B[i] = np.float32(1) if sum_B[i] >= 0 else np.float32(-1)
+        sum_B[i] = 0
+        share_B[i] = 0
+    for c in range(len(weights_C)):
+        weight, kept_B = weights_C[c], kept_CB[c]
+        for i in range(len(sum_B)):
+            agreeing = kept_B[i] * sign_B[i]
+            sum_B[i] = fma(agreeing if agreeing > 0 else np.float32(0), weight, sum_B[i])
+            share_B[i] += weight if agreeing > 0 else np.float32(0)
+    for i in range(len(sum_B)):
+        share = share_B[i]
+        sum_B[i] = sum_B[i] * sign_B[i] / (np.float32(1) if share == 0 else share)
+
+
+@compiled
+def fuse(
+    elects: bool, kept_CB: Fp32, weights_C: Fp32, sign_B: Fp32, share_B: Fp32, sum_B: Fp32
+) -> None:
+    """Elect and average, or add up, what a method kept of a block."""
+    if elects:
+        elect_and_average(kept_CB, weights_C, weights_C, sign_B, share_B, sum_B)
+    else:
+        add_up(kept_CB, weights_C, sum_B)

@@ -1,0 +1,101 @@
+"""Median and trimmed mean: a sorting network over the contributions, many entries side by side.
+
+Shape legend: C contributions, D entries of a chunk, B entries of a block, P pairs to compare.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from anabranch.aggregation.chunk import Chunk
+from anabranch.aggregation.kernels.compiled import Int64, compiled, entries_at, fma
+from anabranch.aggregation.kernels.rows import merge_rows
+
+_BLOCK_ENTRIES = 1 << 13
+"""Entries of all contributions at once: every comparison reads and writes two rows, out of L1."""
+
+
+def median(chunk: Chunk, weights_C: Tensor, config: Any) -> Tensor:
+    """``methods.median.median``."""
+    count = len(chunk.rows)
+    return _merge(chunk, (count - 1) // 2, count // 2 + 1, True)
+
+
+def trimmed_mean(chunk: Chunk, weights_C: Tensor, config: Any) -> Tensor:
+    """``methods.trimmed_mean.trimmed_mean``."""
+    trim = config.dropped(len(chunk.rows))
+    return _merge(chunk, trim, len(chunk.rows) - trim, False)
+
+
+def _merge(chunk: Chunk, low: int, high: int, halves: bool) -> Tensor:
+    count = len(chunk.rows)
+    block = max(64, _BLOCK_ENTRIES // count // 64 * 64)
+    return merge_rows(chunk.rows, _middle, network(count), low, high, halves, block=block)
+
+
+@lru_cache(maxsize=32)
+def network(count: int) -> Int64:
+    """Pairs whose comparison, one after the other, sorts ``count`` numbers [P, 2].
+
+    Batcher's merge exchange (Knuth, volume 3, algorithm 5.2.2M): 63 for 16.
+    """
+    pairs = []
+    top = 1 << max(0, (count - 1).bit_length() - 1)
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(count - d) if i & p == r]
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+@compiled
+def _middle(
+    addresses_C: Int64,
+    out_address: int,
+    first: int,
+    stop: int,
+    block: int,
+    pairs_P2: Int64,
+    low: int,
+    high: int,
+    halves: bool,
+) -> None:
+    """Mean of the sorted values from ``low`` to ``high``.
+
+    ``halves``: they are one or two, and divided before they are added.
+    """
+    count = len(addresses_C)
+    values_CB = np.empty((count, block), np.float32)
+    share = np.float32(1.0 / (high - low))
+    for start in range(first, stop, block):
+        size = min(block, stop - start)
+        for c in range(count):
+            value_B, delta_B = values_CB[c], entries_at(addresses_C[c], start, size)
+            for i in range(size):
+                value_B[i] = delta_B[i]
+        for pair in range(len(pairs_P2)):
+            one_B, other_B = values_CB[pairs_P2[pair, 0]], values_CB[pairs_P2[pair, 1]]
+            for i in range(size):
+                one, other = one_B[i], other_B[i]
+                one_B[i] = one if one < other else other
+                other_B[i] = other if one < other else one
+        out_B = entries_at(out_address, start, size)
+        for i in range(size):
+            out_B[i] = 0
+        for c in range(low, high):
+            value_B = values_CB[c]
+            if halves:
+                for i in range(size):
+                    out_B[i] += value_B[i] * share
+            else:
+                for i in range(size):
+                    out_B[i] = fma(value_B[i], share, out_B[i])
