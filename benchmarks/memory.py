@@ -36,7 +36,7 @@ models = sorted(Path(folder).glob("m*"))
 recipe = Recipe(method=method, params=json.loads(params))
 given = {"base": Path(folder) / "base", "budget_bytes": int(budget_bytes)}
 # Compiled kernels are the interpreter's own.
-small = [TaskVector({"w": torch.full((1, 1 << 20), value)}) for value in (0.5, 1.0)]
+small = [TaskVector({"w": torch.full((1, 1 << 21), value)}) for value in (0.5, 1.0)]
 merge_task_vectors(small, recipe)
 del small
 before = status("VmRSS")

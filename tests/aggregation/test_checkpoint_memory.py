@@ -40,7 +40,7 @@ def status(key):
 folder, method, params, budget, shard = sys.argv[1:]
 models = sorted(Path(folder).glob("m*"))
 # Compiled kernels are the interpreter's own.
-small = [TaskVector({"w": torch.full((1, 1 << 20), value)}) for value in (0.5, 1.0)]
+small = [TaskVector({"w": torch.full((1, 1 << 21), value)}) for value in (0.5, 1.0)]
 merge_task_vectors(small, Recipe(method=method, params=json.loads(params)))
 del small
 before = status("VmRSS")

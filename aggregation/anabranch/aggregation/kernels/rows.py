@@ -21,8 +21,10 @@ from anabranch.aggregation.chunk import Rows
 WEIGHTED_SUM = "anabranch.aggregation.kernels.linear:weighted_sum"
 HISTOGRAM = "anabranch.aggregation.kernels.histogram:histogram"
 
-SMALLEST = 1 << 20
-"""Entries, of all contributions together, below which loading a kernel costs more than it saves."""
+SMALLEST = 1 << 22
+"""Entries of all contributions together from which a module goes through kernels. Loading them
+costs a second, and compiling them on a machine's first merge several: more than they save on
+adapters of a small model, which torch merges in tens of milliseconds."""
 
 _BLOCK_ENTRIES = 1 << 15
 """Entries of all contributions held at once: half of them twice fit a small L2 cache."""
