@@ -146,7 +146,7 @@ def test_sums_and_thresholds_run_by_kernels(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(
             f"anabranch.aggregation.{place}.load", lambda name: used.append(name) or load(name)
         )
-    deltas = draw(4, 1024, 256)
+    deltas = draw(4, kernel_rows.SMALLEST // 1024, 256)
     MEAN(deltas)
     merge_task_vectors([TaskVector({"w": one}) for one in deltas], Recipe(method="mean"))
     assert used == [kernel_rows.WEIGHTED_SUM] * 2
@@ -159,7 +159,7 @@ def test_sums_and_thresholds_run_by_kernels(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_dense_entries_are_read_where_they_lie() -> None:
-    tensors = list(draw(4, 1024, 256))
+    tensors = list(draw(4, kernel_rows.SMALLEST // 1024, 256))
     cohort = gather([TaskVector({"w": one}) for one in tensors])
     (chunk,) = ModuleRows(cohort, "w", 1, fused=True)
     for row_D, one in zip(chunk.rows, tensors, strict=True):

@@ -75,6 +75,7 @@ def test_large_updates_merge_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         "anabranch.aggregation.ternary.load", lambda name: used.append(name) or load(name)
     )
     found = updates(3, 900, 800, density=0.5)
+    monkeypatch.setattr(kernel_rows, "SMALLEST", 1 << 20)
     expected = TIES(dense(found))
     assert torch.equal(merge_ternary(found, "ties"), expected)
     assert used == [KERNEL]
