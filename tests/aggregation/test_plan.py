@@ -147,6 +147,8 @@ def test_adapters_and_checkpoints_never_mix(
     refused("model: holds no adapter_config.json, and .*x does", [*adapters, model])
     refused("--base is for checkpoints", adapters, base=model)
     refused("--start is for adapters", [model], start=adapters[0])
+    refused("none: is not there; name an adapter folder", [adapters[0], tmp_path / "none"])
+    (tmp_path / "none").mkdir()
     refused("none: is no adapter folder .* and no checkpoint", [tmp_path / "none"])
     refused("nothing to merge", [])
 

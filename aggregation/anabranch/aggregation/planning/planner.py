@@ -82,6 +82,9 @@ def kind_of(inputs: Sequence[Path]) -> Kind:
     """
     if not inputs:
         raise ValueError("nothing to merge: name at least one adapter folder or checkpoint")
+    for path in inputs:
+        if not path.exists():
+            raise ValueError(f"{path}: is not there; name an adapter folder or a checkpoint")
     adapters = [path for path in inputs if (path / CONFIG_FILE).is_file()]
     others = [path for path in inputs if path not in adapters]
     if adapters and others:
