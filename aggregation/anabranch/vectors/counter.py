@@ -63,14 +63,3 @@ def uniform(
     x_D = x_D.bitwise_xor_(_shift(x_D, 27)).mul_(_signed(MIX_2))
     x_D = x_D.bitwise_xor_(_shift(x_D, 31))
     return _shift(x_D, 11).double().mul_(2.0**-53)
-
-
-def bernoulli(
-    probability: float,
-    count: int,
-    stream: Stream,
-    start: int = 0,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """A mask whose entries are True with the given probability [D]; arguments as ``uniform``."""
-    return uniform(count, stream, start, device) < probability
