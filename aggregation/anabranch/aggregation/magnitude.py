@@ -77,7 +77,8 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
         if all_worthwhile(values_KD):
             total_KH = load(HISTOGRAM)(values_KD, bucket_K, magnitude, total_KH)
             continue
-        counts = []
+        if total_KH is None:
+            total_KH = torch.zeros(len(values_KD), _BUCKETS, dtype=torch.int64)
         for row, values_D in enumerate(values_KD):
             if magnitude:
                 order_D = values_D.abs().view(torch.int32)
@@ -86,13 +87,9 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
                 # Adding zero makes −0 the same number as 0.
                 order_D = _flipped((values_D + 0.0).view(torch.int32))
                 upper_D = (order_D >> 16).add_(_BUCKETS // 2)
-            if bucket_K is None:
-                counts.append(torch.bincount(upper_D, minlength=_BUCKETS))
-            else:
-                inside_D = order_D[upper_D == int(bucket_K[row])]
-                counts.append(torch.bincount(inside_D & (_BUCKETS - 1), minlength=_BUCKETS))
-        counts_KH = torch.stack(counts).cpu()
-        total_KH = counts_KH if total_KH is None else total_KH + counts_KH
+            if bucket_K is not None:
+                upper_D = order_D[upper_D == int(bucket_K[row])] & (_BUCKETS - 1)
+            total_KH[row] += torch.bincount(upper_D, minlength=_BUCKETS).cpu()
     if total_KH is None:
         raise ValueError("no entries to find the k-th largest of")
     return total_KH
@@ -100,8 +97,11 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
 
 def _descend(counts_KH: Tensor, wanted_K: Tensor) -> tuple[Tensor, Tensor]:
     """The bucket the wanted-th from the top falls in [K], and how many lie above it [K]."""
-    from_top_KH = counts_KH.flip(1).cumsum(1)
-    place_K = (from_top_KH < wanted_K[:, None]).sum(1)
-    here_K = counts_KH.flip(1).gather(1, place_K[:, None]).squeeze(1)
-    above_K = from_top_KH.gather(1, place_K[:, None]).squeeze(1) - here_K
-    return counts_KH.shape[1] - 1 - place_K, above_K
+    bucket_K, above_K = torch.empty_like(wanted_K), torch.empty_like(wanted_K)
+    # A row at a time: several copies of all counters would be more memory than many a chunk.
+    for row, counts_H in enumerate(counts_KH):
+        from_top_H = counts_H.flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_top_H, wanted_K[row]))
+        bucket_K[row] = len(counts_H) - 1 - place
+        above_K[row] = from_top_H[place] - counts_H[bucket_K[row]]
+    return bucket_K, above_K

@@ -9,9 +9,9 @@ from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.rows import FP32_BYTES, WORKING_COPIES, ModuleRows
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 
-COUNTER_BYTES = 5 * (8 << 16)
-"""What finding one exact k-th in a stream takes: a histogram of 65,536 counters, and copies of it.
-They come on top of the budget."""
+COUNTER_BYTES = 8 << 16
+"""What finding one exact k-th in a stream takes: a histogram of 65,536 counters, on top of the
+budget."""
 
 
 @dataclass(frozen=True)
