@@ -7,7 +7,7 @@ columns of a module's weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +58,7 @@ class MergeMethod:
             factors only. Parameters of other dimensions get the weighted mean.
         mean_norm: The result of ``matrices`` is a sum: the engine sums the other parameters too,
             and brings the merged model to the mean norm of the task vectors (scope "model").
+        matrix_copies: With ``matrices``: copies of a dense module held per contribution.
         factors: With ``merge``: merges the A and the B of the contributions apart (a baseline:
             biased on ΔW). With ``matrices``: takes the adapters' own factors, not those of the
             task vectors against the start.
@@ -78,6 +79,7 @@ class MergeMethod:
     needs_gram: bool = False
     matrices: Callable[[Sequence[Held], Tensor, Any], Held] | None = None
     mean_norm: bool = False
+    matrix_copies: int = 1
     factors: bool = False
     signed_weights: bool = False
     kernel: str | None = None
@@ -182,25 +184,38 @@ class MergeMethod:
         Returns:
             The merged change per module.
         """
-        assert self.matrices is not None
-        used = weights_C.nonzero().flatten().tolist()
-        relative_C = weights_C[used] * len(used) / weights_C.sum()
-        merged: dict[str, Held] = {}
-        for module, deltas in modules.items():
-            parts = [held(deltas[index]) for index in used]
-            if len(parts[0].shape) == 2:
-                merged[module] = self.matrices(parts, relative_C, config)
-            else:
-                entries = torch.stack([part for part in parts if isinstance(part, Tensor)])
-                share = 1 if self.mean_norm else len(used)
-                merged[module] = combine(entries, relative_C / share)
+        merged = {m: self.merge_matrix(deltas, weights_C, config) for m, deltas in modules.items()}
         if not self.mean_norm:
             return merged
-        norms = [math.hypot(*(norm(deltas[i]) for deltas in modules.values())) for i in used]
-        mean = math.fsum(w * x for w, x in zip(relative_C.tolist(), norms, strict=True)) / len(used)
-        reached = math.hypot(*(norm(delta) for delta in merged.values()))
-        factor = mean / reached if reached else 0.0
+        factor = self.norm_factor(modules, weights_C, map(norm, merged.values()))
         return {module: scaled(delta, factor) for module, delta in merged.items()}
+
+    def merge_matrix(
+        self, deltas: Sequence[Delta], weights_C: Tensor, config: MethodConfig
+    ) -> Held:
+        """One module by ``matrices``; with ``mean_norm``, before the model's norm is mended."""
+        assert self.matrices is not None
+        used, relative_C = _relative(weights_C)
+        parts = [held(deltas[index]) for index in used]
+        if len(parts[0].shape) == 2:
+            return self.matrices(parts, relative_C, config)
+        entries = torch.stack([part for part in parts if isinstance(part, Tensor)])
+        return combine(entries, relative_C / (1 if self.mean_norm else len(used)))
+
+    def norm_factor(
+        self,
+        modules: Mapping[str, Sequence[Delta]],
+        weights_C: Tensor,
+        merged_norms: Iterable[float],
+    ) -> float:
+        """What brings merged modules of these norms to the mean norm of the task vectors."""
+        used, relative_C = _relative(weights_C)
+        # Module by module: stored ones have the base's entries in common.
+        by_module = [[norm(deltas[index]) for index in used] for deltas in modules.values()]
+        norms = [math.hypot(*of_one) for of_one in zip(*by_module, strict=True)]
+        mean = math.fsum(w * x for w, x in zip(relative_C.tolist(), norms, strict=True)) / len(used)
+        reached = math.hypot(*merged_norms)
+        return mean / reached if reached else 0.0
 
     def check_weights(self, weights_C: Tensor, count: int) -> Tensor:
         """The weights in fp64 on the CPU, once they are known to make sense.
@@ -222,6 +237,12 @@ class MergeMethod:
                 "give weights of zero or more, one of them above zero"
             )
         return weights_C
+
+
+def _relative(weights_C: Tensor) -> tuple[list[int], Tensor]:
+    """Who has a say, and their weights with a mean of 1."""
+    used = weights_C.nonzero().flatten().tolist()
+    return used, weights_C[used] * len(used) / weights_C.sum()
 
 
 def inner_products(deltas_CD: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from anabranch.aggregation.checkpoints.merged_rows import matrix_bytes
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.rows import FP32_BYTES, WORKING_COPIES, ModuleRows
 from anabranch.aggregation.method import MergeMethod, MethodConfig
@@ -20,6 +21,13 @@ class Cost:
 
     passes: Mapping[str, int]
     memory_bytes: int
+
+
+def matrix_cost(cohort: Cohort, method: MergeMethod) -> Cost:
+    """What whole dense matrices take, one module at a time."""
+    # The norms of the task vectors, and a merge for the norm of the result, come first.
+    passes = dict.fromkeys(cohort.deltas, 3 if method.mean_norm else 1)
+    return Cost(passes, max(matrix_bytes(cohort, module, method) for module in cohort.deltas))
 
 
 def entry_cost(
