@@ -5,8 +5,16 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from anabranch.client.lora import attach, base_hash, read_adapter, write_adapter
+from anabranch.client.lora import (
+    attach,
+    base_hash,
+    own_parameters,
+    read_adapter,
+    training,
+    write_adapter,
+)
 from anabranch.vectors import LoraFactors, seeded_start, weights_hash
+from anabranch.vectors.adapter import Trained
 
 
 class Block(nn.Module):
@@ -139,3 +147,38 @@ def test_refuses_an_adapter_of_another_shape() -> None:
 def test_a_bare_model_has_no_adapter() -> None:
     with pytest.raises(ValueError, match=r"Model holds no adapter; call attach\(\)"):
         read_adapter(Model())
+
+
+@pytest.mark.parametrize(("trained", "moves"), [("a", "a"), ("b", "b"), ("both", "ab")])
+def test_a_frozen_factor_gets_no_gradient_and_is_free_again_afterwards(
+    trained: Trained, moves: str
+) -> None:
+    model = attach(Model(), config())
+    start = read_adapter(model)
+    start = start.with_tensors(
+        {name: torch.full_like(tensor, 0.3) for name, tensor in start.tensors().items()}
+    )
+    write_adapter(model, start)
+    with training(model, trained):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model(torch.ones(2, 6)).square().sum().backward()
+        optimizer.step()
+    end = read_adapter(model)
+    before, after = start.lora["layers.1.query"], end.lora["layers.1.query"]
+    assert torch.equal(before.a_rn, after.a_rn) == ("a" not in moves)
+    assert torch.equal(before.b_mr, after.b_mr) == ("b" not in moves)
+    assert not torch.equal(start.dense["head.bias"], end.dense["head.bias"])
+    assert all(parameter.requires_grad for parameter in own_parameters(model))
+
+
+def test_a_task_that_moves_the_frozen_factor_is_caught() -> None:
+    model = attach(Model(), config())
+
+    def rogue() -> None:
+        with training(model, "b"), torch.no_grad():
+            for parameter in own_parameters(model):
+                parameter.add_(1.0)
+
+    with pytest.raises(ValueError, match=r"frozen factor of module layers\.0\.query"):
+        rogue()
+    assert all(parameter.requires_grad for parameter in own_parameters(model))

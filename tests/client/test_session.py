@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from anabranch.client.lora import read_adapter, write_adapter
+from anabranch.client.lora import own_parameters, read_adapter, training, write_adapter
 from anabranch.client.session import open_session
 from anabranch.vectors import seeded_start
 
@@ -14,11 +14,12 @@ TASK, PARAMS = "anabranch.simulation.synthetic:SyntheticTask", '{"clients": 3}'
 def test_a_thread_opens_once_and_shares_the_base_but_not_the_adapter() -> None:
     mine = open_session(TASK, PARAMS)
     assert open_session(TASK, PARAMS) is mine
-    with ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as other, training(mine.model, "b"):  # as a round may be
         theirs = other.submit(open_session, TASK, PARAMS).result()
         assert other.submit(open_session, TASK, PARAMS).result() is theirs
     assert theirs.model is not mine.model
     assert theirs.task is mine.task
+    assert all(parameter.requires_grad for parameter in own_parameters(theirs.model))
     theirs_by_name = dict(theirs.model.named_parameters())
     for name, tensor in mine.model.named_parameters():
         shared = theirs_by_name[name].data_ptr() == tensor.data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,43 @@ def test_the_mean_of_dense_updates_is_the_mean_of_what_clients_trained(tmp_path:
     assert latest is not None
     error = float(values[4:].norm() / values.norm())
     assert latest.report["overall_truncation"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("trains", ["b", "alternate"])
+def test_with_one_factor_shared_the_mean_is_exact_in_every_round(
+    tmp_path: Path, trains: str
+) -> None:
+    from anabranch.client.lora import read_adapter
+
+    cfg = config(trains=trains, rounds=3)
+    ends: list[torch.Tensor] = []
+    rounds: list[Adapter] = []
+
+    def keep(order: Message, reply: Message) -> Message:
+        ends.append(read_adapter(open_session(TASK, PARAMS).model).lora["hidden"].delta().dense())
+        return reply
+
+    store = FolderStore(tmp_path)
+    strategy = MergeStrategy(cfg, template(), store)
+    rounds.append(strategy.adapter)
+    publish = store.publish
+
+    def look(publication: Any) -> None:
+        publish(publication)
+        rounds.append(strategy.adapter)
+
+    store.publish = look  # type: ignore[method-assign]
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    assert len(rounds) == 4
+    for number, (before, after) in enumerate(itertools.pairwise(rounds), start=1):
+        mean = torch.stack(ends[4 * number - 4 : 4 * number]).mean(0)
+        merged = after.lora["hidden"].delta().dense()
+        assert (merged - mean).norm() <= 1e-6 * mean.norm()
+        kept = "hidden.lora_B" if trains == "alternate" and number == 2 else "hidden.lora_A"
+        for name, tensor in after.tensors().items():
+            assert torch.equal(tensor, before.tensors()[name]) == (name == kept)
+    again = MergeStrategy(cfg, template(), FolderStore(tmp_path))
+    assert again.adapter.hash() == strategy.adapter.hash()
 
 
 def test_an_interrupted_round_asks_only_the_clients_still_missing(tmp_path: Path) -> None:

@@ -93,6 +93,27 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(tmp_path: Pat
     assert hashes[0] != hashes[2]
 
 
+def test_one_factor_a_round_costs_about_half_the_bytes(tmp_path: Path) -> None:
+    only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+    # As many entries in A as in B, and a random A that spans the inputs.
+    task = {**TASK, "features": 16, "hidden": 16, "rank": 16}
+    given = {**only, "task": task, "codec": {"name": "dense", "feedback": 0.0}}
+    given["recipe"] = {"method": "mean"}
+    runs = {
+        trains: simulate(scenario(trains=trains, **given), tmp_path / trains)
+        for trains in ("both", "b", "alternate")
+    }
+    both = runs["both"]["update_bytes"]["ours"]
+    for trains in ("b", "alternate"):
+        assert 0.45 < runs[trains]["update_bytes"]["ours"] / both < 0.6
+        assert runs[trains]["mean"]["merged"] > runs[trains]["mean"]["base"] + 0.05
+        again = simulate(scenario(trains=trains, **given), tmp_path / f"{trains}-again")
+        assert again["adapter_hash"] == runs[trains]["adapter_hash"]
+    down = {trains: run["rounds"][-1]["bytes_down"] for trains, run in runs.items()}
+    assert 0.45 < down["b"] / down["both"] < 0.6
+    assert down["alternate"] == pytest.approx(down["both"], rel=0.01)
+
+
 def test_both_engines_agree(tmp_path: Path) -> None:
     only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     ours = simulate(scenario(**only), tmp_path / "ours")
@@ -188,6 +209,7 @@ def test_a_run_whose_artifacts_are_gone_cannot_go_on(tmp_path: Path) -> None:
 def test_fedavg_is_dense_whatever_the_scenario_compresses() -> None:
     rival = fedavg_of(scenario(down="int8", max_norm=1e-3, codec={"density": 0.1}))
     assert (rival.down, rival.max_norm, rival.codec.name) == ("fp32", None, "dense")
+    assert fedavg_of(scenario(trains="b")).trains == "both"
 
 
 def test_a_task_that_cannot_be_simulated_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anabranch.aggregation.engine.adapters import MergeReport, MergeResult
     from anabranch.aggregation.engine.adapters import merge_adapters as merge
     from anabranch.aggregation.engine.gram import cosine_similarity
+    from anabranch.aggregation.engine.one_factor import merge_one_factor
     from anabranch.aggregation.engine.stream import merge_task_vectors
     from anabranch.aggregation.method import MergeMethod, MethodConfig
     from anabranch.aggregation.methods.opcm import OpcmState, merge_next
@@ -34,6 +35,7 @@ _HOMES = {
     "merge": "engine.adapters",
     "merge_next": "methods.opcm",
     "merge_checkpoints": "checkpoints.merge",
+    "merge_one_factor": "engine.one_factor",
     "merge_task_vectors": "engine.stream",
     "plan_merge": "planning.planner",
     "resolve": "registry",
@@ -54,6 +56,7 @@ __all__ = [
     "merge",
     "merge_checkpoints",
     "merge_next",
+    "merge_one_factor",
     "merge_task_vectors",
     "plan_merge",
     "resolve",

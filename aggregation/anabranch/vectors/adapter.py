@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from anabranch.vectors.hashing import weights_hash
 from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, stack
 
 A_SUFFIX, B_SUFFIX = ".lora_A", ".lora_B"
+
+Trained = Literal["both", "a", "b"]
+"""Which LoRA factors a training changes; parameters trained in full change beside any of them."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,18 @@ class Adapter:
     base_hash: str | None = None
     peft: Mapping[str, Any] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The flat layout that is trained, hashed and sent: ``M.lora_A``, ``M.lora_B``, dense."""
+    def tensors(self, trained: Trained = "both") -> dict[str, Tensor]:
+        """The flat layout that is trained, hashed and sent: ``M.lora_A``, ``M.lora_B``, dense.
+
+        Args:
+            trained: The factors wanted; dense parameters are in it always.
+        """
         flat: dict[str, Tensor] = {}
         for name, factors in self.lora.items():
-            flat[name + A_SUFFIX] = factors.a_rn
-            flat[name + B_SUFFIX] = factors.b_mr
+            if trained != "b":
+                flat[name + A_SUFFIX] = factors.a_rn
+            if trained != "a":
+                flat[name + B_SUFFIX] = factors.b_mr
         flat.update(self.dense)
         return {name: flat[name] for name in sorted(flat)}
 

@@ -15,7 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from anabranch.client.lora import read_adapter, write_adapter
+from anabranch.client.lora import read_adapter, training, write_adapter
 from anabranch.client.mods import compress, plan_of, verify_base
 from anabranch.client.records import pack, record_of
 from anabranch.client.session import Session, session_of, site_of
@@ -29,6 +29,7 @@ from anabranch.wire.plan import (
     METRICS_KEY,
     UPDATE_KEY,
     RoundPlan,
+    sent_down,
 )
 
 app = ClientApp(mods=[verify_base, compress])
@@ -64,18 +65,17 @@ def start_of(message: Message, plan: RoundPlan, session: Session) -> Adapter:
     if session.start is not None and session.start[0] == plan.start_hash:
         return session.start[1]
     record = record_of(message.content, ADAPTER_KEY, ArrayRecord)
-    if record is None:
-        start = seeded_start(session.template, plan.seed)
-    else:
+    start = seeded_start(session.template, plan.seed)
+    if record is not None:
         array = record[ADAPTER_KEY]
         if array.stype != ADAPTER_STYPE:
             raise ValueError(
                 f"the adapter came as {array.stype!r}, this client reads {ADAPTER_STYPE!r}"
             )
-        mine = session.template.tensors()
+        mine = start.tensors(sent_down(plan.trains))
         layout = {name: tuple(tensor.shape) for name, tensor in mine.items()}
         _, tensors = decode_update(array.data, layout)
-        start = session.template.with_tensors(tensors)
+        start = start.with_tensors({**start.tensors(), **tensors})
     digest = start.hash()
     if digest != plan.start_hash:
         raise ValueError(
@@ -105,11 +105,11 @@ def train(message: Message, context: Context) -> Message:
         {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
     )
     started = time.perf_counter()
-    with global_seed(order.seed):
+    with training(session.model, plan.trained), global_seed(order.seed):
         metrics = dict(session.task.train(session.model, site.partition, order))
     seconds = time.perf_counter() - started
-    before = start.tensors()
-    after = read_adapter(session.model, session.base_hash).tensors()
+    before = start.tensors(plan.trained)
+    after = read_adapter(session.model, session.base_hash).tensors(plan.trained)
     differences = {name: after[name].float() - before[name].float() for name in before}
     content = RecordDict(
         {

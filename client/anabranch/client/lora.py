@@ -6,7 +6,8 @@ Shape legend: r the adapter's rank, m rows, n columns.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from anabranch.vectors import Adapter, LoraFactors, weights_hash
+from anabranch.vectors.adapter import Trained
 from anabranch.vectors.peft_config import NOT_A_SUM
 
 ADAPTER_NAME = "default"
@@ -108,6 +110,46 @@ def write_adapter(model: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for _, value, parameter in pairs:
             parameter.copy_(value)
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The live parameters of a model's adapter, whether or not they are being trained."""
+    slots = _slots(model)
+    pairs = [(a_rn, b_mr) for a_rn, b_mr, _, _ in slots.lora.values()]
+    return [*(factor for pair in pairs for factor in pair), *slots.dense.values()]
+
+
+@contextmanager
+def training(model: nn.Module, trained: Trained) -> Iterator[None]:
+    """Freeze the LoRA factor that is not to be trained while the block runs.
+
+    Args:
+        model: What ``attach`` returned.
+        trained: The factors that may move.
+
+    Raises:
+        ValueError: The frozen factor moved all the same, at the end of the block.
+    """
+    kept = {
+        name: a_rn if trained == "b" else b_mr
+        for name, (a_rn, b_mr, _, _) in _slots(model).lora.items()
+        if trained != "both"
+    }
+    before = {name: _copy(factor) for name, factor in kept.items()}
+    for factor in kept.values():
+        factor.requires_grad_(False)
+        factor.grad = None
+    try:
+        yield
+        for name, factor in kept.items():
+            if not torch.equal(_copy(factor), before[name]):
+                raise ValueError(
+                    f"the task changed the frozen factor of module {name}; "
+                    "train the parameters whose requires_grad is set, and no others"
+                )
+    finally:
+        for factor in kept.values():
+            factor.requires_grad_(True)
 
 
 def _slots(model: nn.Module) -> _Slots:

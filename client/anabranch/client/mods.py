@@ -6,6 +6,7 @@ import secrets
 import time
 from functools import lru_cache
 
+import torch
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -86,8 +87,12 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     metrics = record_of(reply.content, METRICS_KEY, MetricRecord)
     assert trained is not None
     assert metrics is not None
+    delta = unpack(trained)
     owed = _residual(context, plan)
-    wanted = compensate(unpack(trained), unpack(owed), plan.codec.feedback)
+    left = unpack(owed)
+    # What is owed of a factor that this round keeps waits for the round that trains it.
+    due = {name: left.get(name, torch.zeros_like(change)) for name, change in delta.items()}
+    wanted = compensate(delta, due, plan.codec.feedback)
     meta = UpdateMeta(
         kind="update",
         base_hash=plan.base_hash,
@@ -102,7 +107,7 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     )
     encoded = encode_update(wanted, meta, plan.codec)
     if plan.codec.feedback:
-        _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
+        _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
     blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)
     reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: blob})
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from anabranch.client.lora import attach, base_hash, read_adapter
+from anabranch.client.lora import attach, base_hash, own_parameters, read_adapter
 from anabranch.client.task import LoraTask, load_task
 from anabranch.vectors import Adapter
 from anabranch.wire.plan import Scalar
@@ -40,9 +40,15 @@ class Session:
 
     def beside(self) -> Session:
         """A session for another thread: an adapter of its own on the same task and frozen base."""
-        frozen = [tensor for tensor in self.model.parameters() if not tensor.requires_grad]
+        mine = {id(tensor) for tensor in own_parameters(self.model)}
+        frozen = [tensor for tensor in self.model.parameters() if id(tensor) not in mine]
         shared = {id(tensor): tensor for tensor in (*frozen, *self.model.buffers())}
-        return replace(self, model=copy.deepcopy(self.model, shared))
+        model = copy.deepcopy(self.model, shared)
+        for parameter in own_parameters(model):
+            parameter.requires_grad_(
+                True
+            )  # this thread's own may be at work with one factor frozen
+        return replace(self, model=model)
 
 
 class _OfThread(threading.local):

@@ -16,7 +16,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.wire.config import CodecConfig, DenseDtype
-from anabranch.wire.plan import Scalar
+from anabranch.wire.plan import Scalar, Trains
 
 FEDERATION_FILE = "federation.toml"
 START_FOLDER = "start"
@@ -91,6 +91,8 @@ class FederationConfig(BaseModel):
     """How adapters are stored on their way to the clients."""
     recipe: FederationRecipe = Recipe(method="ties")
     """How a cohort is merged."""
+    trains: Trains = "both"
+    """Which LoRA factors are trained: ``both``, ``b`` (FFA-LoRA) or ``alternate`` (RoLoRA)."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the clients' ``TrainPlan``."""
 

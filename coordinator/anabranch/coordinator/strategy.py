@@ -26,7 +26,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from anabranch.aggregation import MergeReport, merge
+from anabranch.aggregation import MergeReport, merge, merge_one_factor
 from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
@@ -43,6 +43,7 @@ from anabranch.wire.plan import (
     PLAN_KEY,
     UPDATE_KEY,
     RoundPlan,
+    sent_down,
 )
 
 log = logging.getLogger("anabranch.coordinator")
@@ -79,8 +80,9 @@ class MergeStrategy(Strategy):
         self._decoded: dict[str, Mapping[str, Tensor]] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
-            _, tensors = decode_update(self._blob, layout_of(self.adapter))
-            self.adapter = self.adapter.with_tensors(tensors)
+            layout = layout_of(self.adapter, sent_down(config.trains))
+            _, tensors = decode_update(self._blob, layout)
+            self.adapter = self.adapter.with_tensors({**self.adapter.tensors(), **tensors})
 
     def summary(self) -> None:
         """Log what will be run."""
@@ -170,6 +172,7 @@ class MergeStrategy(Strategy):
             start_hash=self.adapter.hash(),
             seed=config.seed,
             codec=config.codec,
+            trains=config.trains,
             train={**config.train, **dict(train or {})},
         )
 
@@ -335,15 +338,21 @@ class MergeStrategy(Strategy):
 
     def _merge(self, server_round: int, cohort: Sequence[Contribution]) -> MergeReport:
         start = self.adapter
-        before, layout = start.tensors(), layout_of(start)
+        trained = self._plan.trained
+        before, layout = start.tensors(), layout_of(start, trained)
         ends: list[Adapter] = []
         for row in cohort:
             changes = self._decoded.pop(row.digest, None)
             if changes is None:
                 _, changes = decode_update(self.store.get(row.digest), layout)
-            ends.append(start.with_tensors({name: before[name] + changes[name] for name in before}))
+            moved = {name: before[name] + change for name, change in changes.items()}
+            ends.append(start.with_tensors({**before, **moved}))
         names = [row.client for row in cohort]
-        result = merge(ends, self.config.recipe, start=start, names=names)
+        recipe = self.config.recipe
+        if trained == "both":
+            result = merge(ends, recipe, start=start, names=names)
+        else:
+            result = merge_one_factor(ends, recipe, trained, start=start, names=names)
         meta = UpdateMeta(
             kind="adapter",
             base_hash=self.base_hash,
@@ -357,10 +366,12 @@ class MergeStrategy(Strategy):
             examples=0,
         )
         encoded = encode_update(
-            result.adapter.tensors(), meta, CodecConfig(name="dense", dtype=self.config.down)
+            result.adapter.tensors(sent_down(self.config.trains)),
+            meta,
+            CodecConfig(name="dense", dtype=self.config.down),
         )
         # What the clients will decode is the adapter in service, to the bit.
-        self.adapter = start.with_tensors(encoded.sent)
+        self.adapter = start.with_tensors({**before, **encoded.sent})
         self._blob = encoded.blob
         self.store.publish(
             Publication(

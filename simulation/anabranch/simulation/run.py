@@ -165,6 +165,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "engine": "inprocess",
             "down": "fp32",
             "max_norm": None,
+            "trains": "both",
             "recipe": Recipe(method="fedit"),
             "codec": CodecConfig(name="dense", feedback=0.0),
             "evaluate_every": 0,

@@ -26,7 +26,7 @@ from anabranch.coordinator.federation import (
     keyed_error,
 )
 from anabranch.wire.config import CodecConfig, DenseDtype
-from anabranch.wire.plan import Scalar
+from anabranch.wire.plan import Scalar, Trains
 
 DEFAULT_TASK = "anabranch.simulation.partitioned_text:PartitionedText"
 
@@ -96,6 +96,9 @@ class Scenario(BaseModel):
     """Score the adapter on the clients' validation data every so many rounds; 0 never."""
     task: TaskConfig = TaskConfig()
     """What is trained, on which data, by which clients."""
+    trains: Trains = "both"
+    """Which LoRA factors are trained: ``both``, ``b`` (FFA-LoRA: A stays the seed's, half the
+    bytes) or ``alternate`` (RoLoRA: B in odd rounds, A in even ones)."""
     train: dict[str, Scalar] = Field({"steps": 5})
     """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
     codec: CodecConfig = CodecConfig()
@@ -152,6 +155,7 @@ class Scenario(BaseModel):
             codec=self.codec,
             down=self.down,
             recipe=self.recipe,
+            trains=self.trains,
             train=self.train,
         )
 
