@@ -57,6 +57,9 @@ class RoundPlan(BaseModel):
     """How the update is to be encoded."""
     trains: Trains = "both"
     """Which LoRA factors the federation trains."""
+    rank: int | None = Field(None, ge=1)
+    """Largest rank of a module that this client is to train, and of the adapter it starts from;
+    None is the task's own."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the client's ``TrainPlan``, forwarded as they are."""
     split: Literal["validation", "test"] = "validation"
