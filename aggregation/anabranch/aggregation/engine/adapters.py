@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from anabranch.aggregation.engine.cohort import common_base, contribution_names, gather
 from anabranch.aggregation.engine.gram import module_grams, total_gram
+from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.job import AdapterMerge, Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
@@ -85,11 +86,20 @@ def merge_adapters(
         adapters, names = [adapters[index] for index in stay.indices], stay.names
         weights = stay.weights
     check_refactor(recipe, method, adapters)
-    cohort = gather(_task_vectors(adapters, start, names), names)
+    vectors = _task_vectors(adapters, start, names)
+    cohort = gather(vectors, names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     grams = module_grams(cohort, budget_bytes)
     job = AdapterMerge(
-        list(adapters), start, recipe, method, config, cohort, weights_C, budget_bytes, progress
+        list(adapters),
+        start,
+        recipe,
+        method,
+        config,
+        with_importance(cohort, vectors, method),
+        weights_C,
+        budget_bytes,
+        progress,
     )
     coefficients = None
     if method.coefficients is not None:
