@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
+from anabranch.vectors.importance import Over, normalised
 from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
 
 Scope = Literal["entry", "tensor", "model"]
@@ -46,6 +47,9 @@ class MergeMethod:
         statistics: What the engine gathers over the scope in first passes and hands to ``merge`` as
             keywords, in the order in which they build on each other.
         draws: What is drawn per entry and handed to ``merge`` as keywords.
+        needs_importance: Whether ``merge`` takes ``importances_CD``: how much each entry matters to
+            its contribution, zero or more. A config field ``normalise``, where there is one, says
+            over what the engine brings each contribution's to a mean of 1.
         whole_vectors: Whether a vector is one row, for methods that look at rows. Else it is cut
             wherever the budget says.
         coefficients: ``coefficients(weights_C, gram_CC, config) -> coefficients_C`` for methods
@@ -77,6 +81,7 @@ class MergeMethod:
     merge: Callable[..., Tensor] | None = None
     statistics: tuple[Statistic, ...] = ()
     draws: tuple[Draw, ...] = ()
+    needs_importance: bool = False
     whole_vectors: bool = False
     coefficients: Callable[[Tensor, Tensor | None, Any], Tensor] | None = None
     needs_gram: bool = False
@@ -100,10 +105,11 @@ class MergeMethod:
                 f"method {self.name}: what it gathers is taken over a tensor or the model; "
                 "set scope to one of them"
             )
-        if (self.statistics or self.draws or self.kernel) and (self.merge is None or self.factors):
+        handed = self.statistics or self.draws or self.needs_importance or self.kernel
+        if handed and (self.merge is None or self.factors):
             raise ValueError(
-                f"method {self.name}: statistics and draws are handed to a merge of entries, "
-                "which a kernel stands in for; leave them out, or set merge and not factors"
+                f"method {self.name}: statistics, draws and importance are handed to a merge of "
+                "entries, which a kernel stands in for; leave them out, or set merge, not factors"
             )
         if self.weigh is not None and (self.merge is None or not self.factors):
             raise ValueError(
@@ -120,6 +126,11 @@ class MergeMethod:
         scope: Scope = getattr(config, "scope", self.scope)
         return scope
 
+    def normalise_of(self, config: MethodConfig) -> Over:
+        """Over what importance has a mean of 1: the config's field ``normalise``, if any."""
+        over: Over = getattr(config, "normalise", "none")
+        return over
+
     def __call__(
         self,
         deltas_CD: Tensor,
@@ -127,6 +138,7 @@ class MergeMethod:
         config: MethodConfig | None = None,
         *,
         module: str = "",
+        importances_CD: Tensor | None = None,
     ) -> Tensor:
         """Merge entries held in memory, which are then the method's whole scope.
 
@@ -136,6 +148,8 @@ class MergeMethod:
             weights_C: Weight per contribution [C]; None counts each once.
             config: The method's parameters; None takes its defaults.
             module: Names the seeded draws.
+            importances_CD: For methods that need it: how much each entry matters, in the shape of
+                the task vectors; None takes all entries to matter alike.
 
         Returns:
             Merged entries in the shape of one contribution, in fp32.
@@ -156,6 +170,12 @@ class MergeMethod:
         flat_CD = deltas_CD.detach().float().reshape(count, rows * columns)
         fused = all_worthwhile(flat_CD)
         chunk = Chunk(module, 0, columns, flat_CD, fused)
+        if self.needs_importance:
+            given_CD = torch.ones_like(flat_CD) if importances_CD is None else importances_CD
+            over = self.normalise_of(config)
+            weighed = [held(normalised({"": one}, over)[""]) for one in given_CD]
+            flat = [one.flatten().float() for one in weighed if isinstance(one, Tensor)]
+            chunk = replace(chunk, importances_CD=torch.stack(flat))
         if self.merge is not None:
             found = gather_statistics(self.statistics, [chunk], rows * columns, weights_C, config)
             return self.merge_chunk(chunk, weights_C, config, found).view(shape)
@@ -175,6 +195,9 @@ class MergeMethod:
             merged_D: Tensor = load(self.kernel)(chunk, weights_C, config, **found)
             return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
+        if self.needs_importance:
+            assert chunk.importances_CD is not None
+            drawn["importances_CD"] = chunk.importances_CD
         return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
 
     def merge_modules(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anabranch.vectors.hashing import weights_hash
-from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, stack
+from anabranch.vectors.task_vector import Delta, Held, LowRank, TaskVector, stack
 
 A_SUFFIX, B_SUFFIX = ".lora_A", ".lora_B"
 
@@ -76,12 +76,15 @@ class Adapter:
         dense: Parameters trained in full (PEFT's ``modules_to_save``), by parameter name.
         base_hash: ``weights_hash`` of the base; None when the adapter does not say.
         peft: The PEFT configuration it came with, less what the factors already say.
+        importance: How much each entry of its ΔW, or of a dense parameter, matters to who trained
+            it (``vectors.importance``); empty when nobody asked.
     """
 
     lora: Mapping[str, LoraFactors]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
     base_hash: str | None = None
     peft: Mapping[str, Any] = field(default_factory=dict)
+    importance: Mapping[str, Held] = field(default_factory=dict)
 
     def tensors(self, trained: Trained = "both") -> dict[str, Tensor]:
         """The flat layout that is trained, hashed and sent: ``M.lora_A``, ``M.lora_B``, dense.
@@ -107,7 +110,7 @@ class Adapter:
         return Adapter(lora, self.dense, self.base_hash, self.peft)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """The same adapter with other values, from the flat layout.
+        """The same adapter with other values, from the flat layout; of no known importance.
 
         Raises:
             ValueError: Names or shapes differ from this adapter's.
@@ -179,7 +182,9 @@ def task_vector(adapter: Adapter, start: Adapter | None = None) -> TaskVector:
                 "give the values they started from"
             )
         return TaskVector(
-            {name: factors.delta() for name, factors in adapter.lora.items()}, adapter.base_hash
+            {name: factors.delta() for name, factors in adapter.lora.items()},
+            adapter.base_hash,
+            adapter.importance,
         )
     if sorted(adapter.lora) != sorted(start.lora) or sorted(adapter.dense) != sorted(start.dense):
         mine, theirs = {*adapter.lora, *adapter.dense}, {*start.lora, *start.dense}
@@ -196,7 +201,7 @@ def task_vector(adapter: Adapter, start: Adapter | None = None) -> TaskVector:
     for name, tensor in adapter.dense.items():
         _same_shape(name, tensor.shape, start.dense[name].shape)
         deltas[name] = tensor.float() - start.dense[name].float()
-    return TaskVector(deltas, adapter.base_hash)
+    return TaskVector(deltas, adapter.base_hash, adapter.importance)
 
 
 def _same_shape(name: str, mine: torch.Size, theirs: torch.Size) -> None:

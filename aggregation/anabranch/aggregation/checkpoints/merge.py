@@ -68,7 +68,8 @@ def merge_checkpoints(
 
     Memory is the budget and a few pieces, whatever the number and the size of the models: nothing
     is mapped, and the result goes to disk as it is made. Methods on matrices hold one matrix of
-    every model, and refuse a budget that is too small for that. The folder appears when it is complete.
+    every model, and refuse a budget that is too small for that. The folder appears when it is
+    complete.
 
     Args:
         models: Checkpoints: folders, or safetensors files.
@@ -96,7 +97,7 @@ def merge_checkpoints(
         )
         models, names = [models[index] for index in stay.indices], stay.names
         weights = stay.weights
-    inputs = open_inputs(models, base, names)
+    inputs = open_inputs(models, base, names, method)
     weights_C = cohort_weights(method, recipe, weights, len(models))
     check_count(method, config, weights_C)
     check_budget(inputs.cohort, method, budget_bytes)

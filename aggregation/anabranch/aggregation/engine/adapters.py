@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from anabranch.aggregation.engine.cohort import common_base, contribution_names, gather
 from anabranch.aggregation.engine.gram import module_grams, total_gram
+from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.job import AdapterMerge, Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
@@ -89,7 +90,8 @@ def merge_adapters(
         starts = None if starts is None else [starts[index] for index in stay.indices]
         weights = stay.weights
     check_refactor(recipe, method, adapters)
-    cohort = gather(_task_vectors(adapters, starts or [start] * len(adapters), names), names)
+    vectors = _task_vectors(adapters, starts or [start] * len(adapters), names)
+    cohort = gather(vectors, names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     grams = module_grams(cohort, budget_bytes)
     job = AdapterMerge(
@@ -99,7 +101,7 @@ def merge_adapters(
         recipe,
         method,
         config,
-        cohort,
+        with_importance(cohort, vectors, method),
         weights_C,
         budget_bytes,
         progress,

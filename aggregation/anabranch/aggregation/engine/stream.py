@@ -19,6 +19,7 @@ from anabranch.aggregation.engine.cohort import (
 )
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
+from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
 from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load, readable
 from anabranch.aggregation.method import MergeMethod, MethodConfig
@@ -97,7 +98,8 @@ def merge_task_vectors(
             average = merge_factors(module, deltas, method, config, weights_C, cohort.names)
             merged[module] = scaled(average, recipe.scale)
     else:
-        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes)
+        weighed = with_importance(cohort, vectors, method)
+        entries = EntryMerge(weighed, method, config, weights_C, budget_bytes)
         for module, deltas in cohort.deltas.items():
             merged[module] = entries.dense(module, recipe.scale).view(deltas[0].shape)
     return TaskVector(merged, cohort.base_hash)

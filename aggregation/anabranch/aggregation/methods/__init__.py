@@ -9,6 +9,7 @@ from anabranch.aggregation.methods.dare_ties import DARE_TIES
 from anabranch.aggregation.methods.della import DELLA
 from anabranch.aggregation.methods.della_linear import DELLA_LINEAR
 from anabranch.aggregation.methods.fedit import FEDIT
+from anabranch.aggregation.methods.fisher import FISHER
 from anabranch.aggregation.methods.geometric_median import GEOMETRIC_MEDIAN
 from anabranch.aggregation.methods.hetlora import HETLORA
 from anabranch.aggregation.methods.iso_c import ISO_C
@@ -34,6 +35,7 @@ from anabranch.aggregation.methods.tsv_m import TSV_M
 BUILT_IN: tuple[MergeMethod, ...] = (
     MEAN,
     TASK_ARITHMETIC,
+    FISHER,
     TIES,
     DARE_LINEAR,
     DARE_TIES,

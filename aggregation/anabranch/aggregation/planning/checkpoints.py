@@ -30,6 +30,8 @@ def plan_checkpoints(
         read_bytes += passes * once + again
     for name in inputs.copied:
         read_bytes += (2 * len(inputs.models) + 1) * like[name].size_bytes
+    # Importance is read for its mean, and again to merge by it.
+    read_bytes += 2 * inputs.importance_bytes
     width = None if dtype is None else getattr(torch, dtype).itemsize
     output_bytes = sum(
         tensor.shape.numel() * (width if width and name in cost.passes else tensor.dtype.itemsize)
