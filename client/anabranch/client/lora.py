@@ -18,11 +18,13 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from anabranch.vectors import Adapter, LoraFactors, weights_hash
+from anabranch.vectors import Adapter, LoraFactors, LowRank, weights_hash
 from anabranch.vectors.adapter import Trained
 from anabranch.vectors.peft_config import NOT_A_SUM
 
 ADAPTER_NAME = "default"
+FROZEN = "anabranch_frozen"
+"""Attribute of a LoRA layer: the factors that ``keep_frozen`` gave it."""
 PEFT_KEYS = ("task_type", "target_modules", "modules_to_save", "lora_dropout", "fan_in_fan_out")
 
 
@@ -110,6 +112,35 @@ def write_adapter(model: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for _, value, parameter in pairs:
             parameter.copy_(value)
+
+
+def keep_frozen(model: nn.Module, frozen: Mapping[str, LowRank]) -> None:
+    """Have a model's modules add frozen factors to what they compute, in place of any before.
+
+    The base is shared by every model on it, and stays as it is.
+
+    Args:
+        model: What ``attach`` returned.
+        frozen: Factors by module, any LoRA scaling folded in; modules left out add nothing.
+    """
+    slots = _slots(model)
+    assert isinstance(model, PeftModel)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, Linear):
+            if not hasattr(module, FROZEN):
+                module.register_forward_hook(_add_frozen)
+            part, like = frozen.get(name), slots.lora[name][0]
+            pair = None if part is None else (part.b_mk.to(like), part.a_kn.to(like))
+            setattr(module, FROZEN, pair)
+
+
+def _add_frozen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The hook of ``keep_frozen``: a function of its module alone, so that copies have it too."""
+    pair: tuple[Tensor, Tensor] | None = getattr(module, FROZEN)
+    if pair is None:
+        return output
+    b_mk, a_kn = pair
+    return output + (inputs[0].to(a_kn.dtype) @ a_kn.T @ b_mk.T).to(output.dtype)
 
 
 def lower_rank(model: nn.Module, template: Adapter) -> None:
