@@ -30,8 +30,9 @@ PEFT_KEYS = ("task_type", "target_modules", "modules_to_save", "lora_dropout", "
 
 @dataclass(frozen=True)
 class _Slots:
-    """Where a model keeps its adapter: the live parameters, by our names."""
+    """Where a model keeps its adapter: LoRA layers and live parameters, by our names."""
 
+    layers: Mapping[str, Linear]
     lora: Mapping[str, tuple[nn.Parameter, nn.Parameter, float, bool]]
     dense: Mapping[str, nn.Parameter]
     peft: Mapping[str, Any]
@@ -124,14 +125,14 @@ def keep_frozen(model: nn.Module, frozen: Mapping[str, LowRank]) -> None:
         frozen: Factors by module, any LoRA scaling folded in; modules left out add nothing.
     """
     slots = _slots(model)
-    assert isinstance(model, PeftModel)
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, Linear):
-            if not hasattr(module, FROZEN):
-                module.register_forward_hook(_add_frozen)
-            part, like = frozen.get(name), slots.lora[name][0]
-            pair = None if part is None else (part.b_mk.to(like), part.a_kn.to(like))
-            setattr(module, FROZEN, pair)
+    for name, layer in slots.layers.items():
+        part, like = frozen.get(name), slots.lora[name][0]
+        if not hasattr(layer, FROZEN):
+            if part is None:
+                continue
+            layer.register_forward_hook(_add_frozen)
+        pair = None if part is None else (part.b_mk.to(like), part.a_kn.to(like))
+        setattr(layer, FROZEN, pair)
 
 
 def _add_frozen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -150,17 +151,15 @@ def lower_rank(model: nn.Module, template: Adapter) -> None:
         model: What ``attach`` returned.
         template: What ``Adapter.leading`` makes of this model's own adapter: scalings are the same.
     """
-    assert isinstance(model, PeftModel)
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, Linear):
-            factors = template.lora[name]
-            for layers, value in ((module.lora_A, factors.a_rn), (module.lora_B, factors.b_mr)):
-                layer: Any = layers[ADAPTER_NAME]
-                layer.weight = nn.Parameter(value.to(layer.weight))
-                layer.out_features, layer.in_features = value.shape
-            module.r[ADAPTER_NAME] = factors.rank
-            module.lora_alpha[ADAPTER_NAME] = factors.alpha
-    _SLOTS.pop(model, None)
+    for name, layer in _slots(model).layers.items():
+        factors = template.lora[name]
+        for of_adapter, value in ((layer.lora_A, factors.a_rn), (layer.lora_B, factors.b_mr)):
+            linear: Any = of_adapter[ADAPTER_NAME]
+            linear.weight = nn.Parameter(value.to(linear.weight))
+            linear.out_features, linear.in_features = value.shape
+        layer.r[ADAPTER_NAME] = factors.rank
+        layer.lora_alpha[ADAPTER_NAME] = factors.alpha
+    del _SLOTS[model]
 
 
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -215,6 +214,7 @@ def _slots(model: nn.Module) -> _Slots:
 def _find_slots(model: PeftModel) -> _Slots:
     config = model.peft_config[ADAPTER_NAME]
     assert isinstance(config, LoraConfig)
+    layers: dict[str, Linear] = {}
     lora: dict[str, tuple[nn.Parameter, nn.Parameter, float, bool]] = {}
     dense: dict[str, nn.Parameter] = {}
     for name, module in model.get_base_model().named_modules():
@@ -224,6 +224,7 @@ def _find_slots(model: PeftModel) -> _Slots:
             a_rn: Any = module.lora_A[ADAPTER_NAME].weight
             b_mr: Any = module.lora_B[ADAPTER_NAME].weight
             alpha = float(module.lora_alpha[ADAPTER_NAME])
+            layers[name] = module
             lora[name] = (a_rn, b_mr, alpha, bool(config.use_rslora))
         elif isinstance(module, LoraLayer):
             raise ValueError(
@@ -231,7 +232,8 @@ def _find_slots(model: PeftModel) -> _Slots:
                 "only linear layers merge: leave it out of target_modules"
             )
     peft = {key: _plain(getattr(config, key, None)) for key in PEFT_KEYS}
-    return _Slots(lora, dense, {key: value for key, value in peft.items() if value is not None})
+    peft = {key: value for key, value in peft.items() if value is not None}
+    return _Slots(layers, lora, dense, peft)
 
 
 def _dense_parameters(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
