@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anabranch.aggregation import Recipe, merge_checkpoints, merge_task_vectors
+from anabranch.aggregation import Recipe, merge_checkpoints, merge_task_vectors, plan_merge
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
 from anabranch.aggregation.methods import BUILT_IN
 from anabranch.vectors import TaskVector
@@ -55,7 +55,7 @@ def expected(recipe: Recipe, tuned: list[dict[str, Tensor]], **given: Any) -> di
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{m.name: (m.name, {}) for m in BUILT_IN if m.coefficients or (m.merge and not m.factors)},
+    **{m.name: (m.name, {}) for m in BUILT_IN if not m.factors and not m.needs_importance},
     "ties over the model": ("ties", {"scope": "model", "density": 0.3}),
     "karcher over the model": ("karcher", {"scope": "model"}),
     "pcb per tensor": ("pcb", {"scope": "tensor", "ratio": 0.4}),
@@ -63,8 +63,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Every method that needs no factors, and where it takes another way through the engine."""
 
 
-@pytest.mark.parametrize("budget_bytes", [2 << 30, TIGHT])
-@pytest.mark.parametrize("variant", VARIANTS)
+ANY_BUDGET = [v for v in VARIANTS if v not in {m.name for m in BUILT_IN if m.matrices}]
+"""Methods on matrices take theirs whole, whatever the budget."""
+
+
+@pytest.mark.parametrize(
+    ("variant", "budget_bytes"),
+    [*((v, 2 << 30) for v in VARIANTS), *((v, TIGHT) for v in ANY_BUDGET)],
+)
 def test_from_disk_is_as_in_memory(
     variant: str, budget_bytes: int, folders: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
@@ -83,6 +89,24 @@ def test_from_disk_is_as_in_memory(
         assert torch.equal(found[module], wanted[module]), module
     assert any(not torch.equal(found[module], BASE[module]) for module in FLOATING)
     assert (report.merged, report.copied) == (len(FLOATING), 1)
+
+
+def test_a_matrix_that_does_not_fit_the_budget_is_refused(
+    folders: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, models = folders
+    recipe = Recipe(method="tsv_m")
+    needed = 150 * 33 * 4 * (COUNT + 32)
+    wanted = (
+        rf"budget_bytes: {needed - 1} cannot hold deep.a of 5 contributions as whole matrices, "
+        rf"which tsv_m takes; allow at least {needed}$"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        merge_checkpoints(models, recipe, tmp_path / "o", base=base, budget_bytes=needed - 1)
+    with pytest.raises(ValueError, match=wanted):
+        plan_merge(models, recipe, base=base, budget_bytes=needed - 1)
+    assert not (tmp_path / "o").exists()
+    merge_checkpoints(models, recipe, tmp_path / "o", base=base, budget_bytes=needed)
 
 
 def test_the_result_is_whole_and_in_the_bases_words(
@@ -145,8 +169,8 @@ def test_methods_that_choose_entries_need_a_base(
     folders: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
     _, models = folders
-    for name in ("ties", "dare_linear", "sce"):
-        reason = f"{name} chooses among the entries of task vectors; name the checkpoint"
+    for name in ("ties", "dare_linear", "sce", "iso_c"):
+        reason = f"{name} chooses among the entries or directions of task vectors; name"
         refused(reason, models, None, tmp_path / "out", recipe=Recipe(method=name))
     report = merge_checkpoints(models, Recipe(method="karcher"), tmp_path / "out")
     assert report.warnings == (

@@ -154,7 +154,9 @@ KEEP_ALL = {
 """PCB-Merging is not here: only entries with the best scores take part, whatever is set."""
 
 
-@pytest.mark.parametrize("name", sorted({m.name for m in BUILT_IN if m.matrices is None} - {"pcb"}))
+@pytest.mark.parametrize(
+    "name", sorted({m.name for m in BUILT_IN if m.matrices is None} - {"fisher", "pcb"})
+)
 def test_merging_an_adapter_with_itself_changes_nothing(
     make_adapter: MakeAdapter, name: str
 ) -> None:

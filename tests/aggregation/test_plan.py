@@ -28,6 +28,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("ties", {"scope": "model"}),
     ("sce", {}),
     ("pcb", {}),
+    ("tsv_m", {}),
+    ("opcm", {}),
 ]
 
 
@@ -71,6 +73,8 @@ def test_bytes_read_and_written_are_those_planned(
 ) -> None:
     recipe = Recipe(method=method, params=params)
     base, *tuned = models
+    if method in ("tsv_m", "opcm"):
+        budget_bytes = max(budget_bytes, 300 * 64 * 4 * (3 + 32))
     plan = plan_merge(tuned, recipe, base=base, budget_bytes=budget_bytes)
     read_bytes = []
     fill = safetensors_header.StoredTensor.fill

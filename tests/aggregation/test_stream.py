@@ -20,9 +20,11 @@ from anabranch.vectors import Delta, LowRank, TaskVector
 from anabranch.vectors.counter import uniform
 
 COUNT = 5
-NAMES = sorted(method.name for method in BUILT_IN)
+ALONE = [m for m in BUILT_IN if not m.needs_importance]
+"""Methods that are given nothing but task vectors; test_fisher.py has the other."""
+NAMES = sorted(method.name for method in ALONE)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{m.name: (m.name, {}) for m in BUILT_IN if m.matrices is None and m.name != "fedit"},
+    **{m.name: (m.name, {}) for m in ALONE if m.matrices is None and not m.factors},
     "ties over the model": ("ties", {"scope": "model", "density": 0.3}),
     "breadcrumbs over the model": ("breadcrumbs", {"scope": "model", "gamma": 0.1}),
     "breadcrumbs_ties over the model": ("breadcrumbs_ties", {"scope": "model", "gamma": 0.1}),

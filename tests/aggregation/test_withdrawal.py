@@ -24,7 +24,7 @@ def enough(method: str) -> int:
     return 3 if method == "slerp" else 6
 
 
-@pytest.mark.parametrize("method", [m.name for m in BUILT_IN])
+@pytest.mark.parametrize("method", [m.name for m in BUILT_IN if not m.needs_importance])
 @pytest.mark.parametrize("gone", [0, 1, -1])
 def test_the_merge_is_the_one_that_never_had_it(
     method: str, gone: int, make_adapter: Callable[..., Adapter]

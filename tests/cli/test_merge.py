@@ -11,7 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from anabranch.vectors import Adapter, LoraFactors
+from anabranch.vectors import Adapter, LoraFactors, LowRank
+from anabranch.vectors.fisher_file import write_fisher
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
 TENSORS = {"a": torch.zeros(8, 4), "b": torch.zeros(4)}
@@ -178,3 +179,29 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert expected in lines[0]
     assert not (tmp / "out").exists()
     assert not [path for path in tmp.iterdir() if path.name.startswith(".")]
+
+
+def test_fishers_lie_beside_the_adapters_they_weigh(run: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "fisher.toml"
+    recipe.write_text('method = "fisher"\n')
+    folders = []
+    for step, sure_of in ((1.0, 0), (3.0, 1)):
+        folder = tmp_path / f"lora-{sure_of}"
+        lora = {"q": LoraFactors(torch.ones(1, 4), torch.full((2, 1), step), 1.0)}
+        write_adapter(Adapter(lora), folder)
+        folders.append(folder)
+    for option in (("--plan",), ("-o", tmp_path / "out")):
+        code, _, err = run("merge", recipe, *folders, *option)
+        assert code == 2
+        assert f"fisher: {folders[0]} ships no Fisher; put fisher.safetensors beside" in err
+    for row, folder in enumerate(folders):
+        rows_2 = torch.tensor([[1.0], [0.0]]) if row == 0 else torch.tensor([[0.0], [1.0]])
+        write_fisher({"q": LowRank(rows_2, torch.ones(1, 4))}, folder)
+    code, said, _ = run("merge", recipe, *folders, "--plan", "--json")
+    assert code == 0
+    assert json.loads(said)["read_bytes"] == 2 * 4 * (6 + 6)
+    code, _, err = run("merge", recipe, *folders, "-o", tmp_path / "out")
+    assert (code, err) == (0, "")
+    merged = read_adapter(tmp_path / "out").lora["q"].delta().dense()
+    wanted = torch.tensor([[1.0], [3.0]]).expand(2, 4)
+    torch.testing.assert_close(merged, wanted, atol=1e-4, rtol=1e-4)

@@ -20,8 +20,9 @@ from anabranch.client.app import app, client_seed
 from anabranch.client.mods import BASE_MISMATCH, RESIDUAL_KEY
 from anabranch.client.records import unpack
 from anabranch.client.session import open_session
-from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import CodecConfig, UpdateMeta, decode_update, encode_update
+from anabranch.vectors import Adapter, LowRank, seeded_start
+from anabranch.vectors.frozen import join
+from anabranch.wire import CodecConfig, UpdateMeta, WireError, decode_update, encode_update
 from anabranch.wire.plan import ADAPTER_STYPE, PLAN_KEY, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -182,3 +183,99 @@ def test_seeds_differ_by_client_round_and_seed() -> None:
         for client in ("a", "b")
     }
     assert len(seeds) == 8
+
+
+def moved(by: float) -> Adapter:
+    start = seeded_start(SESSION.template, 5)
+    return start.with_tensors({name: tensor + by for name, tensor in start.tensors().items()})
+
+
+def blob_of(reply: Message) -> bytes:
+    return bytes(reply.content.array_records["update"]["update"].data)
+
+
+@pytest.mark.parametrize(
+    ("trains", "number", "factor"), [("b", 1, "B"), ("b", 2, "B"), ("alternate", 2, "A")]
+)
+def test_only_the_trained_factor_is_shipped(trains: str, number: int, factor: str) -> None:
+    asked = plan(trains=trains, round=number, codec=CodecConfig(name="dense", feedback=0.0))
+    start = moved(0.01) if trains == "alternate" else seeded_start(SESSION.template, 5)
+    message = from_adapter(start, asked) if trains == "alternate" else order(asked)
+    name = f"hidden.lora_{factor}"
+    _, tensors = decode_update(blob_of(app(message, context())), {name: LAYOUT[name]})
+    assert bool(tensors[name].any())
+    from anabranch.client.lora import read_adapter
+
+    after = read_adapter(SESSION.model).tensors()
+    for key, before in start.tensors().items():
+        torch.testing.assert_close(after[key], before + tensors.get(key, 0.0))
+        assert key == name or torch.equal(after[key], before)
+
+
+def test_an_adapter_sent_without_its_a_gets_the_seed_s() -> None:
+    start = seeded_start(SESSION.template, 5)
+    b = {"hidden.lora_B": torch.full(LAYOUT["hidden.lora_B"], 0.25)}
+    whole = start.with_tensors({**start.tensors(), **b})
+    meta = UpdateMeta("adapter", SESSION.base_hash, "", "f", "r", 1, "", b"", 5, 0)
+    blob = encode_update(b, meta, CodecConfig(name="dense")).blob
+    asked = plan(trains="b", round=2, start_hash=whole.hash())
+    for sound, message in ((True, order(asked)), (False, order(plan(start_hash=whole.hash())))):
+        array = Array("uint8", (len(blob),), ADAPTER_STYPE, blob)
+        message.content["adapter"] = ArrayRecord({"adapter": array})
+        SESSION.start = None
+        if sound:
+            assert blob_of(app(message, context()))
+        else:
+            with pytest.raises(WireError, match="other tensors than expected"):
+                app(message, context())
+
+
+def test_what_is_owed_of_a_factor_waits_for_its_round() -> None:
+    node, sparse = context(), CodecConfig(density=0.1)
+    a, b = "hidden.lora_A", "hidden.lora_B"
+    app(from_adapter(moved(0.01), plan(trains="alternate", codec=sparse)), node)
+    owed_b = unpack(node.state.array_records[RESIDUAL_KEY])
+    assert list(owed_b) == [b]
+    app(from_adapter(moved(0.02), plan(trains="alternate", round=2, codec=sparse)), node)
+    owed = unpack(node.state.array_records[RESIDUAL_KEY])
+    assert sorted(owed) == [a, b]
+    assert torch.equal(owed[b], owed_b[b])
+    third = plan(trains="alternate", round=3, codec=sparse)
+    start = moved(0.03)
+    _, got = decode_update(blob_of(app(from_adapter(start, third), node)), {b: LAYOUT[b]})
+    left = unpack(node.state.array_records[RESIDUAL_KEY])
+    dense = third.model_copy(update={"codec": CodecConfig(name="dense", feedback=0.0)})
+    _, fresh = decode_update(blob_of(app(from_adapter(start, dense), context())), {b: LAYOUT[b]})
+    torch.testing.assert_close(got[b] + left[b], fresh[b] + owed_b[b])
+    assert torch.equal(left[a], owed[a])
+
+
+def test_a_client_of_lower_rank_trains_and_ships_that_rank() -> None:
+    low = seeded_start(SESSION.template, 5).leading(2)
+    asked = plan(rank=2, start_hash=low.hash())
+    layout = {name: tuple(tensor.shape) for name, tensor in low.tensors().items()}
+    node = context()
+    _, tensors = decode_update(blob_of(app(order(asked), node)), layout)
+    assert all(bool(tensor.any()) for tensor in tensors.values())
+    assert SESSION.template.lora["hidden"].rank == 4
+    # Another rank later: what was owed at the first is of no use, and no obstacle.
+    assert blob_of(app(order(plan(round=2)), node))
+    with pytest.raises(ValueError, match="asks for rank 1000"):
+        app(order(plan(rank=1000)), node)
+
+
+def test_a_client_trains_beside_what_is_frozen_and_ships_its_own_ranks() -> None:
+    start = moved(0.01)
+    frozen = {"hidden": LowRank(torch.full((64, 3), 0.2), torch.full((3, 32), 0.1))}
+    asked = plan(codec=CodecConfig(name="dense", feedback=0.0))
+    beside = sent(app(from_adapter(join(start, frozen), asked), context()))
+    alone = sent(app(from_adapter(start, asked), context()))
+    assert beside.keys() == alone.keys() == LAYOUT.keys()
+    assert not torch.equal(beside["hidden.lora_B"], alone["hidden.lora_B"])
+
+
+def test_more_frozen_ranks_than_a_matrix_has_are_refused() -> None:
+    frozen = {"hidden": LowRank(torch.ones(64, 33), torch.ones(33, 32))}
+    whole = join(moved(0.01), frozen)
+    with pytest.raises(WireError, match="bytes, more than"):
+        app(from_adapter(whole, plan()), context())

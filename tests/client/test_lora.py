@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -5,8 +6,17 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from anabranch.client.lora import attach, base_hash, read_adapter, write_adapter
-from anabranch.vectors import LoraFactors, seeded_start, weights_hash
+from anabranch.client.lora import (
+    attach,
+    base_hash,
+    keep_frozen,
+    own_parameters,
+    read_adapter,
+    training,
+    write_adapter,
+)
+from anabranch.vectors import LoraFactors, LowRank, seeded_start, weights_hash
+from anabranch.vectors.adapter import Trained
 
 
 class Block(nn.Module):
@@ -139,3 +149,62 @@ def test_refuses_an_adapter_of_another_shape() -> None:
 def test_a_bare_model_has_no_adapter() -> None:
     with pytest.raises(ValueError, match=r"Model holds no adapter; call attach\(\)"):
         read_adapter(Model())
+
+
+@pytest.mark.parametrize(("trained", "moves"), [("a", "a"), ("b", "b"), ("both", "ab")])
+def test_a_frozen_factor_gets_no_gradient_and_is_free_again_afterwards(
+    trained: Trained, moves: str
+) -> None:
+    model = attach(Model(), config())
+    start = read_adapter(model)
+    start = start.with_tensors(
+        {name: torch.full_like(tensor, 0.3) for name, tensor in start.tensors().items()}
+    )
+    write_adapter(model, start)
+    with training(model, trained):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model(torch.ones(2, 6)).square().sum().backward()
+        optimizer.step()
+    end = read_adapter(model)
+    before, after = start.lora["layers.1.query"], end.lora["layers.1.query"]
+    assert torch.equal(before.a_rn, after.a_rn) == ("a" not in moves)
+    assert torch.equal(before.b_mr, after.b_mr) == ("b" not in moves)
+    assert not torch.equal(start.dense["head.bias"], end.dense["head.bias"])
+    assert all(parameter.requires_grad for parameter in own_parameters(model))
+
+
+def test_a_task_that_moves_the_frozen_factor_is_caught() -> None:
+    model = attach(Model(), config())
+
+    def rogue() -> None:
+        with training(model, "b"), torch.no_grad():
+            for parameter in own_parameters(model):
+                parameter.add_(1.0)
+
+    with pytest.raises(ValueError, match=r"frozen factor of module layers\.0\.query"):
+        rogue()
+    assert all(parameter.requires_grad for parameter in own_parameters(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_factors_add_to_what_a_model_computes_and_get_no_gradient(
+    dtype: torch.dtype,
+) -> None:
+    model = attach(Model().to(dtype), config())
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
+    before = model(x)
+    part = LowRank(torch.full((4, 3), 0.5), torch.full((3, 6), 0.25))
+    for _ in range(2):  # in place of the last, not beside it
+        keep_frozen(model, {"layers.0.query": part})
+    other = Model().to(dtype)
+    with torch.no_grad():
+        other.get_parameter("layers.0.query.weight").add_(part.dense().to(dtype))
+    rtol = 1e-5 if dtype == torch.float32 else 5e-2
+    for one in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(one(x), other(x), rtol=rtol, atol=rtol)
+    model(x).square().sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+    keep_frozen(model, {})
+    assert torch.equal(model(x), before)

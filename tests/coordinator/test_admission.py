@@ -125,6 +125,39 @@ def test_broken_bytes_are_refused_with_the_wire_s_own_reason() -> None:
     assert code(reply(blob() + b"x")) == "trailing"
 
 
+@pytest.mark.parametrize(("trains", "number", "factor"), [
+    ("b", 3, "B"), ("b", 4, "B"), ("alternate", 3, "B"), ("alternate", 4, "A"),
+])  # fmt: skip
+def test_only_the_factor_that_the_round_trains_is_admitted(
+    trains: str, number: int, factor: str
+) -> None:
+    plan = PLAN.model_copy(update={"trains": trains, "round": number})
+    meta = dataclasses.replace(META, round=number)
+
+    def update(*names: str) -> Message:
+        part = {name: tensors()[name] for name in names}
+        return reply(encode_update(part, meta, CodecConfig(name="dense")).blob)
+
+    asked, kept = f"layer.lora_{factor}", f"layer.lora_{'AB'.replace(factor, '')}"
+    assert list(examine(update(asked), plan, START, "site-a").tensors) == [asked]
+    for wrong in ((kept,), (kept, asked)):
+        with pytest.raises(RefusedError) as caught:
+            examine(update(*wrong), plan, START, "site-a")
+        assert caught.value.code in ("layout", "too-large")
+
+
+def test_an_update_of_another_rank_than_asked_is_refused() -> None:
+    low = START.leading(1)
+    plan = PLAN.model_copy(update={"rank": 1})
+    part = {name: torch.ones(tensor.shape) for name, tensor in low.tensors().items()}
+    update = reply(encode_update(part, META, CodecConfig(name="dense")).blob)
+    assert examine(update, plan, low, "site-a").tensors["layer.lora_A"].shape == (1, 8)
+    with pytest.raises(RefusedError) as caught:
+        examine(reply(), plan, low, "site-a")
+    assert caught.value.code in ("layout", "too-large")
+    assert code(update) == "layout"
+
+
 def test_an_oversized_norm_is_refused() -> None:
     assert code(reply(blob(value=5.0)), max_norm=10.0) == "norm"
     assert examine(reply(blob(value=5.0)), PLAN, START, "site-a", max_norm=30.0).client == "site-a"

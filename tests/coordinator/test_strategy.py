@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
+from anabranch.aggregation import truncate
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
 from anabranch.coordinator import strategy as strategy_module
@@ -29,6 +31,7 @@ from anabranch.coordinator.store import FolderStore, Store
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.vectors import Adapter
+from anabranch.vectors.frozen import split
 from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, UPDATE_STYPE, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -201,6 +204,169 @@ def test_the_mean_of_dense_updates_is_the_mean_of_what_clients_trained(tmp_path:
     assert latest is not None
     error = float(values[4:].norm() / values.norm())
     assert latest.report["overall_truncation"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("trains", ["b", "alternate"])
+def test_with_one_factor_shared_the_mean_is_exact_in_every_round(
+    tmp_path: Path, trains: str
+) -> None:
+    from anabranch.client.lora import read_adapter
+
+    cfg = config(trains=trains, rounds=3)
+    ends: list[torch.Tensor] = []
+    rounds: list[Adapter] = []
+
+    def keep(order: Message, reply: Message) -> Message:
+        ends.append(read_adapter(open_session(TASK, PARAMS).model).lora["hidden"].delta().dense())
+        return reply
+
+    store = FolderStore(tmp_path)
+    strategy = MergeStrategy(cfg, template(), store)
+    rounds.append(strategy.adapter)
+    publish = store.publish
+
+    def look(publication: Any) -> None:
+        publish(publication)
+        rounds.append(strategy.adapter)
+
+    store.publish = look  # type: ignore[method-assign]
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    assert len(rounds) == 4
+    for number, (before, after) in enumerate(itertools.pairwise(rounds), start=1):
+        mean = torch.stack(ends[4 * number - 4 : 4 * number]).mean(0)
+        merged = after.lora["hidden"].delta().dense()
+        assert (merged - mean).norm() <= 1e-6 * mean.norm()
+        kept = "hidden.lora_B" if trains == "alternate" and number == 2 else "hidden.lora_A"
+        for name, tensor in after.tensors().items():
+            assert torch.equal(tensor, before.tensors()[name]) == (name == kept)
+    again = MergeStrategy(cfg, template(), FolderStore(tmp_path))
+    assert again.adapter.hash() == strategy.adapter.hash()
+
+
+@pytest.mark.parametrize(
+    ("rest", "ranks"), [("fedex", {}), ("flora", {}), ("flora", {"client-0001": 1})]
+)
+def test_with_the_rest_kept_nothing_of_a_round_is_lost(
+    tmp_path: Path, rest: str, ranks: dict[str, int]
+) -> None:
+    from anabranch.client.lora import read_adapter
+
+    cfg = config(rest=rest, ranks=ranks, rounds=4)
+    changes: list[torch.Tensor] = []
+    rounds: list[Adapter] = []
+    store = FolderStore(tmp_path)
+    strategy = MergeStrategy(cfg, template(), store)
+
+    def keep(order: Message, reply: Message) -> Message:
+        plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
+        model = open_session(TASK, PARAMS).at_rank(plan.rank).model
+        end = read_adapter(model).lora["hidden"].delta().dense()
+        start = strategy._starts[plan.rank].adapter.lora["hidden"].delta().dense()
+        changes.append(end - start)
+        return reply
+
+    publish = store.publish
+
+    def look(publication: Any) -> None:
+        publish(publication)
+        rounds.append(strategy.adapter)
+
+    store.publish = look  # type: ignore[method-assign]
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    total = torch.zeros(64, 32)
+    for number, adapter in enumerate(rounds):
+        total += torch.stack(changes[4 * number : 4 * number + 4]).mean(0)
+        merged = adapter.lora["hidden"].delta().dense()
+        assert (merged - total).norm() <= 2e-6 * total.norm()
+        # As many ranks as the matrix has, and those that are trained.
+        assert 4 < adapter.lora["hidden"].rank <= 36
+        trained, _ = split(adapter, template())
+        assert bool(trained.lora["hidden"].b_mr.any()) == (rest == "fedex")
+    assert rounds[3].lora["hidden"].rank > rounds[0].lora["hidden"].rank
+    assert len({adapter.tensors()["hidden.lora_A"][0, 0].item() for adapter in rounds}) == 4
+    again = MergeStrategy(cfg, template(), FolderStore(tmp_path))
+    assert again.adapter.hash() == strategy.adapter.hash()
+    latest = store.latest()
+    assert latest is not None
+    assert latest.report["overall_truncation"] == 0
+
+
+@pytest.mark.parametrize("method", ["mean", "ties", "hetlora", "lora_lego"])
+def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method: str) -> None:
+    ranks = {"client-0000": 1, "client-0002": 2}
+    cfg = config(ranks=ranks, rounds=2, recipe={"method": method})
+    store = FolderStore(tmp_path / "whole")
+    strategy = MergeStrategy(cfg, template(), store)
+    plans: dict[tuple[int, int], RoundPlan] = {}
+
+    def keep(order: Message, reply: Message) -> Message:
+        asked = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
+        plans[asked.round, order.metadata.dst_node_id] = asked
+        return reply
+
+    starts: list[Adapter] = [strategy.adapter]
+    publish = store.publish
+
+    def look(publication: Any) -> None:
+        publish(publication)
+        starts.append(strategy.adapter)
+
+    store.publish = look  # type: ignore[method-assign]
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    assert not store.refusals()
+    assert [row["status"] for row in store.notes("round")] == ["published"] * 2
+    for (number, node), asked in plans.items():
+        rank = ranks.get(f"client-00{node - 10:02}")
+        assert asked.rank == rank
+        whole = starts[number - 1]
+        nested = number == 1 or method == "hetlora"
+        wanted = whole
+        if rank is not None:
+            wanted = whole.leading(rank) if nested else truncate(whole, rank)
+        assert asked.start_hash == wanted.hash()
+    sizes = {row.client: row.size_bytes for row in store.contributions(2)}
+    assert sizes["client-0000"] < sizes["client-0002"] < sizes["client-0001"]
+    rows = store.notes("round")
+    assert 0 < rows[1]["bytes_down"] < 4 * len(strategy._blob or b"")
+    assert strategy.adapter.lora["hidden"].rank == 4
+
+    class Dying(FolderStore):
+        def admit(self, contribution: Any) -> bool:
+            if contribution.round == 2 and len(self.contributions(2)) == 2:
+                raise KeyboardInterrupt
+            return super().admit(contribution)
+
+    with pytest.raises(KeyboardInterrupt):
+        MergeStrategy(cfg, template(), Dying(tmp_path / "cut")).start(grid())
+    again = MergeStrategy(cfg, template(), FolderStore(tmp_path / "cut"))
+    again.start(grid())
+    assert again.adapter.hash() == strategy.adapter.hash()
+
+
+def test_a_client_that_ships_more_ranks_than_asked_is_refused(tmp_path: Path) -> None:
+    def greedy(order: Message, reply: Message) -> Message:
+        return huge(order, reply)  # all ranks
+
+    store = FolderStore(tmp_path)
+    cfg = config(ranks={"client-0000": 1}, rounds=1)
+    MergeStrategy(cfg, template(), store).start(grid({10: greedy}))
+    (refusal,) = store.refusals()
+    assert (refusal.client, refusal.code) == ("client-0000", "layout")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"ranks": {"a": 5}}, r"ranks\.a: 5 is above 4"),
+        ({"ranks": {"a": 2}, "recipe": {"method": "fedit"}}, "ranks: fedit averages factors"),
+        ({"rest": "fedex", "recipe": {"method": "ties"}}, "rest: ties gives no sum of factors"),
+    ],
+)
+def test_what_the_method_cannot_merge_are_refused_at_once(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        MergeStrategy(config(**changes), template(), FolderStore(tmp_path))
 
 
 def test_an_interrupted_round_asks_only_the_clients_still_missing(tmp_path: Path) -> None:

@@ -93,6 +93,65 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(tmp_path: Pat
     assert hashes[0] != hashes[2]
 
 
+def test_one_factor_a_round_costs_about_half_the_bytes(tmp_path: Path) -> None:
+    only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+    # As many entries in A as in B, and a random A that spans the inputs.
+    task = {**TASK, "features": 16, "hidden": 16, "rank": 16}
+    given = {**only, "task": task, "codec": {"name": "dense", "feedback": 0.0}}
+    given["recipe"] = {"method": "mean"}
+    runs = {
+        trains: simulate(scenario(trains=trains, **given), tmp_path / trains)
+        for trains in ("both", "b", "alternate")
+    }
+    both = runs["both"]["update_bytes"]["ours"]
+    for trains in ("b", "alternate"):
+        assert 0.45 < runs[trains]["update_bytes"]["ours"] / both < 0.6
+        assert runs[trains]["mean"]["merged"] > runs[trains]["mean"]["base"] + 0.05
+        again = simulate(scenario(trains=trains, **given), tmp_path / f"{trains}-again")
+        assert again["adapter_hash"] == runs[trains]["adapter_hash"]
+    down = {trains: run["rounds"][-1]["bytes_down"] for trains, run in runs.items()}
+    assert 0.45 < down["b"] / down["both"] < 0.6
+    assert down["alternate"] == pytest.approx(down["both"], rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["mean", "hetlora"])
+def test_clients_of_several_ranks_learn_together(tmp_path: Path, method: str) -> None:
+    given: dict[str, Any] = {
+        "baselines": {"local_only": False, "fedavg": False, "oracle": False},
+        "ranks": {"client-0000": 1, "client-0001": 2},
+        "recipe": {"method": method},
+        "codec": {"name": "dense", "feedback": 0.0},
+        "rounds": 8,
+    }
+    first, second = (simulate(scenario(**given), tmp_path / name) for name in "ab")
+    assert first["adapter_hash"] == second["adapter_hash"]
+    assert first["mean"]["merged"] > first["mean"]["base"] + 0.05
+    assert not first["refused"]
+
+
+@pytest.mark.parametrize("rest", ["fedex", "flora"])
+def test_peft_loads_an_adapter_with_all_that_was_kept(tmp_path: Path, rest: str) -> None:
+    given: dict[str, Any] = {
+        "baselines": {"local_only": False, "fedavg": False, "oracle": False},
+        "recipe": {"method": "mean"},
+        "codec": {"name": "dense", "feedback": 0.0},
+        "rest": rest,
+    }
+    first, second = (simulate(scenario(**given), tmp_path / name) for name in "ab")
+    assert first["adapter_hash"] == second["adapter_hash"]
+    assert first["mean"]["merged"] > first["mean"]["base"] + 0.05
+    session = open_session(TASK["kind"], json.dumps({"clients": 4, "group_count": 2}))
+    model = PeftModel.from_pretrained(session.task.load_base(), str(tmp_path / "a" / "adapter"))
+    assert read_adapter(model).lora["hidden"].rank > 4
+    accuracy = session.task.evaluate(model, 0, "test")["accuracy"]
+    assert accuracy == pytest.approx(first["groups"]["group-0"]["merged"], abs=0.01)
+    # What a client ships is what it trains: its size beside a dense update of the same ranks.
+    assert first["update_bytes"]["fp32"] == 4 * 4 * (32 + 64)
+    down = [row["bytes_down"] for row in first["rounds"]]
+    assert down == sorted(down)
+    assert down[-1] > 1.5 * down[0]
+
+
 def test_both_engines_agree(tmp_path: Path) -> None:
     only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     ours = simulate(scenario(**only), tmp_path / "ours")
@@ -188,6 +247,7 @@ def test_a_run_whose_artifacts_are_gone_cannot_go_on(tmp_path: Path) -> None:
 def test_fedavg_is_dense_whatever_the_scenario_compresses() -> None:
     rival = fedavg_of(scenario(down="int8", max_norm=1e-3, codec={"density": 0.1}))
     assert (rival.down, rival.max_norm, rival.codec.name) == ("fp32", None, "dense")
+    assert fedavg_of(scenario(trains="b")).trains == "both"
 
 
 def test_a_task_that_cannot_be_simulated_is_named(tmp_path: Path) -> None:
@@ -219,6 +279,8 @@ def test_refusals_are_in_the_report(tmp_path: Path) -> None:
         ({"recipe": {"method": "none"}}, "'none' is not a merge method"),
         ({"recipe": {"method": "multi_krum", "params": {"f": 2}}}, "f: 2 malicious need"),
         ({"task": {**TASK, "features": -1}}, "features"),
+        ({"ranks": {"client-0004": 1}}, "ranks.client-0004: there is no such client"),
+        ({"ranks": {"client-0001": 9}}, "ranks.client-0001: 9 is above 4"),
     ],
 )
 def test_what_cannot_work_is_found_before_anything_is_written(

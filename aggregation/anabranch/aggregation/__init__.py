@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from anabranch.aggregation.engine.adapters import MergeReport, MergeResult
     from anabranch.aggregation.engine.adapters import merge_adapters as merge
     from anabranch.aggregation.engine.gram import cosine_similarity
+    from anabranch.aggregation.engine.keep import merge_keeping
+    from anabranch.aggregation.engine.one_factor import merge_one_factor
     from anabranch.aggregation.engine.stream import merge_task_vectors
+    from anabranch.aggregation.engine.truncate import truncate
     from anabranch.aggregation.method import MergeMethod, MethodConfig
     from anabranch.aggregation.methods.opcm import OpcmState, merge_next
     from anabranch.aggregation.planning.merge_plan import MergePlan
@@ -34,9 +37,12 @@ _HOMES = {
     "merge": "engine.adapters",
     "merge_next": "methods.opcm",
     "merge_checkpoints": "checkpoints.merge",
+    "merge_keeping": "engine.keep",
+    "merge_one_factor": "engine.one_factor",
     "merge_task_vectors": "engine.stream",
     "plan_merge": "planning.planner",
     "resolve": "registry",
+    "truncate": "engine.truncate",
 }
 _RENAMED = {"merge": "merge_adapters"}
 
@@ -53,10 +59,13 @@ __all__ = [
     "load_recipe",
     "merge",
     "merge_checkpoints",
+    "merge_keeping",
     "merge_next",
+    "merge_one_factor",
     "merge_task_vectors",
     "plan_merge",
     "resolve",
+    "truncate",
 ]
 
 

@@ -37,6 +37,8 @@ class Chunk:
         rows: Entries in row order [C, R·n], fp32. Belongs to whoever iterates: not to be written
             to.
         fused: Whether kernels take the module, which its whole size decides.
+        importances_CD: How much each entry matters to its contribution [C, R·n], fp32, zero or
+            more; for methods that need it.
     """
 
     module: str
@@ -44,6 +46,7 @@ class Chunk:
     columns: int
     rows: Rows
     fused: bool = False
+    importances_CD: Tensor | None = None  # noqa: N815
 
     @property
     def deltas_CD(self) -> Tensor:  # noqa: N802

@@ -16,7 +16,7 @@ columns of a core, r singular directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,11 +71,11 @@ class CoreSpace:
 
         A core times an isometry from the right has the same u and s: that is all that is read.
         """
-        return directions(torch.cat([_left_part(core) for core in self.cores], dim=1))
+        return directions(_side_by_side(map(_left_part, self.cores)))
 
     def rank(self) -> int:
         """Directions of the space they share: their joint column or row rank, the lesser."""
-        below = torch.cat([_left_part(_transposed(core)) for core in self.cores], dim=1)
+        below = _side_by_side(_left_part(_transposed(core)) for core in self.cores)
         return min(len(self.joint().s_r), len(directions(below).s_r))
 
     def lift(self, merged_pq: Tensor) -> Held:
@@ -130,8 +130,10 @@ def directions(
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     floor = zero * (float(s[:1].sum()) if of is None else of)
     live = int((s > floor).sum())
-    live = live if count is None else min(live, count)
-    return Directions(u[:, :live], s[:live], v[:live])
+    if count is None or live <= count:
+        return Directions(u[:, :live], s[:live], v[:live])
+    # Copies: views would keep all the others in memory.
+    return Directions(u[:, :count].clone(), s[:count].clone(), v[:count].clone())
 
 
 def product_of(found: Directions) -> LowRank:
@@ -157,6 +159,20 @@ def _left_part(core: Held) -> Tensor:
         return core.double()
     right_kk: Tensor = torch.linalg.qr(core.a_kn.T).R
     return core.b_mk @ right_kk.T
+
+
+def _side_by_side(parts: Iterable[Tensor]) -> Tensor:
+    """[part_1 | part_2 | …] less an isometry on its right, [p, 3p] at most while it is made.
+
+    Full-rank cores of many contributions would otherwise stand in memory side by side in fp64.
+    """
+    stack: list[Tensor] = []
+    for part_pk in parts:
+        stack.append(part_pk)
+        if len(stack) > 1 and sum(held.shape[1] for held in stack) > 2 * len(part_pk):
+            reduced_pp: Tensor = torch.linalg.qr(torch.cat(stack, dim=1).T).R
+            stack = [reduced_pp.T]
+    return torch.cat(stack, dim=1)
 
 
 def _transposed(core: Held) -> Held:

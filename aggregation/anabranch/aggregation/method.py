@@ -7,8 +7,8 @@ columns of a module's weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
+from anabranch.vectors.importance import Over, normalised
 from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
 
 Scope = Literal["entry", "tensor", "model"]
@@ -46,6 +47,9 @@ class MergeMethod:
         statistics: What the engine gathers over the scope in first passes and hands to ``merge`` as
             keywords, in the order in which they build on each other.
         draws: What is drawn per entry and handed to ``merge`` as keywords.
+        needs_importance: Whether ``merge`` takes ``importances_CD``: how much each entry matters to
+            its contribution, zero or more. A config field ``normalise``, where there is one, says
+            over what the engine brings each contribution's to a mean of 1.
         whole_vectors: Whether a vector is one row, for methods that look at rows. Else it is cut
             wherever the budget says.
         coefficients: ``coefficients(weights_C, gram_CC, config) -> coefficients_C`` for methods
@@ -58,9 +62,13 @@ class MergeMethod:
             factors only. Parameters of other dimensions get the weighted mean.
         mean_norm: The result of ``matrices`` is a sum: the engine sums the other parameters too,
             and brings the merged model to the mean norm of the task vectors (scope "model").
+        matrix_copies: With ``matrices``: copies of a dense module held per contribution.
         factors: With ``merge``: merges the A and the B of the contributions apart (a baseline:
             biased on ΔW). With ``matrices``: takes the adapters' own factors, not those of the
             task vectors against the start.
+        weigh: ``weigh(weights_C, norms_C) -> weights_C``, with ``merge`` and ``factors``: weights
+            in a module by the norms ‖B_i·A_i‖. Ranks may then differ; lower ones are padded with
+            zeros.
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
         kernel: Where the same merge stands fused for large modules on the CPU, as
             ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
@@ -73,12 +81,15 @@ class MergeMethod:
     merge: Callable[..., Tensor] | None = None
     statistics: tuple[Statistic, ...] = ()
     draws: tuple[Draw, ...] = ()
+    needs_importance: bool = False
     whole_vectors: bool = False
     coefficients: Callable[[Tensor, Tensor | None, Any], Tensor] | None = None
     needs_gram: bool = False
     matrices: Callable[[Sequence[Held], Tensor, Any], Held] | None = None
     mean_norm: bool = False
+    matrix_copies: int = 1
     factors: bool = False
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None
     signed_weights: bool = False
     kernel: str | None = None
 
@@ -94,10 +105,16 @@ class MergeMethod:
                 f"method {self.name}: what it gathers is taken over a tensor or the model; "
                 "set scope to one of them"
             )
-        if (self.statistics or self.draws or self.kernel) and (self.merge is None or self.factors):
+        handed = self.statistics or self.draws or self.needs_importance or self.kernel
+        if handed and (self.merge is None or self.factors):
             raise ValueError(
-                f"method {self.name}: statistics and draws are handed to a merge of entries, "
-                "which a kernel stands in for; leave them out, or set merge and not factors"
+                f"method {self.name}: statistics, draws and importance are handed to a merge of "
+                "entries, which a kernel stands in for; leave them out, or set merge, not factors"
+            )
+        if self.weigh is not None and (self.merge is None or not self.factors):
+            raise ValueError(
+                f"method {self.name}: weigh is for methods that merge A and B apart; "
+                "leave it out, or set merge and factors"
             )
         keywords = [statistic.name for statistic in self.statistics]
         keywords += [draw.name for draw in self.draws]
@@ -109,6 +126,11 @@ class MergeMethod:
         scope: Scope = getattr(config, "scope", self.scope)
         return scope
 
+    def normalise_of(self, config: MethodConfig) -> Over:
+        """Over what importance has a mean of 1: the config's field ``normalise``, if any."""
+        over: Over = getattr(config, "normalise", "none")
+        return over
+
     def __call__(
         self,
         deltas_CD: Tensor,
@@ -116,6 +138,7 @@ class MergeMethod:
         config: MethodConfig | None = None,
         *,
         module: str = "",
+        importances_CD: Tensor | None = None,
     ) -> Tensor:
         """Merge entries held in memory, which are then the method's whole scope.
 
@@ -125,6 +148,8 @@ class MergeMethod:
             weights_C: Weight per contribution [C]; None counts each once.
             config: The method's parameters; None takes its defaults.
             module: Names the seeded draws.
+            importances_CD: For methods that need it: how much each entry matters, in the shape of
+                the task vectors; None takes all entries to matter alike.
 
         Returns:
             Merged entries in the shape of one contribution, in fp32.
@@ -145,6 +170,12 @@ class MergeMethod:
         flat_CD = deltas_CD.detach().float().reshape(count, rows * columns)
         fused = all_worthwhile(flat_CD)
         chunk = Chunk(module, 0, columns, flat_CD, fused)
+        if self.needs_importance:
+            given_CD = torch.ones_like(flat_CD) if importances_CD is None else importances_CD
+            over = self.normalise_of(config)
+            weighed = [held(normalised({"": one}, over)[""]) for one in given_CD]
+            flat = [one.flatten().float() for one in weighed if isinstance(one, Tensor)]
+            chunk = replace(chunk, importances_CD=torch.stack(flat))
         if self.merge is not None:
             found = gather_statistics(self.statistics, [chunk], rows * columns, weights_C, config)
             return self.merge_chunk(chunk, weights_C, config, found).view(shape)
@@ -164,6 +195,9 @@ class MergeMethod:
             merged_D: Tensor = load(self.kernel)(chunk, weights_C, config, **found)
             return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
+        if self.needs_importance:
+            assert chunk.importances_CD is not None
+            drawn["importances_CD"] = chunk.importances_CD
         return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
 
     def merge_modules(
@@ -182,25 +216,38 @@ class MergeMethod:
         Returns:
             The merged change per module.
         """
-        assert self.matrices is not None
-        used = weights_C.nonzero().flatten().tolist()
-        relative_C = weights_C[used] * len(used) / weights_C.sum()
-        merged: dict[str, Held] = {}
-        for module, deltas in modules.items():
-            parts = [held(deltas[index]) for index in used]
-            if len(parts[0].shape) == 2:
-                merged[module] = self.matrices(parts, relative_C, config)
-            else:
-                entries = torch.stack([part for part in parts if isinstance(part, Tensor)])
-                share = 1 if self.mean_norm else len(used)
-                merged[module] = combine(entries, relative_C / share)
+        merged = {m: self.merge_matrix(deltas, weights_C, config) for m, deltas in modules.items()}
         if not self.mean_norm:
             return merged
-        norms = [math.hypot(*(norm(deltas[i]) for deltas in modules.values())) for i in used]
-        mean = math.fsum(w * x for w, x in zip(relative_C.tolist(), norms, strict=True)) / len(used)
-        reached = math.hypot(*(norm(delta) for delta in merged.values()))
-        factor = mean / reached if reached else 0.0
+        factor = self.norm_factor(modules, weights_C, map(norm, merged.values()))
         return {module: scaled(delta, factor) for module, delta in merged.items()}
+
+    def merge_matrix(
+        self, deltas: Sequence[Delta], weights_C: Tensor, config: MethodConfig
+    ) -> Held:
+        """One module by ``matrices``; with ``mean_norm``, before the model's norm is mended."""
+        assert self.matrices is not None
+        used, relative_C = _relative(weights_C)
+        parts = [held(deltas[index]) for index in used]
+        if len(parts[0].shape) == 2:
+            return self.matrices(parts, relative_C, config)
+        entries = torch.stack([part for part in parts if isinstance(part, Tensor)])
+        return combine(entries, relative_C / (1 if self.mean_norm else len(used)))
+
+    def norm_factor(
+        self,
+        modules: Mapping[str, Sequence[Delta]],
+        weights_C: Tensor,
+        merged_norms: Iterable[float],
+    ) -> float:
+        """What brings merged modules of these norms to the mean norm of the task vectors."""
+        used, relative_C = _relative(weights_C)
+        # Module by module: stored ones have the base's entries in common.
+        by_module = [[norm(deltas[index]) for index in used] for deltas in modules.values()]
+        norms = [math.hypot(*of_one) for of_one in zip(*by_module, strict=True)]
+        mean = math.fsum(w * x for w, x in zip(relative_C.tolist(), norms, strict=True)) / len(used)
+        reached = math.hypot(*merged_norms)
+        return mean / reached if reached else 0.0
 
     def check_weights(self, weights_C: Tensor, count: int) -> Tensor:
         """The weights in fp64 on the CPU, once they are known to make sense.
@@ -222,6 +269,12 @@ class MergeMethod:
                 "give weights of zero or more, one of them above zero"
             )
         return weights_C
+
+
+def _relative(weights_C: Tensor) -> tuple[list[int], Tensor]:
+    """Who has a say, and their weights with a mean of 1."""
+    used = weights_C.nonzero().flatten().tolist()
+    return used, weights_C[used] * len(used) / weights_C.sum()
 
 
 def inner_products(deltas_CD: Tensor) -> Tensor:

@@ -9,15 +9,18 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from anabranch.vectors.hashing import weights_hash
-from anabranch.vectors.task_vector import Delta, LowRank, TaskVector, stack
+from anabranch.vectors.task_vector import Delta, Held, LowRank, TaskVector, stack
 
 A_SUFFIX, B_SUFFIX = ".lora_A", ".lora_B"
+
+Trained = Literal["both", "a", "b"]
+"""Which LoRA factors a training changes; parameters trained in full change beside any of them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,19 @@ class LoraFactors:
         """The factor alpha / r, or alpha / √r with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that keeps the scaling at another rank."""
+        if rank == self.rank:
+            return self.alpha
+        return self.scaling * (math.sqrt(rank) if self.rslora else rank)
+
+    def leading(self, rank: int) -> LoraFactors:
+        """The first rows of A and columns of B, at the same scaling."""
+        rank = min(rank, self.rank)
+        return LoraFactors(
+            self.a_rn[:rank].clone(), self.b_mr[:, :rank].clone(), self.alpha_at(rank), self.rslora
+        )
+
     def delta(self) -> LowRank:
         """ΔW with the scaling folded into B, in fp32: half precision would round it again."""
         return LowRank(self.b_mr.float() * self.scaling, self.a_rn)
@@ -60,24 +76,41 @@ class Adapter:
         dense: Parameters trained in full (PEFT's ``modules_to_save``), by parameter name.
         base_hash: ``weights_hash`` of the base; None when the adapter does not say.
         peft: The PEFT configuration it came with, less what the factors already say.
+        importance: How much each entry of its ΔW, or of a dense parameter, matters to who trained
+            it (``vectors.importance``); empty when nobody asked.
     """
 
     lora: Mapping[str, LoraFactors]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
     base_hash: str | None = None
     peft: Mapping[str, Any] = field(default_factory=dict)
+    importance: Mapping[str, Held] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The flat layout that is trained, hashed and sent: ``M.lora_A``, ``M.lora_B``, dense."""
+    def tensors(self, trained: Trained = "both") -> dict[str, Tensor]:
+        """The flat layout that is trained, hashed and sent: ``M.lora_A``, ``M.lora_B``, dense.
+
+        Args:
+            trained: The factors wanted; dense parameters are in it always.
+        """
         flat: dict[str, Tensor] = {}
         for name, factors in self.lora.items():
-            flat[name + A_SUFFIX] = factors.a_rn
-            flat[name + B_SUFFIX] = factors.b_mr
+            if trained != "b":
+                flat[name + A_SUFFIX] = factors.a_rn
+            if trained != "a":
+                flat[name + B_SUFFIX] = factors.b_mr
         flat.update(self.dense)
         return {name: flat[name] for name in sorted(flat)}
 
+    def leading(self, rank: int) -> Adapter:
+        """The first ``rank`` rows of every A and columns of every B; dense parameters as they are.
+
+        Of a seeded start these are the seeded start of that rank.
+        """
+        lora = {name: factors.leading(rank) for name, factors in self.lora.items()}
+        return Adapter(lora, self.dense, self.base_hash, self.peft)
+
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """The same adapter with other values, from the flat layout.
+        """The same adapter with other values, from the flat layout; of no known importance.
 
         Raises:
             ValueError: Names or shapes differ from this adapter's.
@@ -149,7 +182,9 @@ def task_vector(adapter: Adapter, start: Adapter | None = None) -> TaskVector:
                 "give the values they started from"
             )
         return TaskVector(
-            {name: factors.delta() for name, factors in adapter.lora.items()}, adapter.base_hash
+            {name: factors.delta() for name, factors in adapter.lora.items()},
+            adapter.base_hash,
+            adapter.importance,
         )
     if sorted(adapter.lora) != sorted(start.lora) or sorted(adapter.dense) != sorted(start.dense):
         mine, theirs = {*adapter.lora, *adapter.dense}, {*start.lora, *start.dense}
@@ -166,7 +201,7 @@ def task_vector(adapter: Adapter, start: Adapter | None = None) -> TaskVector:
     for name, tensor in adapter.dense.items():
         _same_shape(name, tensor.shape, start.dense[name].shape)
         deltas[name] = tensor.float() - start.dense[name].float()
-    return TaskVector(deltas, adapter.base_hash)
+    return TaskVector(deltas, adapter.base_hash, adapter.importance)
 
 
 def _same_shape(name: str, mine: torch.Size, theirs: torch.Size) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -95,10 +95,13 @@ class TaskVector:
     Attributes:
         deltas: Change per module, by name; iterated in sorted order everywhere.
         base_hash: ``weights_hash`` of the base the change belongs to; None when unknown.
+        importance: How much each entry matters to who trained it (``vectors.importance``), by
+            module; empty when nobody asked.
     """
 
     deltas: Mapping[str, Delta]
     base_hash: str | None = None
+    importance: Mapping[str, Delta] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Module names in the one order everything uses."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -187,13 +187,19 @@ def _show_plan(plan: Any, as_json: bool, warnings: list[str]) -> None:
 
 
 def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
-    from anabranch.aggregation import merge
+    from anabranch.aggregation import merge, resolve
     from anabranch.aggregation.withdrawal import withdraw
+    from anabranch.vectors.fisher_file import read_fisher
     from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
     stay = withdraw(job.names, job.without, job.recipe)
     with stderr.status(f"reading {len(stay.names)} adapters"):
         contributions = [read_adapter(job.inputs[index]) for index in stay.indices]
+        if resolve(job.recipe)[0].needs_importance:
+            contributions = [
+                replace(adapter, importance=read_fisher(job.inputs[index]))
+                for adapter, index in zip(contributions, stay.indices, strict=True)
+            ]
         begun = None if job.start is None else read_adapter(job.start)
     with module_bar(job.recipe.method) as progress:
         result = merge(

@@ -15,13 +15,13 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from anabranch.client.lora import read_adapter, write_adapter
+from anabranch.client.lora import read_adapter, training
 from anabranch.client.mods import compress, plan_of, verify_base
 from anabranch.client.records import pack, record_of
 from anabranch.client.session import Session, session_of, site_of
 from anabranch.client.task import TrainPlan
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import decode_update
+from anabranch.wire import decode_adapter
 from anabranch.wire.plan import (
     ADAPTER_KEY,
     ADAPTER_STYPE,
@@ -64,18 +64,14 @@ def start_of(message: Message, plan: RoundPlan, session: Session) -> Adapter:
     if session.start is not None and session.start[0] == plan.start_hash:
         return session.start[1]
     record = record_of(message.content, ADAPTER_KEY, ArrayRecord)
-    if record is None:
-        start = seeded_start(session.template, plan.seed)
-    else:
+    start = seeded_start(session.template, plan.seed)
+    if record is not None:
         array = record[ADAPTER_KEY]
         if array.stype != ADAPTER_STYPE:
             raise ValueError(
                 f"the adapter came as {array.stype!r}, this client reads {ADAPTER_STYPE!r}"
             )
-        mine = session.template.tensors()
-        layout = {name: tuple(tensor.shape) for name, tensor in mine.items()}
-        _, tensors = decode_update(array.data, layout)
-        start = session.template.with_tensors(tensors)
+        start = decode_adapter(array.data, start, plan.trains)
     digest = start.hash()
     if digest != plan.start_hash:
         raise ValueError(
@@ -97,19 +93,18 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train from the round's start; reply with the difference it made (the mods compress it)."""
-    session = session_of(context.run_config, context.node_config)
     plan, site = plan_of(message), site_of(context.node_config)
-    start = start_of(message, plan, session)
-    write_adapter(session.model, start)
+    session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
+    start = session.load(start_of(message, plan, session))
     order = TrainPlan.model_validate(
         {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
     )
     started = time.perf_counter()
-    with global_seed(order.seed):
+    with training(session.model, plan.trained), global_seed(order.seed):
         metrics = dict(session.task.train(session.model, site.partition, order))
     seconds = time.perf_counter() - started
-    before = start.tensors()
-    after = read_adapter(session.model, session.base_hash).tensors()
+    before = start.tensors(plan.trained)
+    after = read_adapter(session.model, session.base_hash).tensors(plan.trained)
     differences = {name: after[name].float() - before[name].float() for name in before}
     content = RecordDict(
         {
@@ -123,9 +118,9 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the adapter that was sent on this node's data."""
-    session = session_of(context.run_config, context.node_config)
     plan, site = plan_of(message), site_of(context.node_config)
-    write_adapter(session.model, start_of(message, plan, session))
+    session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
+    session.load(start_of(message, plan, session))
     started = time.perf_counter()
     metrics = dict(session.task.evaluate(session.model, site.partition, plan.split))
     seconds = time.perf_counter() - started

@@ -6,7 +6,8 @@ Shape legend: r the adapter's rank, m rows, n columns.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,17 +18,21 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from anabranch.vectors import Adapter, LoraFactors, weights_hash
+from anabranch.vectors import Adapter, LoraFactors, LowRank, weights_hash
+from anabranch.vectors.adapter import Trained
 from anabranch.vectors.peft_config import NOT_A_SUM
 
 ADAPTER_NAME = "default"
+FROZEN = "anabranch_frozen"
+"""Attribute of a LoRA layer: the factors that ``keep_frozen`` gave it."""
 PEFT_KEYS = ("task_type", "target_modules", "modules_to_save", "lora_dropout", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """Where a model keeps its adapter: the live parameters, by our names."""
+    """Where a model keeps its adapter: LoRA layers and live parameters, by our names."""
 
+    layers: Mapping[str, Linear]
     lora: Mapping[str, tuple[nn.Parameter, nn.Parameter, float, bool]]
     dense: Mapping[str, nn.Parameter]
     peft: Mapping[str, Any]
@@ -110,6 +115,93 @@ def write_adapter(model: nn.Module, adapter: Adapter) -> None:
             parameter.copy_(value)
 
 
+def keep_frozen(model: nn.Module, frozen: Mapping[str, LowRank]) -> None:
+    """Have a model's modules add frozen factors to what they compute, in place of any before.
+
+    The base is shared by every model on it, and stays as it is.
+
+    Args:
+        model: What ``attach`` returned.
+        frozen: Factors by module, any LoRA scaling folded in; modules left out add nothing.
+    """
+    slots = _slots(model)
+    for name, layer in slots.layers.items():
+        part, like = frozen.get(name), slots.lora[name][0]
+        if not hasattr(layer, FROZEN):
+            if part is None:
+                continue
+            layer.register_forward_hook(_add_frozen)
+        pair = None if part is None else (part.b_mk.to(like), part.a_kn.to(like))
+        setattr(layer, FROZEN, pair)
+
+
+def _add_frozen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The hook of ``keep_frozen``: a function of its module alone, so that copies have it too."""
+    pair: tuple[Tensor, Tensor] | None = getattr(module, FROZEN)
+    if pair is None:
+        return output
+    b_mk, a_kn = pair
+    return output + (inputs[0].to(a_kn.dtype) @ a_kn.T @ b_mk.T).to(output.dtype)
+
+
+def lower_rank(model: nn.Module, template: Adapter) -> None:
+    """Give a model's adapter the ranks, alphas and values of another one, in place.
+
+    Args:
+        model: What ``attach`` returned.
+        template: What ``Adapter.leading`` makes of this model's own adapter: scalings are the same.
+    """
+    for name, layer in _slots(model).layers.items():
+        factors = template.lora[name]
+        for of_adapter, value in ((layer.lora_A, factors.a_rn), (layer.lora_B, factors.b_mr)):
+            linear: Any = of_adapter[ADAPTER_NAME]
+            linear.weight = nn.Parameter(value.to(linear.weight))
+            linear.out_features, linear.in_features = value.shape
+        layer.r[ADAPTER_NAME] = factors.rank
+        layer.lora_alpha[ADAPTER_NAME] = factors.alpha
+    del _SLOTS[model]
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The live parameters of a model's adapter, whether or not they are being trained."""
+    slots = _slots(model)
+    pairs = [(a_rn, b_mr) for a_rn, b_mr, _, _ in slots.lora.values()]
+    return [*(factor for pair in pairs for factor in pair), *slots.dense.values()]
+
+
+@contextmanager
+def training(model: nn.Module, trained: Trained) -> Iterator[None]:
+    """Freeze the LoRA factor that is not to be trained while the block runs.
+
+    Args:
+        model: What ``attach`` returned.
+        trained: The factors that may move.
+
+    Raises:
+        ValueError: The frozen factor moved all the same, at the end of the block.
+    """
+    kept = {
+        name: a_rn if trained == "b" else b_mr
+        for name, (a_rn, b_mr, _, _) in _slots(model).lora.items()
+        if trained != "both"
+    }
+    before = {name: _copy(factor) for name, factor in kept.items()}
+    for factor in kept.values():
+        factor.requires_grad_(False)
+        factor.grad = None
+    try:
+        yield
+        for name, factor in kept.items():
+            if not torch.equal(_copy(factor), before[name]):
+                raise ValueError(
+                    f"the task changed the frozen factor of module {name}; "
+                    "train the parameters whose requires_grad is set, and no others"
+                )
+    finally:
+        for factor in kept.values():
+            factor.requires_grad_(True)
+
+
 def _slots(model: nn.Module) -> _Slots:
     """The model's slots, found once: walking the module tree costs more than the copies."""
     if model not in _SLOTS:
@@ -122,6 +214,7 @@ def _slots(model: nn.Module) -> _Slots:
 def _find_slots(model: PeftModel) -> _Slots:
     config = model.peft_config[ADAPTER_NAME]
     assert isinstance(config, LoraConfig)
+    layers: dict[str, Linear] = {}
     lora: dict[str, tuple[nn.Parameter, nn.Parameter, float, bool]] = {}
     dense: dict[str, nn.Parameter] = {}
     for name, module in model.get_base_model().named_modules():
@@ -131,6 +224,7 @@ def _find_slots(model: PeftModel) -> _Slots:
             a_rn: Any = module.lora_A[ADAPTER_NAME].weight
             b_mr: Any = module.lora_B[ADAPTER_NAME].weight
             alpha = float(module.lora_alpha[ADAPTER_NAME])
+            layers[name] = module
             lora[name] = (a_rn, b_mr, alpha, bool(config.use_rslora))
         elif isinstance(module, LoraLayer):
             raise ValueError(
@@ -138,7 +232,8 @@ def _find_slots(model: PeftModel) -> _Slots:
                 "only linear layers merge: leave it out of target_modules"
             )
     peft = {key: _plain(getattr(config, key, None)) for key in PEFT_KEYS}
-    return _Slots(lora, dense, {key: value for key, value in peft.items() if value is not None})
+    peft = {key: value for key, value in peft.items() if value is not None}
+    return _Slots(layers, lora, dense, peft)
 
 
 def _dense_parameters(name: str, module: nn.Module) -> dict[str, nn.Parameter]:

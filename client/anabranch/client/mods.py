@@ -6,6 +6,7 @@ import secrets
 import time
 from functools import lru_cache
 
+import torch
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -86,8 +87,10 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     metrics = record_of(reply.content, METRICS_KEY, MetricRecord)
     assert trained is not None
     assert metrics is not None
+    delta = unpack(trained)
     owed = _residual(context, plan)
-    wanted = compensate(unpack(trained), unpack(owed), plan.codec.feedback)
+    left = unpack(owed)
+    wanted = compensate(delta, _due(left, delta), plan.codec.feedback)
     meta = UpdateMeta(
         kind="update",
         base_hash=plan.base_hash,
@@ -102,7 +105,7 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     )
     encoded = encode_update(wanted, meta, plan.codec)
     if plan.codec.feedback:
-        _keep_residual(context, plan, owed, remainder(wanted, encoded.sent))
+        _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
     blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)
     reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: blob})
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
@@ -120,6 +123,20 @@ def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:
         return ArrayRecord()
     key = OWED_KEY if about["start-hash"] == plan.start_hash else RESIDUAL_KEY
     return record_of(context.state, key, ArrayRecord) or ArrayRecord()
+
+
+def _due(left: dict[str, Tensor], delta: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of the residual belongs to this update.
+
+    What is owed of a factor that this round keeps waits for the round that trains it; what was
+    owed at another rank is lost.
+    """
+    return {
+        name: left[name]
+        if name in left and left[name].shape == change.shape
+        else torch.zeros_like(change)
+        for name, change in delta.items()
+    }
 
 
 def _keep_residual(

@@ -6,13 +6,22 @@ import copy
 import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from anabranch.client.lora import attach, base_hash, read_adapter
+from anabranch.client.lora import (
+    attach,
+    base_hash,
+    keep_frozen,
+    lower_rank,
+    own_parameters,
+    read_adapter,
+    write_adapter,
+)
 from anabranch.client.task import LoraTask, load_task
 from anabranch.vectors import Adapter
+from anabranch.vectors.frozen import split
 from anabranch.wire.plan import Scalar
 
 
@@ -25,12 +34,14 @@ class Session:
         model: Base with the LoRA layers attached (a ``PeftModel``).
         template: An adapter with this task's modules, ranks and dense start values.
         start: Hash and values of the last round's start: the clients of a process share them.
+        lower: The same at lower ranks, by rank, as far as anybody asked for one.
     """
 
     task: LoraTask
     model: nn.Module
     template: Adapter
     start: tuple[str, Adapter] | None = None
+    lower: dict[int, Session] = field(default_factory=dict)
 
     @property
     def base_hash(self) -> str:
@@ -38,11 +49,48 @@ class Session:
         assert self.template.base_hash is not None
         return self.template.base_hash
 
+    def load(self, adapter: Adapter) -> Adapter:
+        """Put an adapter into the model; ranks beyond the template's are frozen beside it.
+
+        Returns:
+            The part that is trained.
+
+        Raises:
+            ValueError: Names or scalings differ from the model's own, or it has too few ranks.
+        """
+        trained, frozen = split(adapter, self.template)
+        write_adapter(self.model, trained)
+        keep_frozen(self.model, frozen)
+        return trained
+
     def beside(self) -> Session:
         """A session for another thread: an adapter of its own on the same task and frozen base."""
-        frozen = [tensor for tensor in self.model.parameters() if not tensor.requires_grad]
+        mine = {id(tensor) for tensor in own_parameters(self.model)}
+        frozen = [tensor for tensor in self.model.parameters() if id(tensor) not in mine]
         shared = {id(tensor): tensor for tensor in (*frozen, *self.model.buffers())}
-        return replace(self, model=copy.deepcopy(self.model, shared))
+        model = copy.deepcopy(self.model, shared)
+        for parameter in own_parameters(model):
+            parameter.requires_grad_(
+                True
+            )  # this thread's own may be at work with one factor frozen
+        return replace(self, model=model, lower={})
+
+    def at_rank(self, rank: int | None) -> Session:
+        """This session, or one whose adapter has no module above a rank, on the same frozen base.
+
+        Raises:
+            ValueError: A rank above this task's own, which a coordinator has no business asking.
+        """
+        own = max((factors.rank for factors in self.template.lora.values()), default=0)
+        if rank is None or rank == own:
+            return self
+        if rank > own:
+            raise ValueError(f"the plan asks for rank {rank}, this task's adapter has {own}")
+        if rank not in self.lower:
+            lower = replace(self.beside(), template=self.template.leading(rank), start=None)
+            lower_rank(lower.model, lower.template)
+            self.lower[rank] = lower
+        return self.lower[rank]
 
 
 class _OfThread(threading.local):

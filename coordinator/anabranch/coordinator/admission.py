@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
 from anabranch.vectors import Adapter
-from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX
+from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
 from anabranch.wire import WireError, decode_update
 from anabranch.wire.plan import (
     CLIENT_KEY,
@@ -58,9 +58,9 @@ class Candidate:
     metrics: Mapping[str, float]
 
 
-def layout_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def layout_of(adapter: Adapter, trained: Trained) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels: the bound on everything a reply may hold."""
-    return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+    return {name: tuple(tensor.shape) for name, tensor in adapter.tensors(trained).items()}
 
 
 def claims(record: object, names: tuple[str, ...]) -> dict[str, float]:
@@ -106,7 +106,7 @@ def examine(
     if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
     try:
-        meta, tensors = decode_update(array.data, layout_of(start))
+        meta, tensors = decode_update(array.data, layout_of(start, plan.trained))
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
     asked = {
@@ -140,7 +140,7 @@ def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
 
     Finite factors can have a product that is not: it would make the merge fail for everybody.
     """
-    end = {name: tensor + changes[name] for name, tensor in start.tensors().items()}
+    end = {name: tensor + changes.get(name, 0.0) for name, tensor in start.tensors().items()}
     root = math.sqrt(torch.finfo(torch.float32).max)
     for name, factors in start.lora.items():
         size = _norm(end[name + A_SUFFIX]) * _norm(end[name + B_SUFFIX]) * factors.scaling

@@ -13,37 +13,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from anabranch.aggregation import MergeReport, merge
+from anabranch.aggregation import MergeReport, resolve
 from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.merging import check_method, merge_cohort
 from anabranch.coordinator.roster import Roster
+from anabranch.coordinator.start import Start, adapter_record, at_rank
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import UpdateMeta, decode_update, encode_update
-from anabranch.wire.config import CodecConfig
+from anabranch.vectors.frozen import from_tensors, split
+from anabranch.wire import decode_adapter, decode_update, encode_adapter
 from anabranch.wire.errors import one_line
-from anabranch.wire.plan import (
-    ADAPTER_KEY,
-    ADAPTER_STYPE,
-    METRICS_KEY,
-    PLAN_KEY,
-    UPDATE_KEY,
-    RoundPlan,
-)
+from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan
 
 log = logging.getLogger("anabranch.coordinator")
 
@@ -60,27 +47,30 @@ class MergeStrategy(Strategy):
         store: Where rounds are kept; an interrupted run goes on from what it holds.
 
     Raises:
-        ValueError: The template names no base.
+        ValueError: The template names no base, or the method cannot merge what is asked.
     """
 
     def __init__(self, config: FederationConfig, template: Adapter, store: Store) -> None:
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
+        self._method, _ = resolve(config.recipe)
+        check_method(config, template, self._method)
         self.config = config
         self.store = store
         self.base_hash = template.base_hash
-        self.adapter = seeded_start(template, config.seed)
+        self._seeded = seeded_start(template, config.seed)
+        self.adapter = self._seeded
         self.roster = Roster(
             config.poll_s,
             lambda node, why: store.note("meet-failed", {"node": node, "reason": why}),
         )
         self._blob: bytes | None = None  # the adapter in service as it is sent; None: the seed does
+        self._starts: dict[int | None, Start] = {}  # this round's, by rank
         self._asked: dict[int, str] = {}
         self._decoded: dict[str, Mapping[str, Tensor]] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
-            _, tensors = decode_update(self._blob, layout_of(self.adapter))
-            self.adapter = self.adapter.with_tensors(tensors)
+            self.adapter = decode_adapter(self._blob, self._seeded, config.trains)
 
     def summary(self) -> None:
         """Log what will be run."""
@@ -154,10 +144,7 @@ class MergeStrategy(Strategy):
     @property
     def arrays(self) -> ArrayRecord:
         """The adapter in service as it is sent; empty while the seed alone describes it."""
-        if self._blob is None:
-            return ArrayRecord()
-        array = Array("uint8", (len(self._blob),), ADAPTER_STYPE, self._blob)
-        return ArrayRecord({ADAPTER_KEY: array})
+        return adapter_record(self._blob)
 
     def plan(self, server_round: int, train: ConfigRecord | None = None) -> RoundPlan:
         """What round ``server_round`` asks of a client."""
@@ -170,14 +157,19 @@ class MergeStrategy(Strategy):
             start_hash=self.adapter.hash(),
             seed=config.seed,
             codec=config.codec,
+            trains=config.trains,
             train={**config.train, **dict(train or {})},
         )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Plan a round: orders for the sampled clients that have not contributed to it yet."""
+        """Plan a round: orders for the sampled clients that have not contributed to it yet.
+
+        Each is sent the adapter in service at its rank; ``arrays`` is not used.
+        """
         self._plan = self.plan(server_round, config)
+        self._starts = {None: self._whole(self._plan)}
         self._began = time.monotonic()
         self._decoded.clear()
         done = {row.client for row in self.store.contributions(server_round)}
@@ -191,7 +183,8 @@ class MergeStrategy(Strategy):
                 "start_hash": self._plan.start_hash,
             },
         )
-        return self._orders(self._plan, list(self._asked), arrays, MessageType.TRAIN)
+        starts = {node: self._start(name) for node, name in self._asked.items()}
+        return self._orders(starts, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -211,10 +204,9 @@ class MergeStrategy(Strategy):
             row["client"] for row in self.store.notes("evaluate") if row["round"] == server_round
         }
         self._asked = {node: name for node, name in self.roster.nodes().items() if name not in done}
-        orders = self._orders(
-            self.plan(server_round), list(self._asked), arrays, MessageType.EVALUATE
-        )
-        sent = len(orders) * len(self._blob or b"")
+        whole = self._whole(self.plan(server_round))
+        orders = self._orders(dict.fromkeys(self._asked, whole), MessageType.EVALUATE)
+        sent = len(orders) * whole.size_bytes
         self.store.note("scoring", {"round": server_round, "bytes_down": sent})
         return orders
 
@@ -248,22 +240,32 @@ class MergeStrategy(Strategy):
             rows.append(found)
         return _mean_metrics(rows)
 
-    def _orders(
-        self, plan: RoundPlan, nodes: Sequence[int], arrays: ArrayRecord, kind: str
-    ) -> list[Message]:
-        record = ConfigRecord({PLAN_KEY: plan.model_dump_json(), "server-round": plan.round})
-        content = RecordDict({PLAN_KEY: record})
-        if len(arrays):
-            content[ADAPTER_KEY] = arrays
+    def _whole(self, plan: RoundPlan) -> Start:
+        """The adapter in service with a plan for it."""
+        return Start(plan, *split(self.adapter, self._seeded), self._blob)
+
+    def _start(self, client: str) -> Start:
+        """What this round hands a client."""
+        rank = self.config.ranks.get(client)
+        if rank not in self._starts:
+            assert rank is not None
+            whole = self._starts[None]
+            self._starts[rank] = at_rank(whole, rank, self._method, self.config.down)
+        return self._starts[rank]
+
+    def _orders(self, starts: Mapping[int, Start], kind: str) -> list[Message]:
         # Waiting for a reply ends with the deadline; its message may live a little longer.
         ttl = self.config.deadline_s + 60
-        return [Message(content, node, kind, ttl=ttl, group_id=str(plan.round)) for node in nodes]
+        return [
+            Message(start.content, node, kind, ttl=ttl, group_id=str(start.plan.round))
+            for node, start in starts.items()
+        ]
 
     def _aggregate(
         self, server_round: int, incoming: Iterable[Reply]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         refused_bytes, refused = 0, 0
-        bytes_down = len(self._asked) * len(self._blob or b"")
+        bytes_down = sum(self._start(client).size_bytes for client in self._asked.values())
         for reply in incoming:
             try:
                 self._admit(reply)
@@ -306,15 +308,15 @@ class MergeStrategy(Strategy):
         return self.arrays, _mean_metrics([row.metrics for row in cohort])
 
     def _admit(self, reply: Reply) -> None:
-        plan = self._plan
         if reply.message is None:
             raise RefusedError(reply.code, reply.reason)
         client = self._asked.get(reply.node)
         if client is None:
             raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
-        candidate = examine(reply.message, plan, self.adapter, client, self.config.max_norm)
+        start = self._start(client)
+        candidate = examine(reply.message, start.plan, start.adapter, client, self.config.max_norm)
         contribution = Contribution(
-            round=plan.round,
+            round=start.plan.round,
             client=client,
             digest=self.store.put(candidate.blob),  # the bytes first, the row second
             size_bytes=len(candidate.blob),
@@ -334,43 +336,43 @@ class MergeStrategy(Strategy):
         )
 
     def _merge(self, server_round: int, cohort: Sequence[Contribution]) -> MergeReport:
-        start = self.adapter
-        before, layout = start.tensors(), layout_of(start)
-        ends: list[Adapter] = []
-        for row in cohort:
-            changes = self._decoded.pop(row.digest, None)
-            if changes is None:
-                _, changes = decode_update(self.store.get(row.digest), layout)
-            ends.append(start.with_tensors({name: before[name] + changes[name] for name in before}))
+        starts = [self._start(row.client) for row in cohort]
+        ends = [self._end(row, start) for row, start in zip(cohort, starts, strict=True)]
         names = [row.client for row in cohort]
-        result = merge(ends, self.config.recipe, start=start, names=names)
-        meta = UpdateMeta(
-            kind="adapter",
-            base_hash=self.base_hash,
-            start_hash=self._plan.start_hash,
-            federation=self.config.name,
-            run=self.config.run,
-            round=server_round,
-            client="",
-            nonce=b"",
-            seed=self.config.seed,
-            examples=0,
-        )
-        encoded = encode_update(
-            result.adapter.tensors(), meta, CodecConfig(name="dense", dtype=self.config.down)
-        )
+        merged, report = merge_cohort(self.config, self._starts[None], starts, ends, names)
+        encoded = encode_adapter(merged, self._plan, self.config.down)
         # What the clients will decode is the adapter in service, to the bit.
-        self.adapter = start.with_tensors(encoded.sent)
+        self.adapter = from_tensors(self._seeded, {**merged.tensors(), **encoded.sent})
         self._blob = encoded.blob
         self.store.publish(
             Publication(
                 round=server_round,
                 digest=self.store.put(encoded.blob),
                 adapter_hash=self.adapter.hash(),
-                report=_plain(result.report),
+                report=_plain(report),
             )
         )
-        return result.report
+        return report
+
+    def _end(self, row: Contribution, start: Start) -> Adapter:
+        """What a client trained: its start and the change it sent.
+
+        Raises:
+            ValueError: It was made from another start.
+        """
+        changes = self._decoded.pop(row.digest, None)
+        if changes is None:
+            layout = layout_of(start.adapter, start.plan.trained)
+            meta, changes = decode_update(self.store.get(row.digest), layout)
+            # The SVD of another machine may turn a truncated start differently.
+            if meta.start_hash != start.plan.start_hash:
+                raise ValueError(
+                    f"{row.client} trained from {meta.start_hash[:12]}, which this machine makes "
+                    f"{start.plan.start_hash[:12]}; finish a round where it was begun"
+                )
+        before = start.adapter.tensors()
+        moved = {name: before[name] + change for name, change in changes.items()}
+        return start.adapter.with_tensors({**before, **moved})
 
 
 def _plain(report: MergeReport) -> dict[str, Any]:

@@ -24,6 +24,16 @@ CLIENT_KEY = "client"
 
 Scalar = bool | int | float | str
 
+Trains = Literal["both", "b", "alternate"]
+"""Which LoRA factors a federation trains: both; B alone, beside the A of the seed (FFA-LoRA,
+2403.12313); or B in odd rounds and A in even ones (RoLoRA, 2409.02346). Where all clients share the
+other factor, the mean of what they trained is the mean of their ΔW."""
+
+
+def sent_down(trains: Trains) -> Literal["both", "b"]:
+    """The factors that an adapter holds on its way to the clients; what it lacks is the seed's."""
+    return "b" if trains == "b" else "both"
+
 
 class RoundPlan(BaseModel):
     """One round's order to a client."""
@@ -45,7 +55,19 @@ class RoundPlan(BaseModel):
     and clients mix it with the round and their name."""
     codec: CodecConfig = CodecConfig()
     """How the update is to be encoded."""
+    trains: Trains = "both"
+    """Which LoRA factors the federation trains."""
+    rank: int | None = Field(None, ge=1)
+    """Largest rank of a module that this client is to train, and of the adapter it starts from;
+    None is the task's own."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the client's ``TrainPlan``, forwarded as they are."""
     split: Literal["validation", "test"] = "validation"
     """Which part of its data a client evaluates on."""
+
+    @property
+    def trained(self) -> Literal["both", "a", "b"]:
+        """The factors that this round trains, and that its updates hold."""
+        if self.trains == "alternate":
+            return "b" if self.round % 2 else "a"
+        return self.trains

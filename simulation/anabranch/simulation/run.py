@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from anabranch.aggregation import resolve
+from anabranch.aggregation import MergeMethod, resolve
 from anabranch.aggregation.recipe import Recipe
 from anabranch.client.app import app as client_app
-from anabranch.client.session import Session, open_session
+from anabranch.client.session import Session, client_name, open_session
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
 from anabranch.coordinator.federation import START_FOLDER, write_federation
+from anabranch.coordinator.merging import check_method
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
@@ -80,13 +81,19 @@ def prepare(scenario: Scenario) -> Session:
     session = open_task(scenario)
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
-    _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
+    method = _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
+    check_method(config, session.template, method)
+    names = [client_name(partition) for partition in range(config.clients)]
+    if strangers := [client for client in config.ranks if client not in names]:
+        raise ValueError(
+            f"ranks.{strangers[0]}: there is no such client; they are {names[0]} to {names[-1]}"
+        )
     session.task.check_data()
     return session
 
 
-def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
-    """Try the method on as few and on as many updates as a round may merge."""
+def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> MergeMethod:
+    """The method, tried on as few and on as many updates as a round may merge."""
     try:
         method, parameters = resolve(recipe, "recipe")
     except ValueError as error:
@@ -101,6 +108,7 @@ def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
                 f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
                 f"{method.name} cannot: {error}"
             ) from error
+    return method
 
 
 def run_federation(
@@ -165,6 +173,9 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "engine": "inprocess",
             "down": "fp32",
             "max_norm": None,
+            "trains": "both",
+            "ranks": {},
+            "rest": "drop",
             "recipe": Recipe(method="fedit"),
             "codec": CodecConfig(name="dense", feedback=0.0),
             "evaluate_every": 0,
@@ -235,7 +246,7 @@ def simulate(
         scores=scores,
         groups=list(task.groups),
         scored=dict(task.scored_partitions),
-        adapter=merged,
+        start=start,
         phases=seconds.phases,
     )
     summary = summarise(scenario, measured, total_s=time.perf_counter() - began)

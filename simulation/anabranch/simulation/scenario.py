@@ -22,11 +22,13 @@ from anabranch.client.task import TrainPlan
 from anabranch.coordinator.federation import (
     FederationConfig,
     FederationRecipe,
+    Ranks,
+    Rest,
     clients_asked,
     keyed_error,
 )
 from anabranch.wire.config import CodecConfig, DenseDtype
-from anabranch.wire.plan import Scalar
+from anabranch.wire.plan import Scalar, Trains
 
 DEFAULT_TASK = "anabranch.simulation.partitioned_text:PartitionedText"
 
@@ -100,6 +102,15 @@ class Scenario(BaseModel):
     """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
     codec: CodecConfig = CodecConfig()
     """How updates are encoded."""
+    trains: Trains = "both"
+    """Which LoRA factors are trained: ``both``, ``b`` (FFA-LoRA: A stays the seed's, half the
+    bytes) or ``alternate`` (RoLoRA: B in odd rounds, A in even ones)."""
+    ranks: Ranks = Field(default_factory=dict)
+    """Rank by client (``client-0000`` and so on), for clients that train fewer ranks than the
+    task's: FlexLoRA, or HetLoRA with the method ``hetlora``. Clients not named train all."""
+    rest: Rest = "drop"
+    """What becomes of the merge beyond the clients' rank: ``drop``, or kept frozen while they train
+    on from the means of A and B (``fedex``) or afresh (``flora``)."""
     down: DenseDtype = "fp32"
     """How adapters are stored on their way to the clients."""
     recipe: FederationRecipe = Recipe(method="ties")
@@ -152,6 +163,9 @@ class Scenario(BaseModel):
             codec=self.codec,
             down=self.down,
             recipe=self.recipe,
+            trains=self.trains,
+            ranks=self.ranks,
+            rest=self.rest,
             train=self.train,
         )
 

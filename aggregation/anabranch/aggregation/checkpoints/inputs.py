@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from anabranch.aggregation.compatible import check_architectures, check_tokenizers
 from anabranch.aggregation.engine.cohort import Cohort, contribution_names, side_by_side
+from anabranch.aggregation.engine.importance import with_importance
+from anabranch.aggregation.method import MergeMethod
 from anabranch.vectors.checkpoint import Checkpoint, Reference, open_checkpoint, stored_vector
+from anabranch.vectors.fisher_file import stored_fisher
 from anabranch.vectors.safetensors_header import StoredTensor
 
 _PIECE = 1 << 20
@@ -27,6 +30,7 @@ class Inputs:
         base: What they were fine-tuned from; None merges the weights themselves.
         cohort: The contributions' task vectors, left on disk.
         reference: Reads the base; None without one.
+        importance_bytes: Bytes of the importance that the method reads.
         copied: Names of integer tensors, which must be equal everywhere and are copied, and of
             those without entries.
         warnings: What is odd about them, one line each.
@@ -36,6 +40,7 @@ class Inputs:
     base: Checkpoint | None
     cohort: Cohort
     reference: Reference | None
+    importance_bytes: int
     copied: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -63,7 +68,10 @@ class Inputs:
 
 
 def open_inputs(
-    models: Sequence[Path], base: Path | None, names: Sequence[str] | None = None
+    models: Sequence[Path],
+    base: Path | None,
+    names: Sequence[str] | None,
+    method: MergeMethod,
 ) -> Inputs:
     """Read headers and configurations, and compare them.
 
@@ -71,6 +79,7 @@ def open_inputs(
         models: Checkpoint folders or files.
         base: The checkpoint they were fine-tuned from, if there is one.
         names: What to call the models; None takes their paths.
+        method: What will merge them; it may ask for their Fisher.
 
     Raises:
         ValueError: One line that names the model, the tensor or key, and the fix.
@@ -98,11 +107,18 @@ def open_inputs(
         raise ValueError(f"{labelled[0][1].path}: holds no floating-point tensors to merge")
     reference = None if origin is None else Reference(origin.tensors)
     vectors = [stored_vector(model, floating, reference) for model in opened]
+    cohort, importance_bytes = side_by_side(vectors, names), 0
+    if method.needs_importance:
+        read = [stored_fisher(m.folder) if m.folder else ({}, 0) for m in opened]
+        importance_bytes = sum(size_bytes for _, size_bytes in read)
+        weighed = [replace(v, importance=f) for v, (f, _) in zip(vectors, read, strict=True)]
+        cohort = with_importance(cohort, weighed, method)
     return Inputs(
         opened,
         origin,
-        side_by_side(vectors, names),
+        cohort,
         reference,
+        importance_bytes,
         tuple(name for name in like if name not in set(floating)),
         tuple(warnings),
     )

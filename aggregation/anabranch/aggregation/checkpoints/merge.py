@@ -6,7 +6,7 @@ Shape legend: C contributions, R rows of a chunk, n columns, L entries of a stre
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from anabranch.aggregation.checkpoints.inputs import Inputs, open_inputs, pieces
-from anabranch.aggregation.engine.entries import EntryMerge
-from anabranch.aggregation.engine.gram import module_grams
+from anabranch.aggregation.checkpoints.merged_rows import check_budget, merged_rows
 from anabranch.aggregation.engine.job import Progress
-from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, ModuleRows
-from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
-from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
+from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
+from anabranch.aggregation.engine.stream import cohort_weights
+from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
 from anabranch.aggregation.withdrawal import withdraw
@@ -68,7 +67,9 @@ def merge_checkpoints(
     """Merge whole models into a new checkpoint: base + scale·merge(model_i − base).
 
     Memory is the budget and a few pieces, whatever the number and the size of the models: nothing
-    is mapped, and the result goes to disk as it is made. The folder appears when it is complete.
+    is mapped, and the result goes to disk as it is made. Methods on matrices hold one matrix of
+    every model, and refuse a budget that is too small for that. The folder appears when it is
+    complete.
 
     Args:
         models: Checkpoints: folders, or safetensors files.
@@ -96,12 +97,10 @@ def merge_checkpoints(
         )
         models, names = [models[index] for index in stay.indices], stay.names
         weights = stay.weights
-    inputs = open_inputs(models, base, names)
+    inputs = open_inputs(models, base, names, method)
     weights_C = cohort_weights(method, recipe, weights, len(models))
     check_count(method, config, weights_C)
-    for module in inputs.cohort.deltas:
-        # Refuses a budget that is too small for a module before the first one is read.
-        ModuleRows(inputs.cohort, module, budget_bytes, whole_vectors=method.whole_vectors)
+    check_budget(inputs.cohort, method, budget_bytes)
     like = inputs.like.tensors
     stored = None if dtype is None else getattr(torch, dtype)
     layout = {
@@ -124,7 +123,7 @@ def merge_checkpoints(
 
     with new_folder(out) as partial:
         inputs.check_copied()
-        rows = _merge_rows(inputs, method, config, weights_C, budget_bytes)
+        rows = merged_rows(inputs.cohort, method, config, weights_C, budget_bytes)
         if inputs.like.folder is not None:
             copy_companions(inputs.like.folder, partial)
             if dtype is not None:
@@ -146,22 +145,17 @@ def check_method(method: MergeMethod, base: Path | None) -> list[str]:
         Warnings, one line each.
 
     Raises:
-        ValueError: The method merges neither entries nor whole task vectors, or it drops entries,
-            and would do so with the weights of a model.
+        ValueError: The method merges factors, or it drops entries or directions and would do so
+            with the weights of a model.
     """
     if method.factors:
         raise ValueError(
             f"method: {method.name} works on the factors of adapters, checkpoints have none; "
             "choose another, such as mean or ties"
         )
-    if method.matrices is not None:
+    if base is None and (method.statistics or method.draws or method.matrices is not None):
         raise ValueError(
-            f"method: {method.name} takes whole matrices, and checkpoints are merged some rows at "
-            "a time; choose another, such as mean or ties"
-        )
-    if base is None and (method.statistics or method.draws):
-        raise ValueError(
-            f"method: {method.name} chooses among the entries of task vectors; "
+            f"method: {method.name} chooses among the entries or directions of task vectors; "
             "name the checkpoint that all were fine-tuned from with --base"
         )
     # A mean is the same from wherever it is taken.
@@ -177,38 +171,6 @@ def check_count(method: MergeMethod, config: MethodConfig, weights_C: Tensor) ->
         ValueError: What the method says to one entry of zero from each.
     """
     method(torch.zeros(len(weights_C), 1, 1), weights_C, config)
-
-
-def _merge_rows(
-    inputs: Inputs,
-    method: MergeMethod,
-    config: MethodConfig,
-    weights_C: Tensor,
-    budget_bytes: int,
-) -> EntryMerge | _Combined:
-    """The merge, ready to give the rows of any tensor: model-wide statistics are gathered here."""
-    cohort = inputs.cohort
-    if method.coefficients is None:
-        return EntryMerge(cohort, method, config, weights_C, budget_bytes)
-    grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
-    coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
-    return _Combined(inputs, coefficients, budget_bytes)
-
-
-@dataclass(frozen=True)
-class _Combined:
-    """Σ c_i·τ_i, a chunk of rows at a time."""
-
-    inputs: Inputs
-    coefficients: Mapping[str, Sequence[float]]
-    budget_bytes: int
-
-    def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
-        """Merged rows, first to last: index of the first, and entries [R, n] in fp32."""
-        coefficients_C = torch.tensor(self.coefficients[module], dtype=torch.float64)
-        for chunk in ModuleRows(self.inputs.cohort, module, self.budget_bytes):
-            merged_D = combine(chunk.deltas_CD, coefficients_C)
-            yield chunk.start, merged_D.view(-1, chunk.columns)
 
 
 def _onto_base(

@@ -6,7 +6,7 @@ Shape legend: m rows, n columns of a module, k inner rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,15 +22,23 @@ class Cohort:
         names: What to call each contribution in messages.
         deltas: By module, in sorted order: one change per contribution, factors in fp32.
         base_hash: Hash of the base they belong to, None when none of them says.
+        importances: By module, how much each entry matters to its contribution, where the method
+            reads it (``engine.importance``).
     """
 
     names: tuple[str, ...]
     deltas: Mapping[str, tuple[Delta, ...]]
     base_hash: str | None
+    importances: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """C."""
         return len(self.names)
+
+    @property
+    def held_per_entry(self) -> int:
+        """Numbers held of each entry: C changes, and as many importances where they are read."""
+        return len(self) * (2 if self.importances else 1)
 
     def entries(self) -> int:
         """Entries of one whole task vector, D over all modules."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
+from anabranch.aggregation.engine.importance import normalised_cohort
 from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows, device_of, fill_rows
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.statistics import Found, gather_statistics
@@ -38,6 +39,8 @@ class EntryMerge:
         weights_C: Tensor,
         budget_bytes: int,
     ) -> None:
+        if method.needs_importance:
+            cohort = normalised_cohort(cohort, method.normalise_of(config))
         self.cohort = cohort
         self.method = method
         self.config = config
@@ -46,7 +49,7 @@ class EntryMerge:
         self._found: dict[str, Found] = {}
         self._sources: dict[str, ModuleRows] = {}
         if self.method.statistics and self.method.scope_of(config) == "model":
-            bytes_held = self.cohort.entries() * (len(self.cohort) + 1) * FP32_BYTES
+            bytes_held = self.cohort.entries() * (self.cohort.held_per_entry + 1) * FP32_BYTES
             keep = bytes_held <= self.budget_bytes // 2
             sources = {m: self._source(m, keep) for m in self.cohort.deltas}
             found = self._gather(list(sources.values()))

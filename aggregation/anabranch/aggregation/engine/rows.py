@@ -5,7 +5,7 @@ Shape legend: C contributions, R rows of a chunk, n columns, D = R·n entries of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,18 +59,18 @@ class ModuleRows:
         self.module = module
         self._deltas = cohort.deltas[module]
         self.rows, self.columns = matrix_shape(self._deltas[0].shape, whole_vectors)
-        self.fused = fused and worthwhile(
-            len(cohort), self.rows * self.columns, device_of(self._deltas[0])
-        )
+        self._importances = cohort.importances.get(module, ())
+        large = worthwhile(len(cohort), self.rows * self.columns, device_of(self._deltas[0]))
+        self.fused = fused and large and not self._importances
         self._kept: list[Chunk] | None = None
         if self.fused and all(isinstance(d, Tensor) and readable(d) for d in self._deltas):
             self.step = self.rows
             where_they_lie = tuple(d.view(-1) for d in self._deltas if isinstance(d, Tensor))
             self._kept = [Chunk(module, 0, self.columns, where_they_lie, True)]
             return
-        row_bytes = len(cohort) * max(1, self.columns) * FP32_BYTES
+        row_bytes = cohort.held_per_entry * max(1, self.columns) * FP32_BYTES
         # Entries need no product: where all are given, a row alone will do.
-        products = any(isinstance(delta, LowRank) for delta in self._deltas)
+        products = any(isinstance(d, LowRank) for d in (*self._deltas, *self._importances))
         block = min(ROW_BLOCK if products else 1, max(1, self.rows))
         blocks = budget_bytes // 2 // (row_bytes * WORKING_COPIES * block)
         if not blocks:
@@ -114,9 +114,20 @@ class ModuleRows:
         # A kernel never returns its inputs, so the next chunk may lie where this one did. New
         # memory costs as much as what is written to it.
         self._memory = rows_CRn if self.fused and not self._keep else None
-        for delta, out_Rn in zip(self._deltas, rows_CRn, strict=True):
-            fill_rows(delta, start, out_Rn)
-        return Chunk(self.module, start, self.columns, rows_CRn.flatten(1), self.fused)
+        _fill(self._deltas, start, rows_CRn)
+        importances_CD = None
+        if self._importances:
+            importances_CD = _fill(self._importances, start, torch.empty_like(rows_CRn)).flatten(1)
+        return Chunk(
+            self.module, start, self.columns, rows_CRn.flatten(1), self.fused, importances_CD
+        )
+
+
+def _fill(deltas: Sequence[Delta], start: int, out_CRn: Tensor) -> Tensor:
+    """Write the rows of each change from ``start`` on into [C, R, n], and return them."""
+    for delta, out_Rn in zip(deltas, out_CRn, strict=True):
+        fill_rows(delta, start, out_Rn)
+    return out_CRn
 
 
 def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:

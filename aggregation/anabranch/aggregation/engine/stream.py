@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from anabranch.aggregation.engine.cohort import (
     Cohort,
@@ -18,6 +19,7 @@ from anabranch.aggregation.engine.cohort import (
 )
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
+from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
 from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load, readable
 from anabranch.aggregation.method import MergeMethod, MethodConfig
@@ -96,7 +98,8 @@ def merge_task_vectors(
             average = merge_factors(module, deltas, method, config, weights_C, cohort.names)
             merged[module] = scaled(average, recipe.scale)
     else:
-        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes)
+        weighed = with_importance(cohort, vectors, method)
+        entries = EntryMerge(weighed, method, config, weights_C, budget_bytes)
         for module, deltas in cohort.deltas.items():
             merged[module] = entries.dense(module, recipe.scale).view(deltas[0].shape)
     return TaskVector(merged, cohort.base_hash)
@@ -179,7 +182,8 @@ def merge_factors(
     """A and B merged apart, for the methods that do so; dense entries as they are.
 
     Raises:
-        ValueError: Ranks differ, or one contribution is dense and another is not.
+        ValueError: Ranks differ where the method does not pad them, or one contribution is dense
+            and another is not.
     """
     merge = method.merge
     assert merge is not None
@@ -192,6 +196,10 @@ def merge_factors(
     if len(dense) == len(deltas):
         return apart(dense)
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if method.weigh is not None and not dense:
+        norms_C = torch.tensor([part.norm() for part in factors], dtype=torch.float64)
+        weights_C = method.weigh(weights_C, norms_C)
+        factors = _padded(factors)
     ranks = {name: part.rank for name, part in zip(names, factors, strict=False)}
     if dense or len(set(ranks.values())) > 1:
         raise ValueError(
@@ -199,6 +207,18 @@ def merge_factors(
             f"got {ranks}; use mean, which merges ΔW"
         )
     return LowRank(apart([part.b_mk for part in factors]), apart([part.a_kn for part in factors]))
+
+
+def _padded(parts: Sequence[LowRank]) -> list[LowRank]:
+    """The same products, all of the largest inner rank: zeros below A and beside B."""
+    rank = max(part.rank for part in parts)
+    return [
+        LowRank(
+            functional.pad(part.b_mk, (0, rank - part.rank)),
+            functional.pad(part.a_kn, (0, 0, 0, rank - part.rank)),
+        )
+        for part in parts
+    ]
 
 
 def _entries(delta: Stored | Tensor) -> Tensor:

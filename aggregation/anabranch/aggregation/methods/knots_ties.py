@@ -64,16 +64,22 @@ def shared_basis(deltas: Sequence[Held]) -> tuple[Tensor, Tensor]:
     u_pr = space.joint().u_pr
     if not u_pr.shape[1]:
         u_pr = torch.eye(len(u_pr), 1, dtype=u_pr.dtype, device=u_pr.device)
-    turned = [
-        (u_pr.T @ core.b_mk) @ core.a_kn if isinstance(core, LowRank) else u_pr.T @ core.double()
-        for core in space.cores
-    ]
-    if space.left_mp is None or space.right_nq is None:
-        return u_pr, torch.stack([z_rn.float() for z_rn in turned])
-    right_qn = space.right_nq.T
-    return space.left_mp @ u_pr, torch.stack([(z_rq @ right_qn).float() for z_rq in turned])
+    right_nq = space.right_nq
+    columns = deltas[0].shape[1]
+    z_Crn = torch.empty(len(deltas), u_pr.shape[1], columns, device=u_pr.device)
+    for core, z_rn in zip(space.cores, z_Crn, strict=True):
+        if isinstance(core, LowRank):
+            z_rq = (u_pr.T @ core.b_mk) @ core.a_kn
+        else:
+            z_rq = u_pr.T @ core.double()
+        z_rn.copy_(z_rq if right_nq is None else z_rq @ right_nq.T)
+    return u_pr if space.left_mp is None else space.left_mp @ u_pr, z_Crn
 
 
 KNOTS_TIES = MergeMethod(
-    name="knots_ties", config=KnotsTiesConfig, scope="tensor", matrices=knots_ties
+    name="knots_ties",
+    config=KnotsTiesConfig,
+    scope="tensor",
+    matrices=knots_ties,
+    matrix_copies=5,
 )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from anabranch.aggregation.compatible import check_tokenizers
 from anabranch.aggregation.engine.adapters import check_refactor
 from anabranch.aggregation.engine.cohort import Cohort, common_base, side_by_side
+from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import FP32_BYTES
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.planning.cost import Cost, entry_cost
 from anabranch.aggregation.planning.merge_plan import MergePlan
 from anabranch.aggregation.recipe import Recipe
 from anabranch.vectors.adapter import Adapter
+from anabranch.vectors.fisher_file import fisher_layout
+from anabranch.vectors.importance import flat_importance
 from anabranch.vectors.peft_config import CONFIG_FILE
 from anabranch.vectors.peft_folder import adapter_layout
 from anabranch.vectors.task_vector import TaskVector
@@ -34,6 +40,11 @@ def plan_adapters(
         ValueError: Adapters that do not belong together.
     """
     adapters = [adapter_layout(folder) for folder in folders]
+    if method.needs_importance:
+        adapters = [
+            replace(adapter, importance=fisher_layout(folder))
+            for adapter, folder in zip(adapters, folders, strict=True)
+        ]
     begun = None if start is None else adapter_layout(start)
     check_refactor(recipe, method, adapters)
     warnings = check_tokenizers(list(zip(names, folders, strict=True)))
@@ -50,9 +61,11 @@ def plan_adapters(
                 "name the adapter they started from with --start"
             )
     alone = {module: parts[: len(adapters)] for module, parts in cohort.deltas.items()}
-    contributions = Cohort(tuple(names), alone, cohort.base_hash)
+    contributions = with_importance(
+        Cohort(tuple(names), alone, cohort.base_hash), [_layout(one) for one in adapters], method
+    )
     like = adapters[0] if begun is None else begun
-    held = sum(tensor.numel() for adapter in adapters for tensor in adapter.tensors().values())
+    held = sum(tensor.numel() for adapter in adapters for tensor in _tensors(adapter))
     dense = method.merge is not None and not method.factors
     cost = (
         entry_cost(contributions, method, config, budget_bytes, keeps_result=True)
@@ -77,7 +90,7 @@ def plan_adapters(
 def _layout(adapter: Adapter) -> TaskVector:
     """An adapter's modules and shapes as a task vector without numbers."""
     deltas = {name: factors.delta() for name, factors in adapter.lora.items()}
-    return TaskVector({**deltas, **adapter.dense}, adapter.base_hash)
+    return TaskVector({**deltas, **adapter.dense}, adapter.base_hash, adapter.importance)
 
 
 def _check_named_bases(everyone: Sequence[tuple[str, Adapter]]) -> list[str]:
@@ -115,4 +128,8 @@ def _output_bytes(recipe: Recipe, adapters: Sequence[Adapter], like: Adapter) ->
 
 
 def _size_bytes(adapter: Adapter) -> int:
-    return sum(t.numel() * t.element_size() for t in adapter.tensors().values())
+    return sum(t.numel() * t.element_size() for t in _tensors(adapter))
+
+
+def _tensors(adapter: Adapter) -> list[Tensor]:
+    return [*adapter.tensors().values(), *flat_importance(adapter.importance).values()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from anabranch.aggregation.checkpoints.inputs import Inputs
+from anabranch.aggregation.checkpoints.merged_rows import check_budget
 from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.aggregation.planning.cost import entry_cost
+from anabranch.aggregation.planning.cost import entry_cost, matrix_cost
 from anabranch.aggregation.planning.merge_plan import MergePlan
 
 
@@ -14,7 +15,11 @@ def plan_checkpoints(
     inputs: Inputs, method: MergeMethod, config: MethodConfig, dtype: str | None, budget_bytes: int
 ) -> MergePlan:
     """Plan a merge of checkpoints whose headers are read."""
-    cost = entry_cost(inputs.cohort, method, config, budget_bytes, keeps_result=False)
+    check_budget(inputs.cohort, method, budget_bytes)
+    if method.matrices is not None:
+        cost = matrix_cost(inputs.cohort, method)
+    else:
+        cost = entry_cost(inputs.cohort, method, config, budget_bytes, keeps_result=False)
     like = inputs.like.tensors
     everything = [*inputs.models, *([inputs.base] if inputs.base else [])]
     read_bytes = 0
@@ -25,6 +30,8 @@ def plan_checkpoints(
         read_bytes += passes * once + again
     for name in inputs.copied:
         read_bytes += (2 * len(inputs.models) + 1) * like[name].size_bytes
+    # Importance is read for its mean, and again to merge by it.
+    read_bytes += 2 * inputs.importance_bytes
     width = None if dtype is None else getattr(torch, dtype).itemsize
     output_bytes = sum(
         tensor.shape.numel() * (width if width and name in cost.passes else tensor.dtype.itemsize)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from anabranch.aggregation.checkpoints.merged_rows import matrix_bytes
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.rows import FP32_BYTES, WORKING_COPIES, ModuleRows
 from anabranch.aggregation.method import MergeMethod, MethodConfig
@@ -22,6 +23,13 @@ class Cost:
     memory_bytes: int
 
 
+def matrix_cost(cohort: Cohort, method: MergeMethod) -> Cost:
+    """What whole dense matrices take, one module at a time."""
+    # The norms of the task vectors, and a merge for the norm of the result, come first.
+    passes = dict.fromkeys(cohort.deltas, 3 if method.mean_norm else 1)
+    return Cost(passes, max(matrix_bytes(cohort, module, method) for module in cohort.deltas))
+
+
 def entry_cost(
     cohort: Cohort,
     method: MergeMethod,
@@ -34,12 +42,12 @@ def entry_cost(
     count = len(cohort)
     gathers = bool(method.statistics)
     whole_model = gathers and method.scope_of(config) == "model"
-    everything = cohort.entries() * (count + 1) * FP32_BYTES
+    everything = cohort.entries() * (cohort.held_per_entry + 1) * FP32_BYTES
     keep_all = whole_model and everything <= budget_bytes // 2
     passes, working, kept_bytes, counters = {}, 0, everything if keep_all else 0, 0
     for module, parts in cohort.deltas.items():
         rows = ModuleRows(cohort, module, budget_bytes, gathers, method.whole_vectors)
-        row_bytes = count * rows.columns * FP32_BYTES
+        row_bytes = cohort.held_per_entry * rows.columns * FP32_BYTES
         several = whole_model or len(rows) > 1
         # An exact k-th takes two passes unless the whole scope is one chunk.
         kths = several * sum(s.how.startswith("kth") for s in method.statistics)

@@ -64,7 +64,7 @@ def plan_merge(
                 f"{start}: --start is for adapters; name what checkpoints share as --base"
             )
         warnings = check_method(method, base)
-        opened = open_inputs(inputs, base, names)
+        opened = open_inputs(inputs, base, names, method)
         plan = plan_checkpoints(opened, method, config, dtype, budget_bytes)
         return replace(plan, warnings=(*warnings, *plan.warnings))
     if base is not None:

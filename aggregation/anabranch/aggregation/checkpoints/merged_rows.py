@@ -1,0 +1,118 @@
+"""The ways methods go through stored task vectors: each gives merged rows, a stretch at a time.
+
+Shape legend: C contributions, R rows of a chunk, n columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anabranch.aggregation.chunk import matrix_shape
+from anabranch.aggregation.engine.cohort import Cohort
+from anabranch.aggregation.engine.entries import EntryMerge
+from anabranch.aggregation.engine.gram import module_grams
+from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows
+from anabranch.aggregation.engine.stream import cohort_coefficients
+from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
+from anabranch.vectors.task_vector import held, norm
+
+_DECOMPOSITIONS = 32
+"""What the fp64 decompositions of a matrix take, in fp32 copies of it: 24 at most were measured."""
+
+
+class MergedRows(Protocol):
+    """A merge that is ready to give the rows of any module."""
+
+    def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
+        """Merged rows, first to last: index of the first, and entries [R, n] in fp32."""
+        ...
+
+
+def merged_rows(
+    cohort: Cohort,
+    method: MergeMethod,
+    config: MethodConfig,
+    weights_C: Tensor,
+    budget_bytes: int,
+) -> MergedRows:
+    """The method on a cohort; what it gathers over the whole model is gathered here."""
+    if method.matrices is not None:
+        return _Matrices(cohort, method, config, weights_C)
+    if method.coefficients is None:
+        return EntryMerge(cohort, method, config, weights_C, budget_bytes)
+    grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
+    coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
+    return _Combined(cohort, coefficients, budget_bytes)
+
+
+def check_budget(cohort: Cohort, method: MergeMethod, budget_bytes: int) -> None:
+    """Refuse a budget that is too small for a module, before the first one is read.
+
+    Raises:
+        ValueError: It is; names the module and what would do.
+    """
+    for module in cohort.deltas:
+        if method.matrices is None:
+            ModuleRows(cohort, module, budget_bytes, whole_vectors=method.whole_vectors)
+        elif (needed := matrix_bytes(cohort, module, method)) > budget_bytes:
+            raise ValueError(
+                f"budget_bytes: {budget_bytes} cannot hold {module} of {len(cohort)} contributions "
+                f"as whole matrices, which {method.name} takes; allow at least {needed}"
+            )
+
+
+def matrix_bytes(cohort: Cohort, module: str, method: MergeMethod) -> int:
+    """What merging one module by ``matrices`` holds at most."""
+    shape = cohort.deltas[module][0].shape
+    copies = method.matrix_copies * len(cohort)
+    copies += _DECOMPOSITIONS if len(shape) == 2 else 1
+    return shape.numel() * FP32_BYTES * copies
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """Σ c_i·τ_i, a chunk of rows at a time."""
+
+    cohort: Cohort
+    coefficients: Mapping[str, Sequence[float]]
+    budget_bytes: int
+
+    def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
+        coefficients_C = torch.tensor(self.coefficients[module], dtype=torch.float64)
+        for chunk in ModuleRows(self.cohort, module, self.budget_bytes):
+            merged_D = combine(chunk.deltas_CD, coefficients_C)
+            yield chunk.start, merged_D.view(-1, chunk.columns)
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """A method on matrices, a module at a time."""
+
+    cohort: Cohort
+    method: MergeMethod
+    config: MethodConfig
+    weights_C: Tensor  # noqa: N815
+
+    def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
+        merged = self._merge(module) * self._factor
+        yield 0, merged.view(matrix_shape(merged.shape))
+
+    @cached_property
+    def _factor(self) -> float:
+        """Merges every module once to know their norms, where the method wants the mean norm."""
+        if not self.method.mean_norm:
+            return 1.0
+        norms = (norm(self._merge(module)) for module in self.cohort.deltas)
+        return self.method.norm_factor(self.cohort.deltas, self.weights_C, norms)
+
+    def _merge(self, module: str) -> Tensor:
+        merged = held(
+            self.method.merge_matrix(self.cohort.deltas[module], self.weights_C, self.config)
+        )
+        return merged if isinstance(merged, Tensor) else merged.dense()

@@ -1,0 +1,83 @@
+"""What a round hands its clients: the plan and the adapter in service, at the rank of each.
+
+FlexLoRA (2402.11505) gives every client the best approximation at its rank, HetLoRA (2401.06432)
+the leading rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from anabranch.aggregation import MergeMethod, truncate
+from anabranch.vectors import Adapter, LowRank
+from anabranch.vectors.frozen import from_tensors, join, split
+from anabranch.wire import encode_adapter
+from anabranch.wire.config import DenseDtype
+from anabranch.wire.plan import ADAPTER_KEY, ADAPTER_STYPE, PLAN_KEY, RoundPlan
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a round hands the clients of one rank.
+
+    Attributes:
+        plan: Their order.
+        adapter: What they train on from.
+        frozen: What is kept beside it, by module.
+        blob: Both as they are sent; None while the seed alone describes them.
+    """
+
+    plan: RoundPlan
+    adapter: Adapter
+    frozen: Mapping[str, LowRank]
+    blob: bytes | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the adapter on its way to one client."""
+        return len(self.blob or b"")
+
+    @cached_property
+    def content(self) -> RecordDict:
+        """The message to each of them."""
+        plan = ConfigRecord(
+            {PLAN_KEY: self.plan.model_dump_json(), "server-round": self.plan.round}
+        )
+        content = RecordDict({PLAN_KEY: plan})
+        if self.blob is not None:
+            content[ADAPTER_KEY] = adapter_record(self.blob)
+        return content
+
+
+def adapter_record(blob: bytes | None) -> ArrayRecord:
+    """An encoded adapter as a record; an empty one while the seed alone describes it."""
+    if blob is None:
+        return ArrayRecord()
+    return ArrayRecord({ADAPTER_KEY: Array("uint8", (len(blob),), ADAPTER_STYPE, blob)})
+
+
+def at_rank(whole: Start, rank: int, method: MergeMethod, down: DenseDtype) -> Start:
+    """A round's start for the clients of a lower rank.
+
+    Factors that are merged as they are, padded, must stand in the basis of the whole: their start
+    is its leading part. Where ΔW is merged, it is the best approximation.
+
+    Args:
+        whole: The start of the clients that train all ranks.
+        rank: Largest rank of a module.
+        method: How the cohort will be merged.
+        down: How the adapter is stored on its way.
+    """
+    # The leading part of a seeded start every client draws by itself.
+    leading = whole.blob is None or method.weigh is not None
+    adapter = whole.adapter.leading(rank) if leading else truncate(whole.adapter, rank)
+    sent, blob = adapter, None
+    if whole.blob is not None:
+        encoded = encode_adapter(join(adapter, whole.frozen), whole.plan, down)
+        sent, blob = from_tensors(adapter, encoded.sent), encoded.blob
+    changes = {"rank": rank, "start_hash": sent.hash()}
+    return Start(whole.plan.model_copy(update=changes), *split(sent, adapter), blob)
