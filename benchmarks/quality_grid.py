@@ -20,8 +20,9 @@ UNSCALED = "mean (λ = 1)"
 SKIPPED = {
     "mean": f"scaled it is task arithmetic; it stands as '{UNSCALED}'",
     "slerp": "merges two contributions, not more",
+    "fisher": "needs every contribution's Fisher information, which takes data",
 }
-"""Methods that are not scored, and why. None of the registry needs data or Fisher information."""
+"""Methods that are not scored, and why."""
 
 
 def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
@@ -42,6 +43,7 @@ def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
         "della_linear": tuple(reversed(densities)),
         "fedit": once,
         "geometric_median": once,
+        "hetlora": once,
         "iso_c": once,
         "iso_cts": tuple({"common": share} for share in (0.8, 0.5)),
         "karcher": once,
