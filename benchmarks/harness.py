@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Row:
         scenario: On what it was measured.
         note: How to read the figure.
         reads: Our seconds in reads of the inputs; None where that says nothing.
+        detail: What the figure is made of, for programs.
     """
 
     what: str
@@ -37,6 +38,7 @@ class Row:
     scenario: str
     note: str = ""
     reads: float | None = None
+    detail: Mapping[str, Any] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -48,12 +50,15 @@ Measure = Callable[[bool, str | None], Iterator[Row]]
 """``measure(quick, only)`` yields rows; ``only`` is a scenario's name."""
 
 
-def main(name: str, measure: Measure) -> None:
+def main(name: str, measure: Measure) -> dict[str, Any] | None:
     """Run a benchmark module: print its rows, keep a full result.
 
     Args:
         name: The module's name; its result goes to ``results/NAME.json``.
         measure: Does the work.
+
+    Returns:
+        The result, if it is full and kept.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller, fewer runs; not kept")
@@ -77,6 +82,8 @@ def main(name: str, measure: Measure) -> None:
     if options.json:
         json.dump(result, sys.stdout, indent=2)
         print()
-    if not options.quick and not options.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if options.quick or options.only:
+        return None
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
