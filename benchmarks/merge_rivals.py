@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,10 +106,9 @@ def gap(exact_mn: Tensor, found_mn: Tensor, rank: int) -> float:
 
 def fusion_bench(matrices: Sequence[Tensor], method: str) -> Tensor:
     """FusionBench's ``tsv_m`` or ``iso_c`` of dense task vectors, without what it prints."""
-    rule = {"tsv_m": tsv_m, "iso_c": iso_c}[method]
+    rules: dict[str, Callable[..., dict[str, Tensor]]] = {"tsv_m": tsv_m, "iso_c": iso_c}
     with contextlib.redirect_stdout(io.StringIO()):
-        merged: Tensor = rule([{"w": matrix} for matrix in matrices], accelerator="cpu")["w"]
-    return merged
+        return rules[method]([{"w": matrix} for matrix in matrices], accelerator="cpu")["w"]
 
 
 def fusion_bench_in_the_core(adapters: Sequence[Adapter], method: str) -> Tensor:
@@ -123,7 +122,8 @@ def fusion_bench_in_the_core(adapters: Sequence[Adapter], method: str) -> Tensor
     left_mK = torch.linalg.qr(torch.cat([one.b_mk for one in factors], dim=1).double()).Q
     right_nK = torch.linalg.qr(torch.cat([one.a_kn for one in factors]).double().T).Q
     cores = [(left_mK.T @ one.b_mk.double()) @ (one.a_kn.double() @ right_nK) for one in factors]
-    return left_mK @ fusion_bench(cores, method) @ right_nK.T
+    merged_mn: Tensor = left_mK @ fusion_bench(cores, method) @ right_nK.T
+    return merged_mn
 
 
 def distance(found_mn: Tensor, expected_mn: Tensor) -> float:
