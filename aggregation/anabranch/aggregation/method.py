@@ -73,6 +73,9 @@ class MergeMethod:
         kernel: Where the same merge stands fused for large modules on the CPU, as
             ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
             which makes its own draws.
+        ternary: Where the same merge of a large module stands for task vectors that are all sparse
+            ternary, as ``module:function``: ``function(updates, weights_C, config) -> merged_D``.
+            Not used where statistics are over the model. Linear methods have one in common.
     """
 
     name: str
@@ -92,6 +95,7 @@ class MergeMethod:
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None
     signed_weights: bool = False
     kernel: str | None = None
+    ternary: str | None = None
 
     def __post_init__(self) -> None:
         kinds = (self.merge, self.coefficients, self.matrices)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from anabranch.vectors.task_vector import Delta, Held, LowRank, Stored, TaskVector
+from anabranch.vectors.task_vector import Delta, Held, LowRank, Streamed, TaskVector
 
 
 @dataclass(frozen=True)
@@ -163,16 +163,16 @@ def _wide(delta: Delta) -> Delta:
     """Factors in fp32, once and not per chunk; other entries stay as they came."""
     if isinstance(delta, LowRank):
         return LowRank(delta.b_mk.detach().float(), delta.a_kn.detach().float())
-    return delta if isinstance(delta, Stored) else delta.detach()
+    return delta if isinstance(delta, Streamed) else delta.detach()
 
 
 def _parts(delta: Delta) -> tuple[Tensor, ...]:
-    """What a change holds in memory.
+    """The numbers of a change that are to be looked at.
 
     What is stored is looked at whenever it is read: a pass over files for this alone may double
-    the time.
+    the time. What is sparse was looked at when it was made.
     """
-    if isinstance(delta, Stored):
+    if isinstance(delta, Streamed):
         return ()
     return (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.importance import normalised_cohort
-from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows, device_of, fill_rows
+from anabranch.aggregation.engine.rows import (
+    FP32_BYTES,
+    ModuleRows,
+    device_of,
+    fill_rows,
+    large_ternary,
+)
+from anabranch.aggregation.kernels.rows import load
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.statistics import Found, gather_statistics
 from anabranch.vectors.task_vector import Delta
@@ -61,6 +68,9 @@ class EntryMerge:
 
         Calling it again does the work again, except for the statistics.
         """
+        if (whole_mn := self._from_ternary(module)) is not None:
+            yield 0, whole_mn
+            return
         gathers = bool(self.method.statistics) and module not in self._found
         source = self._sources.get(module)
         if source is None:
@@ -83,6 +93,16 @@ class EntryMerge:
                 fill_rows(onto, start, view_Rn)
             view_Rn.add_(rows_Rn, alpha=scale)
         return total_mn
+
+    def _from_ternary(self, module: str) -> Tensor | None:
+        """A merged module [m, n] from sparse task vectors as they are, None where it cannot be."""
+        if self.method.ternary is None or module in self._found:
+            return None
+        deltas = self.cohort.deltas[module]
+        if not (updates := large_ternary(deltas)):
+            return None
+        merged_D: Tensor = load(self.method.ternary)(updates, self.weights_C, self.config)
+        return merged_D.view(matrix_shape(deltas[0].shape, self.method.whole_vectors))
 
     def _source(self, module: str, keep: bool) -> ModuleRows:
         return ModuleRows(

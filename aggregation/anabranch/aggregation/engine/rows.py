@@ -14,7 +14,8 @@ from anabranch.aggregation.chunk import ROW_BLOCK as ROW_BLOCK
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.kernels.rows import readable, worthwhile
-from anabranch.vectors.task_vector import Delta, LowRank, Stored
+from anabranch.vectors.sparse import SparseTernary
+from anabranch.vectors.task_vector import Delta, LowRank, Streamed
 
 DEFAULT_BUDGET_BYTES = 2 << 30
 
@@ -132,7 +133,7 @@ def _fill(deltas: Sequence[Delta], start: int, out_CRn: Tensor) -> Tensor:
 
 def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:
     """Write the rows of a change from ``start`` on, a multiple of ``ROW_BLOCK``, into [R, n]."""
-    if isinstance(delta, Stored):
+    if isinstance(delta, Streamed):
         delta.read(start * out_Rn.shape[1], out_Rn.view(-1))
         return
     if not isinstance(delta, LowRank):
@@ -148,6 +149,15 @@ def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:
 
 def device_of(delta: Delta) -> torch.device:
     """Where a change lives, or is read to."""
-    if isinstance(delta, Stored):
+    if isinstance(delta, Streamed):
         return torch.device("cpu")
     return delta.b_mk.device if isinstance(delta, LowRank) else delta.device
+
+
+def large_ternary(deltas: Sequence[Delta]) -> list[SparseTernary]:
+    """One module's changes where all are sparse ternary and kernels take them, else none."""
+    sparse = [delta for delta in deltas if isinstance(delta, SparseTernary)]
+    if len(sparse) < len(deltas) or not sparse:
+        return []
+    size = worthwhile(len(sparse), sparse[0].entries, device_of(sparse[0]))
+    return sparse if size else []

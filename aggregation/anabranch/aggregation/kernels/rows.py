@@ -19,6 +19,7 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Rows
 
 WEIGHTED_SUM = "anabranch.aggregation.kernels.linear:weighted_sum"
+TERNARY_SUM = "anabranch.aggregation.kernels.ternary:weighted_sum"
 HISTOGRAM = "anabranch.aggregation.kernels.histogram:histogram"
 
 SMALLEST = 1 << 22
