@@ -58,9 +58,9 @@ adapter, averaged over the tasks; mean ± standard error over {seeds} seeds. A s
 the order of training, and the texts, those of the test too: the error holds all of these.
 
 λ and parameters were chosen on validation texts alone, from one small grid for all methods: the
-merged task vector is brought to {sizes} times the mean norm of those merged (*size*, by
-seed, with the λ that gives it), then the parameters at the end of this page are tried at the best
-size. Test texts were scored once.
+merged task vector is brought to {sizes} times the mean norm of those merged (*size*,
+by seed, with the λ that gives it), from the smallest on until validation accuracy falls; then the
+parameters at the end of this page are tried at that size. Test texts were scored once.
 
 {ranking}
 
