@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Row:
         note: How to read the figure.
         reads: Our seconds in reads of the inputs; None where that says nothing.
         detail: What the figure is made of, for programs.
+        most: Our bars at full size: the most that ``ours``, ``ratio`` or ``reads`` may be, by name.
     """
 
     what: str
@@ -39,11 +40,28 @@ class Row:
     note: str = ""
     reads: float | None = None
     detail: Mapping[str, Any] | None = None
+    most: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
         """Our figure over the rival's."""
         return self.ours / self.rival if self.rival else None
+
+    @property
+    def missed(self) -> list[str]:
+        """The bars that are not met, each as one phrase."""
+        return [
+            f"{name} above {most:.3g}"
+            for name, most in self.most.items()
+            if not getattr(self, name) <= most
+        ]
+
+
+def verdict(row: Row, quick: bool) -> str:
+    """How a row stands to its bars, which are of the full size: a quick run has none."""
+    if quick or not row.most:
+        return ""
+    return f"missed: {', '.join(row.missed)}" if row.missed else "met"
 
 
 Measure = Callable[[bool, str | None], Iterator[Row]]
@@ -69,13 +87,14 @@ def main(name: str, measure: Measure) -> dict[str, Any] | None:
     for row in measure(options.quick, options.only):
         if options.only and options.only not in row.what and options.only not in row.scenario:
             continue
-        rows.append({**asdict(row), "ratio": row.ratio})
+        bars = verdict(row, options.quick)
+        rows.append({**asdict(row), "ratio": row.ratio, "bars": bars})
         if not options.json:
             reads = "" if row.reads is None else f"{row.reads:.1f} reads"
             ratio = "" if row.ratio is None else f"ratio {row.ratio:.3g}"
             rival = "" if row.rival is None else f"{row.rival_name} {row.rival:.4g}"
             ours = f"{row.scenario:<34} {row.what:<18} ours {row.ours:<9.4g}"
-            print(f"{ours} {rival}  {ratio}  {reads}", flush=True)
+            print(f"{ours} {rival}  {ratio}  {reads}  {bars}".rstrip(), flush=True)
     if not rows:
         parser.error(f"--only {options.only}: no such row or scenario")
     result = {"machine": machine(), "quick": options.quick, "rows": rows}

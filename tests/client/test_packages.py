@@ -160,9 +160,7 @@ def test_without_npm_one_line_says_what_to_do(
     npm_archive: PinnedArchive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(
-        FetchError, match=r"no npm on the path; install Node\.js, or put toy-"
-    ):
+    with pytest.raises(FetchError, match=r"no npm on the path; install Node\.js, or put toy-"):
         fetch(npm_archive)
 
 

@@ -143,7 +143,13 @@ def _npm(archive: PinnedArchive, by_hand: str) -> list[str]:
             f"cannot fetch {archive.name}: there is no npm on the path; install Node.js, {by_hand}"
         )
     # It downloads the tarball as it is; scripts run on install only, and are off all the same.
-    return [npm, "pack", "--loglevel=error", "--ignore-scripts", f"{archive.name}@{archive.version}"]
+    return [
+        npm,
+        "pack",
+        "--loglevel=error",
+        "--ignore-scripts",
+        f"{archive.name}@{archive.version}",
+    ]
 
 
 def _reason(stderr: str) -> str:
