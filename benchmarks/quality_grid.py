@@ -7,7 +7,7 @@ from typing import Any
 
 Params = Mapping[str, Any]
 
-SIZES = (1.0, 1.4, 2.0, 2.8)
+SIZES = (1.0, 1.4, 2.0, 2.8, 4.0)
 """How large the merged task vector is made: its norm over the mean norm of those merged. They are
 tried from the smallest on, until validation accuracy falls.
 
