@@ -83,7 +83,7 @@ class SparseTernary:
         self.read(0, entries_n)
         return entries_n.reshape(self.shape)
 
-    def read(self, first: int, out_L: Tensor) -> None:  # noqa: N803
+    def read(self, first: int, out_L: Tensor) -> None:
         """Write the entries from ``first`` on, in row order, into fp32 ``out_L`` [L] on the CPU."""
         out_L.zero_()
         ends = torch.tensor([first, first + len(out_L)])

@@ -83,7 +83,9 @@ def cohorts(draw: st.DrawFn) -> tuple[list[SparseTernary], list[float]]:
         signs = draw(st.lists(st.booleans(), min_size=len(kept), max_size=len(kept)))
         scale = draw(st.sampled_from([0.25, 1.0, 3.0])) if kept else 0.0
         positions_k = torch.tensor(kept, dtype=torch.int64)
-        found.append(SparseTernary(positions_k, torch.tensor(signs, dtype=torch.bool), scale, shape))
+        found.append(
+            SparseTernary(positions_k, torch.tensor(signs, dtype=torch.bool), scale, shape)
+        )
     weights = draw(st.lists(st.integers(1, 4), min_size=len(found), max_size=len(found)))
     return found, [float(weight) for weight in weights]
 
