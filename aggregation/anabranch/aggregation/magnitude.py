@@ -74,8 +74,9 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
     total_KH: Tensor | None = None
     for values_KD in chunks:
         # Counts are exact either way, so a chunk's size may decide.
-        if all_worthwhile(values_KD):
-            total_KH = load(HISTOGRAM)(values_KD, bucket_K, magnitude, total_KH)
+        fused = load(HISTOGRAM, values_KD[0].device) if all_worthwhile(values_KD) else None
+        if fused is not None:
+            total_KH = fused(values_KD, bucket_K, magnitude, total_KH)
             continue
         if total_KH is None:
             total_KH = torch.zeros(len(values_KD), _BUCKETS, dtype=torch.int64)

@@ -72,7 +72,8 @@ class MergeMethod:
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
         kernel: Where the same merge stands fused for large modules on the CPU, as
             ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
-            which makes its own draws.
+            which makes its own draws. The same name in the package ``gpu`` beside that module is
+            what a GPU runs, where it exists.
         ternary: Where the same merge of a large module stands for task vectors that are all sparse
             ternary, as ``module:function``: ``function(updates, weights_C, config) -> merged_D``.
             Not used where statistics are over the model. Linear methods have one in common.
@@ -186,8 +187,8 @@ class MergeMethod:
         assert self.coefficients is not None
         gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
         coefficients_C = self.coefficients(weights_C, gram_CC, config)
-        sum_up = load(WEIGHTED_SUM) if fused else combine
-        merged_D: Tensor = sum_up(flat_CD, coefficients_C)
+        sum_up = load(WEIGHTED_SUM, flat_CD.device) if fused else None
+        merged_D: Tensor = (sum_up or combine)(flat_CD, coefficients_C)
         return merged_D.view(shape)
 
     def merge_chunk(
@@ -195,8 +196,9 @@ class MergeMethod:
     ) -> Tensor:
         """Merged entries of a chunk [D], with the statistics given and the draws made for it."""
         assert self.merge is not None
-        if chunk.fused and self.kernel is not None:
-            merged_D: Tensor = load(self.kernel)(chunk, weights_C, config, **found)
+        kernel = load(self.kernel, chunk.rows[0].device) if chunk.fused else None
+        if kernel is not None:
+            merged_D: Tensor = kernel(chunk, weights_C, config, **found)
             return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
         if self.needs_importance:

@@ -21,7 +21,7 @@ from anabranch.aggregation.engine.rows import (
     fill_rows,
     large_ternary,
 )
-from anabranch.aggregation.kernels.rows import load
+from anabranch.aggregation.kernels.rows import has_kernel, load
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.statistics import Found, gather_statistics
 from anabranch.vectors.task_vector import Delta
@@ -101,7 +101,10 @@ class EntryMerge:
         deltas = self.cohort.deltas[module]
         if not (updates := large_ternary(deltas)):
             return None
-        merged_D: Tensor = load(self.method.ternary)(updates, self.weights_C, self.config)
+        kernel = load(self.method.ternary, device_of(deltas[0]))
+        if kernel is None:
+            return None
+        merged_D: Tensor = kernel(updates, self.weights_C, self.config)
         return merged_D.view(matrix_shape(deltas[0].shape, self.method.whole_vectors))
 
     def _source(self, module: str, keep: bool) -> ModuleRows:
@@ -111,7 +114,7 @@ class EntryMerge:
             self.budget_bytes,
             keep,
             self.method.whole_vectors,
-            fused=self.method.kernel is not None,
+            fused=has_kernel(self.method.kernel, device_of(self.cohort.deltas[module][0])),
         )
 
     def _gather(self, sources: Sequence[ModuleRows]) -> Found:

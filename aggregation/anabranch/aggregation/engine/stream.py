@@ -164,10 +164,12 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Held
         return stack(parts)
     dense = [delta.view(-1) for delta, _ in used if isinstance(delta, Tensor) and readable(delta)]
     if dense and len(dense) == len(used) and all_worthwhile(dense):
-        merged_D: Tensor = load(WEIGHTED_SUM)(dense, [coefficient for _, coefficient in used])
+        sum_up = load(WEIGHTED_SUM, dense[0].device)
+        merged_D: Tensor = sum_up(dense, [coefficient for _, coefficient in used])
         return merged_D.view(deltas[0].shape)
     if ternary := large_ternary([delta for delta, _ in used]):
-        total_D: Tensor = load(TERNARY_SUM)(ternary, [coefficient for _, coefficient in used])
+        sum_up = load(TERNARY_SUM, device_of(deltas[0]))
+        total_D: Tensor = sum_up(ternary, [coefficient for _, coefficient in used])
         return total_D.view(deltas[0].shape)
     if not used and isinstance(deltas[0], LowRank):
         return scaled(deltas[0], 0.0)
