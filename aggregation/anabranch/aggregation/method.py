@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
-from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
+from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, has_kernel, load
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 from anabranch.vectors.importance import Over, normalised
 from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
@@ -187,8 +187,8 @@ class MergeMethod:
         assert self.coefficients is not None
         gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
         coefficients_C = self.coefficients(weights_C, gram_CC, config)
-        sum_up = load(WEIGHTED_SUM, flat_CD.device) if fused else None
-        merged_D: Tensor = (sum_up or combine)(flat_CD, coefficients_C)
+        sum_up = load(WEIGHTED_SUM, flat_CD.device) if fused else combine
+        merged_D: Tensor = sum_up(flat_CD, coefficients_C)
         return merged_D.view(shape)
 
     def merge_chunk(
@@ -196,9 +196,9 @@ class MergeMethod:
     ) -> Tensor:
         """Merged entries of a chunk [D], with the statistics given and the draws made for it."""
         assert self.merge is not None
-        kernel = load(self.kernel, chunk.rows[0].device) if chunk.fused else None
-        if kernel is not None:
-            merged_D: Tensor = kernel(chunk, weights_C, config, **found)
+        device = chunk.rows[0].device
+        if chunk.fused and self.kernel is not None and has_kernel(self.kernel, device):
+            merged_D: Tensor = load(self.kernel, device)(chunk, weights_C, config, **found)
             return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
         if self.needs_importance:

@@ -156,6 +156,7 @@ class _Values:
         """The values of a chunk; a kernel's where it has one and they are large."""
         statistic = self.statistic
         if self._by_kernel(chunk):
+            assert statistic.kernel is not None
             kernel = load(statistic.kernel, chunk.rows[0].device)
             values: Tensor = kernel(chunk, self.weights_C, self.config, self.found)
             return values

@@ -66,14 +66,12 @@ def on_gpu(device: torch.device) -> bool:
     return (device.type == "cuda" or interprets) and find_spec("triton") is not None
 
 
-def load(place: str | None, device: torch.device) -> Any:
+def load(place: str, device: torch.device) -> Any:
     """The function that ``module:function`` names, or on a GPU its namesake in ``gpu`` beside it.
 
     Returns:
         None where there is none: torch does it then.
     """
-    if place is None:
-        return None
     module, name = place.split(":")
     if not on_gpu(device):
         return getattr(import_module(module), name)
