@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Rows
-from anabranch.aggregation.kernels.rows import HISTOGRAM, all_worthwhile, load
+from anabranch.aggregation.kernels.rows import (
+    HISTOGRAM,
+    KTH,
+    all_worthwhile,
+    has_kernel,
+    load,
+    on_gpu,
+    readable,
+)
 
 _BUCKETS = 1 << 16
 
@@ -28,7 +36,11 @@ def kept(density: float, entries: int) -> int:
 
 def tensor_kth(values_KD: Rows, count: int, magnitude: bool = True) -> Tensor:
     """The same as ``stream_kth`` for entries that are all there [K, D]."""
-    if values_KD[0].device.type != "cpu" or all_worthwhile(values_KD):
+    device = values_KD[0].device
+    if on_gpu(device) and all(map(readable, values_KD)):
+        found_K: Tensor = load(KTH, device)(values_KD, count, magnitude)
+        return found_K
+    if device.type != "cpu" or all_worthwhile(values_KD):
         return stream_kth([values_KD], count, magnitude)
     place = len(values_KD[0]) + 1 - count
     compared = [values_D.abs() if magnitude else values_D for values_D in values_KD]
@@ -74,9 +86,9 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
     total_KH: Tensor | None = None
     for values_KD in chunks:
         # Counts are exact either way, so a chunk's size may decide.
-        fused = load(HISTOGRAM, values_KD[0].device) if all_worthwhile(values_KD) else None
-        if fused is not None:
-            total_KH = fused(values_KD, bucket_K, magnitude, total_KH)
+        device = values_KD[0].device
+        if all_worthwhile(values_KD) and has_kernel(HISTOGRAM, device):
+            total_KH = load(HISTOGRAM, device)(values_KD, bucket_K, magnitude, total_KH)
             continue
         if total_KH is None:
             total_KH = torch.zeros(len(values_KD), _BUCKETS, dtype=torch.int64)

@@ -101,10 +101,11 @@ class EntryMerge:
         deltas = self.cohort.deltas[module]
         if not (updates := large_ternary(deltas)):
             return None
-        kernel = load(self.method.ternary, device_of(deltas[0]))
-        if kernel is None:
+        device = device_of(deltas[0])
+        if not has_kernel(self.method.ternary, device):
             return None
-        merged_D: Tensor = kernel(updates, self.weights_C, self.config)
+        kernel = load(self.method.ternary, device)
+        merged_D: Tensor = kernel(updates, self.weights_C, self.config, device)
         return merged_D.view(matrix_shape(deltas[0].shape, self.method.whole_vectors))
 
     def _source(self, module: str, keep: bool) -> ModuleRows:

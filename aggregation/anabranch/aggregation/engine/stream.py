@@ -168,8 +168,9 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Held
         merged_D: Tensor = sum_up(dense, [coefficient for _, coefficient in used])
         return merged_D.view(deltas[0].shape)
     if ternary := large_ternary([delta for delta, _ in used]):
-        sum_up = load(TERNARY_SUM, device_of(deltas[0]))
-        total_D: Tensor = sum_up(ternary, [coefficient for _, coefficient in used])
+        device = device_of(deltas[0])
+        sum_up = load(TERNARY_SUM, device)
+        total_D: Tensor = sum_up(ternary, [coefficient for _, coefficient in used], device)
         return total_D.view(deltas[0].shape)
     if not used and isinstance(deltas[0], LowRank):
         return scaled(deltas[0], 0.0)

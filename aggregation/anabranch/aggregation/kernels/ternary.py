@@ -32,12 +32,19 @@ _BLOCK = 2048
 """Entries whose five sums stay in L1 while all contributions add to them."""
 
 
-def weighted_sum(updates: Sequence[SparseTernary], coefficients: Sequence[float]) -> Tensor:
-    """Σ c_i τ_i [n], in fp32, added in the order of the contributions."""
+def weighted_sum(
+    updates: Sequence[SparseTernary], coefficients: Sequence[float], device: torch.device
+) -> Tensor:
+    """Σ c_i τ_i [n], in fp32, added in the order of the contributions; ``device`` is the CPU."""
     return _merged(updates, coefficients, elects=False)
 
 
-def ties(updates: Sequence[SparseTernary], weights_C: Tensor, config: MethodConfig) -> Tensor:
+def ties(
+    updates: Sequence[SparseTernary],
+    weights_C: Tensor,
+    config: MethodConfig,
+    device: torch.device,
+) -> Tensor:
     """TIES per tensor [n]. It keeps all of an update, at any density.
 
     What is not zero is of one magnitude, so where it is more than the share to keep, all of it ties
@@ -47,6 +54,7 @@ def ties(updates: Sequence[SparseTernary], weights_C: Tensor, config: MethodConf
         updates: τ_i, one per contribution.
         weights_C: Weight per contribution [C], zero or more.
         config: Not read.
+        device: Where to merge: the CPU.
     """
     return _merged(updates, weights_C, elects=True)
 

