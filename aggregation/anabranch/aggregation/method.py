@@ -76,7 +76,8 @@ class MergeMethod:
             what a GPU runs, where it exists.
         ternary: Where the same merge of a large module stands for task vectors that are all sparse
             ternary, as ``module:function``: ``function(updates, weights_C, config, device) ->
-            merged_D``. Not used where statistics are over the model. Linear methods have one in common.
+            merged_D``. Not used where statistics are over the model. Linear methods have one in
+            common.
     """
 
     name: str
