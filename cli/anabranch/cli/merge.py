@@ -24,6 +24,7 @@ class _Job:
     dtype: Any
     without: tuple[str, ...]
     budget_bytes: int
+    device: str | None
     warnings: tuple[str, ...]
 
     @property
@@ -76,6 +77,13 @@ def merge_command(
     budget_mb: Annotated[
         int, typer.Option(min=16, help="Working memory of the merge, in MB (10^6 bytes).")
     ] = 2000,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where methods that decide entry by entry do so: cpu, cuda or cuda:N.",
+            show_default="cpu",
+        ),
+    ] = None,
     shard_mb: Annotated[
         int, typer.Option(min=1, help="Largest file of a merged checkpoint, in MB.")
     ] = 5000,
@@ -88,8 +96,11 @@ def merge_command(
     Headers and configurations are checked before any weight is read.
     """
     from anabranch.aggregation import plan_merge
+    from anabranch.aggregation.engine.device import existing_device
 
-    job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb)
+    if device is not None:
+        existing_device(device)
+    job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb, device)
     if not plan:
         _check_out(out)
     try:
@@ -127,6 +138,7 @@ def _read(
     start: Path | None,
     without: tuple[str, ...],
     budget_mb: int,
+    device: str | None,
 ) -> _Job:
     from anabranch.aggregation.mergekit import from_mergekit, is_mergekit
     from anabranch.aggregation.recipe import load_recipe, read_config
@@ -138,7 +150,7 @@ def _read(
         from anabranch.aggregation import resolve
 
         resolve(recipe, str(source))
-        return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, ())
+        return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, device, ())
     if inputs or base is not None or start is not None:
         raise ValueError(f"{source}: names its models itself; leave the arguments and --base out")
     theirs = from_mergekit(data, str(source))
@@ -151,6 +163,7 @@ def _read(
         theirs.dtype,
         without,
         budget_bytes,
+        device,
         theirs.warnings,
     )
 
@@ -209,6 +222,7 @@ def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
             weights=stay.weights,
             names=stay.names,
             budget_bytes=job.budget_bytes,
+            device=job.device,
             progress=progress,
         )
     write_adapter(result.adapter, out)
@@ -236,6 +250,7 @@ def _merge_checkpoints(job: _Job, out: Path, shard_bytes: int, as_json: bool) ->
             without=job.without,
             dtype=job.dtype,
             budget_bytes=job.budget_bytes,
+            device=job.device,
             shard_bytes=shard_bytes,
             progress=progress,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anabranch.aggregation.checkpoints.inputs import Inputs, open_inputs, pieces
 from anabranch.aggregation.checkpoints.merged_rows import check_budget, merged_rows
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import cohort_weights
@@ -61,6 +62,7 @@ def merge_checkpoints(
     without: Sequence[str] = (),
     dtype: OutDtype | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> CheckpointReport:
@@ -82,6 +84,8 @@ def merge_checkpoints(
         without: Names of contributions to leave out, as if they had never been given.
         dtype: What the result is stored in; None keeps the base's, tensor by tensor.
         budget_bytes: Memory for entries.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
         shard_bytes: Most bytes of tensors in one file.
         progress: Called with the tensors done and all there are.
 
@@ -101,6 +105,7 @@ def merge_checkpoints(
     weights_C = cohort_weights(method, recipe, weights, len(models))
     check_count(method, config, weights_C)
     check_budget(inputs.cohort, method, budget_bytes)
+    cohort = placed(inputs.cohort, method, device)
     like = inputs.like.tensors
     stored = None if dtype is None else getattr(torch, dtype)
     layout = {
@@ -123,7 +128,7 @@ def merge_checkpoints(
 
     with new_folder(out) as partial:
         inputs.check_copied()
-        rows = merged_rows(inputs.cohort, method, config, weights_C, budget_bytes)
+        rows = merged_rows(cohort, method, config, weights_C, budget_bytes)
         if inputs.like.folder is not None:
             copy_companions(inputs.like.folder, partial)
             if dtype is not None:

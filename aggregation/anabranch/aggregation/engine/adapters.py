@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from anabranch.aggregation.engine.cohort import common_base, contribution_names, gather
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.job import AdapterMerge, Progress
@@ -59,6 +62,7 @@ def merge_adapters(
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into one of the recipe's rank: start + scale·merge(adapter_i − start).
@@ -77,6 +81,8 @@ def merge_adapters(
             ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
             where it fits half, and is formed again on every read where it does not.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
         progress: Called with the modules done and all there are.
 
     Raises:
@@ -101,7 +107,7 @@ def merge_adapters(
         recipe,
         method,
         config,
-        with_importance(cohort, vectors, method),
+        placed(with_importance(cohort, vectors, method), method, device),
         weights_C,
         budget_bytes,
         progress,
