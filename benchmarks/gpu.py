@@ -68,9 +68,15 @@ def rows(device: torch.device, side: int, clients: int, updates: int, runs: int)
         device: Where.
         side: Of each task vector [side, side].
         clients: Dense task vectors.
-        updates: Sparse ternary ones, of a quarter of the entries.
+        updates: Sparse ternary ones, each of a quarter as many entries.
         runs: Timed calls per figure.
     """
+    yield from _dense(device, side, clients, runs)
+    yield _ternary(device, side * side // 4, updates, runs)
+
+
+def _dense(device: torch.device, side: int, clients: int, runs: int) -> Iterator[Row]:
+    """Every fused rule twice, beside a copy and beside torch; selection; a whole merge."""
     entries = side * side
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     scenario = f"{clients} x {entries / 1e6:g}M fp32, {name}"
@@ -110,8 +116,6 @@ def rows(device: torch.device, side: int, clients: int, updates: int, runs: int)
     vectors = [TaskVector({"w": delta_D.view(side, side)}) for delta_D in deltas_CD]
     whole = partial(merge_task_vectors, vectors, Recipe(method="ties"))
     yield beside_a_copy("ties, checks and all", whole, moved)
-    del deltas_CD, vectors, whole
-    yield _ternary(device, entries // 4, updates, runs)
 
 
 def _fused_and_torch(

@@ -29,7 +29,7 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.mark.parametrize("sample", [1 << 15, 50])
+@pytest.mark.parametrize("sample", [1 << 17, 50])
 @pytest.mark.parametrize("magnitude", [True, False])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_the_kth_is_the_one_a_sort_finds(
@@ -72,7 +72,7 @@ def test_a_sample_that_misleads_costs_a_pass_and_no_more(
         passes.clear()
         found_K = tensor_kth(even_D[None].to(device), 2500)
         assert torch.equal(found_K, even_D.abs().sort(descending=True).values[2499:2500])
-        assert 2 < len(passes) <= 4
+        assert 2 < len(passes) <= 5
 
 
 def test_a_stream_on_the_device_is_counted_too(device: torch.device) -> None:

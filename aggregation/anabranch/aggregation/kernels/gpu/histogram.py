@@ -1,9 +1,9 @@
 """The exact k-th largest of entries that are all there, by brackets that narrow.
 
-A sample brackets the k-th; one pass counts what lies above the bracket and, in 2,048 equal steps,
-what lies inside; the step that holds it is the next bracket. Two passes as a rule, since a few per
-cent of the entries lie in the first; one more where the sample misled, which the counts show. No
-sort, and nothing is gathered, so all entries may tie.
+A sample brackets the k-th; one pass counts what lies above the bracket and, in 512 equal steps,
+what lies inside; the step that holds it is the next bracket. Two passes as a rule, since one per
+cent of the entries lie in the first; one more where the sample misled, which the counts show. The
+entries are never sorted nor gathered, so all of them may tie.
 
 Shape legend: K rows, D entries of a row, S entries of a sample, H steps of a bracket, B entries of
 a block.
@@ -21,14 +21,16 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Rows
 from anabranch.aggregation.kernels.gpu.blocks import EXACT, addresses, aligned, entries_at
 
-_STEPS = 1 << 11
+_STEP_BITS = 9
+_STEPS = 1 << _STEP_BITS
+"""More would take a thread's registers: each holds its part of all counters."""
 
-_BLOCK = 4096
+_BLOCK, _WARPS = 2048, 8
 
 _PROGRAMS = 1024
 """Programs at most, over all rows: each adds its counts to the total once."""
 
-_SAMPLE = 1 << 15
+_SAMPLE = 1 << 17
 
 _DEVIATIONS = 4
 """Standard deviations of a rank in the sample by which the bracket is wider."""
@@ -51,7 +53,7 @@ def kth(rows: Rows, count: int, magnitude: bool) -> Tensor:
     top = (1 << (31 if magnitude else 32)) - 1
     brackets = _sampled(rows, count, magnitude, top)
     while any(low < high for low, high in brackets):
-        shifts = [max(0, (high - low).bit_length() - 11) for low, high in brackets]
+        shifts = [max(0, (high - low).bit_length() - _STEP_BITS) for low, high in brackets]
         counts_KH = _count(rows, brackets, shifts, magnitude)
         for row, (low, high) in enumerate(brackets):
             inside_H, above = counts_KH[row, :_STEPS], int(counts_KH[row, _STEPS])
@@ -108,6 +110,7 @@ def _count(
         STEPS=_STEPS,
         ALIGNED=aligned(rows),
         BLOCK=_BLOCK,
+        num_warps=_WARPS,
         **EXACT,
     )
     return counts_KH.cpu()
