@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import distributed
 
 from anabranch.aggregation.ranks import ALONE, LostRankError, Ranks
-from anabranch.vectors.new_folder import new_folder
+from anabranch.vectors.new_folder import hidden_beside, new_folder
 
 _MEETING = "ANABRANCH_MEETING"
 """Where ranks started on one machine meet: a ``file://`` address. torchrun has MASTER_ADDR."""
@@ -116,31 +116,32 @@ def shared_folder(folder: Path, ranks: Ranks) -> Iterator[Path]:
         OSError: The disk refuses.
         LostRankError: A rank is gone, and nothing is left behind.
     """
+    # All know its name before it is made: any of them may have to remove it.
+    partial = ranks.gather(hidden_beside(folder))[0]
     if ranks.rank == 0:
-        with new_folder(folder) as made:
-            ranks.gather(made)
-            with _shared(made, ranks):
-                yield made
-                ranks.wait()
+        with new_folder(folder, partial), _shared(partial, ranks):
+            ranks.wait()
+            yield partial
+            ranks.wait()
     else:
-        made = ranks.gather(folder)[0]
         try:
-            with _shared(made, ranks):
-                yield made
+            with _shared(partial, ranks):
+                ranks.wait()
+                yield partial
                 ranks.wait()
         except (LostRankError, SystemExit, KeyboardInterrupt):
             # Rank 0 removes its folder, unless it is rank 0 that died.
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
     ranks.wait()
 
 
 @contextmanager
-def _shared(made: Path, ranks: Ranks) -> Iterator[None]:
+def _shared(partial: Path, ranks: Ranks) -> Iterator[None]:
     """Who finds the folder gone has lost another rank, which failed first."""
     try:
         yield
     except FileNotFoundError as error:
-        if ranks.count == 1 or made.exists():
+        if ranks.count == 1 or partial.exists():
             raise
         raise ranks.lost() from error
