@@ -111,7 +111,7 @@ class Ranks:
             part = torch.empty(shape, dtype=dtype)
             if source == self.rank:
                 assert mine is not None
-                part = mine.contiguous()
+                part = mine.cpu().contiguous()
             try:
                 distributed.broadcast(part, source)
             except RuntimeError as error:

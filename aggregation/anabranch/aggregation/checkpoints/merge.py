@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anabranch.aggregation.checkpoints.inputs import Inputs, open_inputs, pieces
 from anabranch.aggregation.checkpoints.merged_rows import check_budget, merged_rows
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.shard import shared_folder
@@ -63,6 +64,7 @@ def merge_checkpoints(
     without: Sequence[str] = (),
     dtype: OutDtype | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -85,6 +87,8 @@ def merge_checkpoints(
         without: Names of contributions to leave out, as if they had never been given.
         dtype: What the result is stored in; None keeps the base's, tensor by tensor.
         budget_bytes: Memory for entries.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
         shard_bytes: Most bytes of tensors in one file.
         progress: Called with the tensors done and all there are, of this rank.
         ranks: Who merges these checkpoints together, each a part of the tensors and of the budget;
@@ -115,7 +119,7 @@ def merge_checkpoints(
         for name, tensor in like.items()
     }
     mine = ranks.mine({name: tensor.size_bytes for name, tensor in like.items()})
-    cohort = replace(inputs.cohort.only(mine), ranks=ranks)
+    cohort = replace(placed(inputs.cohort, method, device).only(mine), ranks=ranks)
     done = 0
 
     def merged_pieces(name: str) -> Iterator[Tensor]:

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from anabranch.aggregation.engine.cohort import (
     checked,
     common_base,
     contribution_names,
     side_by_side,
 )
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.job import AdapterMerge, Progress
@@ -65,6 +68,7 @@ def merge_adapters(
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> MergeResult:
@@ -84,6 +88,8 @@ def merge_adapters(
             ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
             where it fits half, and is formed again on every read where it does not.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
         progress: Called with the modules done and all there are, of this rank.
         ranks: Who merges these adapters together, each a part of the modules and of the budget. All
             of them get the result.
@@ -112,7 +118,7 @@ def merge_adapters(
         recipe,
         method,
         config,
-        with_importance(cohort, vectors, method),
+        placed(with_importance(cohort, vectors, method), method, device),
         weights_C,
         budget_bytes,
         progress,

@@ -25,6 +25,7 @@ class Cohort:
         base_hash: Hash of the base they belong to, None when none of them says.
         importances: By module, how much each entry matters to its contribution, where the method
             reads it (``engine.importance``).
+        device: Where chunks of entries are merged; None where the first contribution lies.
         ranks: Who merges them together; the modules are then those of this rank.
     """
 
@@ -32,6 +33,7 @@ class Cohort:
     deltas: Mapping[str, tuple[Delta, ...]]
     base_hash: str | None
     importances: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
+    device: torch.device | None = None
     ranks: Ranks = ALONE
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from anabranch.aggregation.engine.rows import (
     device_of,
     fill_rows,
     large_ternary,
+    merged_on,
 )
 from anabranch.aggregation.kernels.rows import has_kernel, load
 from anabranch.aggregation.method import MergeMethod, MethodConfig
@@ -67,10 +68,12 @@ class EntryMerge:
     def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
         """Merged rows of a module, first to last: index of the first, and entries [R, n] in fp32.
 
+        They lie where the first contribution does, wherever they were merged.
         Calling it again does the work again, except for the statistics.
         """
+        home = device_of(self.cohort.deltas[module][0])
         if (whole_mn := self._from_ternary(module)) is not None:
-            yield 0, whole_mn
+            yield 0, whole_mn.to(home)
             return
         gathers = bool(self.method.statistics) and module not in self._found
         source = self._sources.get(module)
@@ -81,7 +84,7 @@ class EntryMerge:
         found = self._found.get(module, {})
         for chunk in source:
             merged_D = self.method.merge_chunk(chunk, self.weights_C, self.config, found)
-            yield chunk.start, merged_D.view(-1, chunk.columns)
+            yield chunk.start, merged_D.view(-1, chunk.columns).to(home)
 
     def dense(self, module: str, scale: float = 1.0, onto: Delta | None = None) -> Tensor:
         """The whole merged module [m, n] in fp32, times ``scale``, added to ``onto``."""
@@ -100,10 +103,9 @@ class EntryMerge:
         if self.method.ternary is None or module in self._found:
             return None
         deltas = self.cohort.deltas[module]
-        if not (updates := large_ternary(deltas)):
-            return None
-        device = device_of(deltas[0])
-        if not has_kernel(self.method.ternary, device):
+        device = merged_on(self.cohort, module)
+        updates = large_ternary(deltas, device)
+        if not updates or not has_kernel(self.method.ternary, device):
             return None
         kernel = load(self.method.ternary, device)
         merged_D: Tensor = kernel(updates, self.weights_C, self.config, device)
@@ -116,7 +118,7 @@ class EntryMerge:
             self.budget_bytes,
             keep,
             self.method.whole_vectors,
-            fused=has_kernel(self.method.kernel, device_of(self.cohort.deltas[module][0])),
+            fused=has_kernel(self.method.kernel, merged_on(self.cohort, module)),
         )
 
     def _gather(self, sources: Sequence[ModuleRows], ranks: Ranks = ALONE) -> Found:

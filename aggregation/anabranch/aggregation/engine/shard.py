@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from torch import distributed
 
 from anabranch.aggregation.ranks import ALONE, LostRankError, Ranks
@@ -37,6 +38,7 @@ def environment_of(ranks: Ranks, meeting: Path) -> dict[str, str]:
     return {
         _MEETING: f"file://{meeting / 'meeting'}",
         "RANK": str(ranks.rank),
+        "LOCAL_RANK": str(ranks.rank),
         "WORLD_SIZE": str(ranks.count),
         "LOCAL_WORLD_SIZE": str(ranks.local_count),
     }
@@ -83,6 +85,9 @@ def joined(ranks: Ranks) -> Iterator[None]:
         return
     # Whoever started the ranks ends them so; what was begun is then removed.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if torch.cuda.is_available():
+        # ``cuda`` without a number is then another GPU on each of this machine's ranks.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         distributed.init_process_group(
             "gloo",

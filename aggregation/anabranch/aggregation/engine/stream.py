@@ -17,6 +17,7 @@ from anabranch.aggregation.engine.cohort import (
     contribution_names,
     gather,
 )
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.importance import with_importance
@@ -51,6 +52,7 @@ def merge_task_vectors(
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
 ) -> TaskVector:
     """Merge task vectors by a recipe, in bounded memory.
 
@@ -69,6 +71,8 @@ def merge_task_vectors(
         without: Names of contributions to leave out, as if they had never been given; see
             ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; the result comes on top.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
 
     Returns:
         The merged task vector: factors where a method that is linear or on matrices met factors
@@ -84,7 +88,7 @@ def merge_task_vectors(
         weights = stay.weights
     # A number that is not finite makes the sum so; elsewhere a mask or a rank may hide it.
     linear = method.coefficients is not None and not method.needs_gram
-    cohort = gather(vectors, names, dense_later=linear)
+    cohort = placed(gather(vectors, names, dense_later=linear), method, device)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     merged: dict[str, Delta] = {}
     if method.coefficients is not None:
@@ -167,14 +171,14 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Held
         sum_up = load(WEIGHTED_SUM, dense[0].device)
         merged_D: Tensor = sum_up(dense, [coefficient for _, coefficient in used])
         return merged_D.view(deltas[0].shape)
-    if ternary := large_ternary([delta for delta, _ in used]):
-        device = device_of(deltas[0])
+    device = device_of(deltas[0])
+    if ternary := large_ternary([delta for delta, _ in used], device):
         sum_up = load(TERNARY_SUM, device)
         total_D: Tensor = sum_up(ternary, [coefficient for _, coefficient in used], device)
         return total_D.view(deltas[0].shape)
     if not used and isinstance(deltas[0], LowRank):
         return scaled(deltas[0], 0.0)
-    total = torch.zeros(deltas[0].shape, dtype=torch.float32, device=device_of(deltas[0]))
+    total = torch.zeros(deltas[0].shape, dtype=torch.float32, device=device)
     for delta, coefficient in used:
         change = held(delta)
         if isinstance(change, LowRank):

@@ -37,6 +37,11 @@ _DEVIATIONS = 4
 def kth(rows: Rows, count: int, magnitude: bool) -> Tensor:
     """``magnitude.stream_kth`` of one chunk: [K] in fp32, on the CPU.
 
+    Args:
+        rows: values_KD, finite.
+        count: Which one, from 1.
+        magnitude: Whether to compare magnitudes, or entries with their sign.
+
     Raises:
         ValueError: Fewer than ``count`` entries.
     """
