@@ -120,6 +120,12 @@ class Ranks:
             total = part if total is None else _REDUCTIONS[how](total, part, out=total)
         return total
 
+    def budget_line(self, budget_bytes: int) -> str:
+        """What this machine was allowed, of which a rank has so much, in words."""
+        if self.local_count == 1:
+            return str(budget_bytes)
+        return f"{budget_bytes * self.local_count} over {self.local_count} ranks"
+
     def lost(self) -> LostRankError:
         """What this rank says once it knows that another is gone."""
         return LostRankError(f"rank {self.rank} stops: another rank died or stopped")

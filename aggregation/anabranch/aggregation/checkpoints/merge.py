@@ -111,7 +111,7 @@ def merge_checkpoints(
     inputs = open_inputs(models, base, names, method)
     weights_C = cohort_weights(method, recipe, weights, len(models))
     check_count(method, config, weights_C)
-    check_budget(inputs.cohort, method, budget_bytes)
+    check_budget(replace(inputs.cohort, ranks=ranks), method, budget_bytes)
     like = inputs.like.tensors
     stored = None if dtype is None else getattr(torch, dtype)
     layout = {

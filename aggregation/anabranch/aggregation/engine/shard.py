@@ -87,7 +87,7 @@ def joined(ranks: Ranks) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if torch.cuda.is_available():
         # ``cuda`` without a number is then another GPU on each of this machine's ranks.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         distributed.init_process_group(
             "gloo",

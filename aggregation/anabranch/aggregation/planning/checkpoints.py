@@ -25,7 +25,7 @@ def plan_checkpoints(
     count: int,
 ) -> MergePlan:
     """Plan a merge of checkpoints whose headers are read, by so many ranks with a budget each."""
-    check_budget(inputs.cohort, method, budget_bytes)
+    check_budget(replace(inputs.cohort, ranks=Ranks(0, count, count)), method, budget_bytes)
     sizes = {name: tensor.size_bytes for name, tensor in inputs.like.tensors.items()}
     ranks, passes = [], 0
     for rank, names in enumerate(deal(sizes, count)):
