@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.vectors.task_vector import Delta, Held, LowRank, Streamed, TaskVector
 
 
@@ -25,6 +26,7 @@ class Cohort:
         importances: By module, how much each entry matters to its contribution, where the method
             reads it (``engine.importance``).
         device: Where chunks of entries are merged; None where the first contribution lies.
+        ranks: Who merges them together; the modules are then those of this rank.
     """
 
     names: tuple[str, ...]
@@ -32,6 +34,7 @@ class Cohort:
     base_hash: str | None
     importances: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
     device: torch.device | None = None
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         """C."""
@@ -41,6 +44,19 @@ class Cohort:
     def held_per_entry(self) -> int:
         """Numbers held of each entry: C changes, and as many importances where they are read."""
         return len(self) * (2 if self.importances else 1)
+
+    def only(self, modules: Sequence[str]) -> Cohort:
+        """The same contributions over those of some modules that are here."""
+        return replace(
+            self,
+            deltas={module: self.deltas[module] for module in modules if module in self.deltas},
+            importances={m: self.importances[m] for m in modules if m in self.importances},
+        )
+
+    def share_of(self, ranks: Ranks) -> Cohort:
+        """The same contributions over the modules that one of several ranks merges."""
+        sizes = {module: parts[0].shape.numel() for module, parts in self.deltas.items()}
+        return replace(self.only(ranks.mine(sizes)), ranks=ranks)
 
     def entries(self) -> int:
         """Entries of one whole task vector, D over all modules."""
@@ -64,7 +80,11 @@ def gather(
         ValueError: As ``side_by_side``, or a number that is not finite. Names the contribution and
             the module.
     """
-    cohort = side_by_side(vectors, names)
+    return checked(side_by_side(vectors, names), dense_later)
+
+
+def checked(cohort: Cohort, dense_later: bool = False) -> Cohort:
+    """A cohort whose numbers are known to be finite, with factors in fp32; see ``gather``."""
     deltas = {}
     for module, parts in cohort.deltas.items():
         for name, delta in zip(cohort.names, parts, strict=True):

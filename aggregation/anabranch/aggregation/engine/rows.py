@@ -76,10 +76,11 @@ class ModuleRows:
         block = min(ROW_BLOCK if products else 1, max(1, self.rows))
         blocks = budget_bytes // 2 // (row_bytes * WORKING_COPIES * block)
         if not blocks:
+            needed = 2 * row_bytes * WORKING_COPIES * block
             raise ValueError(
-                f"budget_bytes: {budget_bytes} cannot hold {block} rows of {module} for "
-                f"{len(cohort)} contributions; allow at least "
-                f"{2 * row_bytes * WORKING_COPIES * block}"
+                f"budget_bytes: {cohort.ranks.budget_line(budget_bytes)} cannot hold {block} rows "
+                f"of {module} for {len(cohort)} contributions; allow at least "
+                f"{needed * cohort.ranks.local_count}"
             )
         if self.fused and not on_gpu(self._device):
             blocks = min(blocks, max(1, FUSED_CHUNK_BYTES // (row_bytes * block)))
