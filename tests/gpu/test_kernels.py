@@ -65,8 +65,8 @@ def check(
 def test_kernels_are_the_methods(
     variant: str, count: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One entry, less and more than a block, whole blocks.
-    for shape in [(1,), (2, 512), (5, 211)]:
+    # Less than a block, and more.
+    for shape in [(1,), (5, 211)]:
         expected = check(variant, draw(count, *shape), device, monkeypatch)
         keeps_little = shape == (1,) or "nothing" in variant or count == 1
         assert bool(expected.any()) or keeps_little
