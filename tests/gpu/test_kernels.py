@@ -61,7 +61,7 @@ def check(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 4])
 def test_kernels_are_the_methods(
     variant: str, count: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from anabranch.aggregation.kernels.gpu import band, dare, histogram, linear, ord
 from anabranch.aggregation.kernels.gpu.blocks import BLOCK, EXACT
 from anabranch.aggregation.kernels.order import network
 
-BASICS = {"addresses": "*i64", "out": "*fp32", "entries": "i32", "count": "i32"}
+BASICS = {"addresses": "*i64", "out": "*fp32", "entries": "i32", "count": "i32", "words": "i32"}
 WHOLE = {"ALIGNED": True, "BLOCK": BLOCK}
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "linear": (linear._weighted_sum, {"coefficients": "*fp32"}, WHOLE),
@@ -73,8 +73,13 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 def ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
     names = kernel.arg_names
     types = {**BASICS, **types}
+    types = {name: kind for name, kind in types.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name == "entries"]
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name][0] == "*" or (name == "entries" and signature[name] != "constexpr")
+    ]
     source = ASTSource(
         kernel,
         signature,
@@ -92,6 +97,14 @@ def test_kernels_compile_to_exact_instructions(name: str) -> None:
     assert ".ftz" not in code
     assert set(re.findall(r"div\.\w+\.f32", code)) <= {"div.rn.f32"}
     assert "approx" not in code
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_for_one_of_everything(name: str) -> None:
+    """Triton makes a constant of an integer that is 1."""
+    kernel, types, constants = KERNELS[name]
+    ones = {"entries", "count", "words", "position"} & set(kernel.arg_names)
+    assert "ret" in ptx(kernel, types, {**constants, **dict.fromkeys(ones, 1)})
 
 
 @pytest.mark.parametrize("name", ["linear", "band", "dare", "kth magnitude", "kth"])

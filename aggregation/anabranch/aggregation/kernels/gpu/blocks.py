@@ -6,6 +6,7 @@ Shape legend: C contributions, D entries of a chunk, B entries of a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,19 +39,28 @@ def merge_rows(rows: Rows, kernel: Any, *arguments: Any, **constants: Any) -> Te
         What it wrote [D], fp32, where the entries are.
     """
     merged_D = torch.empty(len(rows[0]), device=rows[0].device)
-    if len(merged_D):
-        kernel[(triton.cdiv(len(merged_D), BLOCK),)](
-            addresses(rows),
-            merged_D,
-            len(merged_D),
-            len(rows),
-            *arguments,
-            ALIGNED=aligned(rows),
-            BLOCK=BLOCK,
-            **constants,
-            **EXACT,
-        )
+    launch(
+        kernel,
+        (triton.cdiv(len(merged_D), BLOCK),),
+        addresses(rows),
+        merged_D,
+        len(merged_D),
+        len(rows),
+        *arguments,
+        ALIGNED=aligned(rows),
+        BLOCK=BLOCK,
+        **constants,
+    )
     return merged_D
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its first argument, which need not be the current one."""
+    device = arguments[0].device
+    there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if min(grid):
+        with there:
+            kernel[grid](*arguments, **constants, **EXACT)
 
 
 def addresses(rows: Rows) -> Tensor:

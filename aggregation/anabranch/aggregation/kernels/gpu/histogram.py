@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Rows
-from anabranch.aggregation.kernels.gpu.blocks import EXACT, addresses, aligned, entries_at
+from anabranch.aggregation.kernels.gpu.blocks import addresses, aligned, entries_at, launch
 
 _STEP_BITS = 9
 _STEPS = 1 << _STEP_BITS
@@ -110,7 +110,9 @@ def _count(
     device, entries = rows[0].device, len(rows[0])
     counts_KH = torch.zeros(len(rows), _STEPS + 1, dtype=torch.int64, device=device)
     programs = max(1, min(triton.cdiv(entries, _BLOCK), _PROGRAMS // len(rows)))
-    _count_steps[(programs, len(rows))](
+    launch(
+        _count_steps,
+        (programs, len(rows)),
         addresses(rows),
         entries,
         torch.tensor(brackets, device=device),
@@ -121,7 +123,6 @@ def _count(
         ALIGNED=aligned(rows),
         BLOCK=_BLOCK,
         num_warps=_WARPS,
-        **EXACT,
     )
     return counts_KH.cpu()
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk
-from anabranch.aggregation.kernels.gpu.blocks import EXACT, addresses, aligned, entries_at, places
+from anabranch.aggregation.kernels.gpu.blocks import addresses, aligned, entries_at, launch, places
 from anabranch.aggregation.kernels.order import network
 from anabranch.aggregation.methods.median import median as median_by_torch
 from anabranch.aggregation.methods.trimmed_mean import trimmed_mean as trimmed_mean_by_torch
@@ -55,21 +55,21 @@ def _sliced(chunk: Chunk, merge: Callable[[Tensor], Tensor]) -> Tensor:
 def _merge(chunk: Chunk, low: int, high: int, halves: bool) -> Tensor:
     rows = chunk.rows
     merged_D = torch.empty(len(rows[0]), device=rows[0].device)
-    if len(merged_D):
-        _middle[(triton.cdiv(len(merged_D), _BLOCK),)](
-            addresses(rows),
-            merged_D,
-            len(merged_D),
-            1 / (high - low),
-            COUNT=len(rows),
-            PAIRS=tuple(network(len(rows)).flatten().tolist()),
-            LOW=low,
-            HIGH=high,
-            HALVES=halves,
-            ALIGNED=aligned(rows),
-            BLOCK=_BLOCK,
-            **EXACT,
-        )
+    launch(
+        _middle,
+        (triton.cdiv(len(merged_D), _BLOCK),),
+        addresses(rows),
+        merged_D,
+        len(merged_D),
+        1 / (high - low),
+        COUNT=len(rows),
+        PAIRS=tuple(network(len(rows)).flatten().tolist()),
+        LOW=low,
+        HIGH=high,
+        HALVES=halves,
+        ALIGNED=aligned(rows),
+        BLOCK=_BLOCK,
+    )
     return merged_D
 
 

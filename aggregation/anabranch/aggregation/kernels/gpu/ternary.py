@@ -19,8 +19,8 @@ from torch import Tensor
 
 from anabranch.aggregation.kernels.gpu.blocks import (
     BLOCK,
-    EXACT,
     added,
+    launch,
     merged,
     no_sums,
     places,
@@ -53,17 +53,19 @@ def _merged(
     elects: bool,
 ) -> Tensor:
     entries = updates[0].entries
-    merged_D = torch.empty(entries, device=device)
-    _merge[(triton.cdiv(entries, BLOCK),)](
-        _codes(updates, device),
+    merged_D, codes_CW = torch.empty(entries, device=device), _codes(updates, device)
+    launch(
+        _merge,
+        (triton.cdiv(entries, BLOCK),),
+        codes_CW,
         merged_D,
         entries,
+        codes_CW.shape[1],
         len(updates),
         torch.tensor([update.scale for update in updates], device=device),
         torch.tensor(weights, dtype=torch.float32, device=device),
         ELECTS=elects,
         BLOCK=BLOCK,
-        **EXACT,
     )
     return merged_D
 
@@ -73,14 +75,15 @@ def _codes(updates: Sequence[SparseTernary], device: torch.device) -> Tensor:
     words = triton.cdiv(updates[0].entries, 16)
     codes_CW = torch.zeros(len(updates), words, dtype=torch.int32, device=device)
     for update, codes_W in zip(updates, codes_CW, strict=True):
-        if update.nonzeros:
-            _set[(triton.cdiv(update.nonzeros, BLOCK),)](
-                update.positions_k.to(device),
-                update.negative_k.to(device).view(torch.uint8),
-                codes_W,
-                update.nonzeros,
-                BLOCK=BLOCK,
-            )
+        launch(
+            _set,
+            (triton.cdiv(update.nonzeros, BLOCK),),
+            update.positions_k.to(device),
+            update.negative_k.to(device).view(torch.uint8),
+            codes_W,
+            update.nonzeros,
+            BLOCK=BLOCK,
+        )
     return codes_CW
 
 
@@ -105,6 +108,7 @@ def _merge(
     codes: tl.tensor,
     out: tl.tensor,
     entries: tl.tensor,
+    words: tl.tensor,
     count: tl.tensor,
     values: tl.tensor,
     weights: tl.tensor,
@@ -113,11 +117,12 @@ def _merge(
 ) -> None:
     place_B = places(BLOCK)
     there_B = place_B < entries
-    words = tl.cdiv(entries, 16).to(tl.int64)
     shift_B = (2 * (place_B % 16)).to(tl.int32)
     sums = no_sums(BLOCK)
     for c in tl.range(0, count, loop_unroll_factor=4):
-        word_B = tl.load(codes + c * words + place_B // 16, mask=there_B, other=0)
+        word_B = tl.load(
+            codes + tl.cast(c, tl.int64) * words + place_B // 16, mask=there_B, other=0
+        )
         code_B = (word_B >> shift_B) & 3
         value = tl.load(values + c)
         kept_B = tl.where(code_B == 0, 0.0, tl.where(code_B == 3, -value, value))
