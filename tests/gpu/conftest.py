@@ -7,6 +7,7 @@ since Triton decides at import.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not INTERPRETS and not torch.cuda.is_available():
-        for item in items:
-            if "tests/gpu" in item.path.as_posix():
+    runs = INTERPRETS or torch.cuda.is_available()
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.gpu)
+            if not runs:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

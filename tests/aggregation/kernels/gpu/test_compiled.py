@@ -37,12 +37,12 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "kth magnitude": (
         histogram._count_steps,
         {"brackets": "*i64", "shifts": "*i64", "counts": "*i64"},
-        {"MAGNITUDE": True, "STEPS": 2048, "ALIGNED": True, "BLOCK": 4096},
+        {"MAGNITUDE": True, "STEPS": 512, "ALIGNED": True, "BLOCK": 2048},
     ),
     "kth": (
         histogram._count_steps,
         {"brackets": "*i64", "shifts": "*i64", "counts": "*i64"},
-        {"MAGNITUDE": False, "STEPS": 2048, "ALIGNED": True, "BLOCK": 4096},
+        {"MAGNITUDE": False, "STEPS": 512, "ALIGNED": True, "BLOCK": 2048},
     ),
     "ternary": (
         ternary._merge,

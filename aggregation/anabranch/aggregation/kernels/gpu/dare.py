@@ -70,7 +70,8 @@ def _dare(
     place_B = places(BLOCK)
     density_B = density + tl.zeros((BLOCK,), tl.float32)
     sums = no_sums(BLOCK)
-    for c in tl.range(0, count, loop_unroll_factor=4):
+    # Not unrolled: 64-bit words take two registers each.
+    for c in tl.range(0, count):
         delta_B = entries_at(addresses, c, place_B, entries, ALIGNED)
         keeps_B = drawn(tl.load(keys + c), place_B + position) < limit
         kept_B = tl.where(keeps_B, tl.div_rn(delta_B, density_B), 0.0)

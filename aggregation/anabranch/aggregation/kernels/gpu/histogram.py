@@ -1,9 +1,9 @@
 """The exact k-th largest of entries that are all there, by brackets that narrow.
 
-A sample brackets the k-th; one pass counts what lies above the bracket and, in 2,048 equal steps,
-what lies inside; the step that holds it is the next bracket. Two passes as a rule, since a few per
-cent of the entries lie in the first; one more where the sample misled, which the counts show. No
-sort, and nothing is gathered, so all entries may tie.
+A sample brackets the k-th; one pass counts what lies above the bracket and, in 512 equal steps,
+what lies inside; the step that holds it is the next bracket. Two passes as a rule, since one per
+cent of the entries lie in the first; one more where the sample misled, which the counts show. The
+entries are never sorted nor gathered, so all of them may tie.
 
 Shape legend: K rows, D entries of a row, S entries of a sample, H steps of a bracket, B entries of
 a block.
@@ -21,14 +21,16 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Rows
 from anabranch.aggregation.kernels.gpu.blocks import EXACT, addresses, aligned, entries_at
 
-_STEPS = 1 << 11
+_STEP_BITS = 9
+_STEPS = 1 << _STEP_BITS
+"""More would take a thread's registers: each holds its part of all counters."""
 
-_BLOCK = 4096
+_BLOCK, _WARPS = 2048, 8
 
 _PROGRAMS = 1024
 """Programs at most, over all rows: each adds its counts to the total once."""
 
-_SAMPLE = 1 << 15
+_SAMPLE = 1 << 17
 
 _DEVIATIONS = 4
 """Standard deviations of a rank in the sample by which the bracket is wider."""
@@ -50,25 +52,35 @@ def kth(rows: Rows, count: int, magnitude: bool) -> Tensor:
         raise ValueError(f"the {count}-th largest of {entries} entries does not exist")
     top = (1 << (31 if magnitude else 32)) - 1
     brackets = _sampled(rows, count, magnitude, top)
-    while any(low < high for low, high in brackets):
-        shifts = [max(0, (high - low).bit_length() - 11) for low, high in brackets]
-        counts_KH = _count(rows, brackets, shifts, magnitude)
-        for row, (low, high) in enumerate(brackets):
-            inside_H, above = counts_KH[row, :_STEPS], int(counts_KH[row, _STEPS])
-            from_top_H = inside_H.flip(0).cumsum(0)
-            if count <= above:
-                brackets[row] = high + 1, top
-            elif count > above + int(from_top_H[-1]):
-                brackets[row] = 0, low - 1
-            else:
-                place = int(torch.searchsorted(from_top_H, count - above))
-                low += (_STEPS - 1 - place) << shifts[row]
-                brackets[row] = low, min(high, low + (1 << shifts[row]) - 1)
+    while wide := [row for row, (low, high) in enumerate(brackets) if low < high]:
+        shifts = [_shift(*brackets[row]) for row in wide]
+        read = [rows[row] for row in wide]
+        counts_KH = _count(read, [brackets[row] for row in wide], shifts, magnitude)
+        for row, shift, counts_H in zip(wide, shifts, counts_KH, strict=True):
+            brackets[row] = _narrowed(*brackets[row], count, counts_H, shift, top)
     order_K = torch.tensor([low for low, _ in brackets])
     if not magnitude:
         order_K -= 1 << 31
         order_K ^= (order_K >> 63) & 0x7FFF_FFFF
     return order_K.to(torch.int32).view(torch.float32)
+
+
+def _shift(low: int, high: int) -> int:
+    """By how many bits the places in a bracket are cut to number its steps."""
+    return max(0, (high - low).bit_length() - _STEP_BITS)
+
+
+def _narrowed(
+    low: int, high: int, count: int, counts_H: Tensor, shift: int, top: int
+) -> tuple[int, int]:
+    """The step of a bracket that holds the k-th, or what lies beyond it where none does."""
+    above, from_top_H = int(counts_H[_STEPS]), counts_H[:_STEPS].flip(0).cumsum(0)
+    if count <= above:
+        return high + 1, top
+    if count > above + int(from_top_H[-1]):
+        return 0, low - 1
+    low += (_STEPS - 1 - int(torch.searchsorted(from_top_H, count - above))) << shift
+    return low, min(high, low + (1 << shift) - 1)
 
 
 def _sampled(rows: Rows, count: int, magnitude: bool, top: int) -> list[tuple[int, int]]:
@@ -108,6 +120,7 @@ def _count(
         STEPS=_STEPS,
         ALIGNED=aligned(rows),
         BLOCK=_BLOCK,
+        num_warps=_WARPS,
         **EXACT,
     )
     return counts_KH.cpu()
