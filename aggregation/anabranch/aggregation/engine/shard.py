@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,11 +38,18 @@ def environment_of(ranks: Ranks, meeting: Path) -> dict[str, str]:
     """
     return {
         _MEETING: f"file://{meeting / 'meeting'}",
+        # Ranks believe each other, so nobody else may talk to them.
+        "GLOO_SOCKET_IFNAME": _loopback(),
         "RANK": str(ranks.rank),
         "LOCAL_RANK": str(ranks.rank),
         "WORLD_SIZE": str(ranks.count),
         "LOCAL_WORLD_SIZE": str(ranks.local_count),
     }
+
+
+def _loopback() -> str:
+    """The interface that only this machine reaches: ``lo``, or ``lo0``."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def started_together(environment: Mapping[str, str]) -> bool:
