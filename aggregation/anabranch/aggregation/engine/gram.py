@@ -47,20 +47,21 @@ def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> di
         cohort: The contributions.
         budget_bytes: Memory for dense entries.
     """
-    grams = {}
+    # One tensor: one for each module, made between large ones, would fray the heap.
+    count = len(cohort)
+    all_MCC = torch.zeros(len(cohort.deltas), count, count, dtype=torch.float64)
+    grams = dict(zip(cohort.deltas, all_MCC, strict=True))
     for module, deltas in cohort.deltas.items():
         factors = [delta for delta in deltas if isinstance(delta, LowRank)]
         sparse = [delta for delta in deltas if isinstance(delta, SparseTernary)]
         if len(factors) == len(deltas):
-            gram_CC = _factor_gram(factors).cpu()
+            grams[module] += _factor_gram(factors).cpu()
         elif len(sparse) == len(deltas):
-            gram_CC = _ternary_gram(sparse)
+            grams[module] += _ternary_gram(sparse)
         else:
-            gram_CC = torch.zeros(len(cohort), len(cohort), dtype=torch.float64)
             rows = ModuleRows(cohort, module, budget_bytes)
             for piece_CL in recut(chunk.deltas_CD for chunk in rows):
-                gram_CC += inner_products(piece_CL).cpu()
-        grams[module] = gram_CC
+                grams[module] += inner_products(piece_CL).cpu()
     return cohort.ranks.union(grams)
 
 
