@@ -133,15 +133,15 @@ def ours(scenario: Scenario, engine: str, folder: Path) -> Run:
 
     wall_s, memory = measured(work)
     store = FolderStore(out)
-    rows = store.notes("admitted")
+    rows = store.contributions()
     journal = (out / "metrics.jsonl").read_text()
     times = {row["event"]: row["time"] for row in map(json.loads, journal.splitlines())}
     return Run(
         wall_s=wall_s,
         rounds_s=times["ended"] - times["begun"],
-        busy_s=sum(row["metrics"]["train-seconds"] for row in rows),
+        busy_s=sum(row.metrics["train-seconds"] for row in rows),
         memory_bytes=memory,
-        bytes_up=fmean(row["size_bytes"] for row in rows),
+        bytes_up=fmean(row.size_bytes for row in rows),
         adapter=read_adapter(out / ADAPTER_FOLDER),
     )
 

@@ -11,6 +11,7 @@ import sys
 import click
 import typer
 
+from anabranch.cli.backup import backup_command, restore_command
 from anabranch.cli.inspect import inspect_command
 from anabranch.cli.keys import keys_app
 from anabranch.cli.merge import merge_command
@@ -34,6 +35,8 @@ app.command("simulate")(simulate_command)
 app.command("merge")(merge_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
+app.command("backup")(backup_command)
+app.command("restore")(restore_command)
 app.add_typer(keys_app)
 
 

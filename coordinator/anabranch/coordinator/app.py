@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
-from anabranch.coordinator.store import FolderStore
+from anabranch.coordinator.store import open_store
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.vectors import Adapter
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
@@ -24,10 +25,13 @@ def main(grid: Grid, context: Context) -> None:
     """Run every round and write the adapter in service as a PEFT folder."""
     folder = Path(str(context.run_config["federation"]))
     config = load_federation(folder)
-    store = FolderStore(folder, durable=config.durable)
-    strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store)
-    strategy.start(grid)
-    publish(strategy.adapter, folder / ADAPTER_FOLDER)
+    opened = open_store(
+        config.store, folder, federation=config.name, run=config.run, durable=config.durable
+    )
+    with closing(opened) as store:
+        strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store)
+        strategy.start(grid)
+        publish(strategy.adapter, folder / ADAPTER_FOLDER)
 
 
 def publish(adapter: Adapter, folder: Path) -> None:

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
+from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
 
@@ -125,6 +126,8 @@ class FederationConfig(BaseModel):
     """Seconds between two looks for replies."""
     durable: bool = True
     """Flush every admitted update to the disk itself before it counts."""
+    store: StoreConfig = StoreConfig()
+    """Where rounds and their updates are kept."""
     max_norm: float | None = Field(None, gt=0)
     """Largest ‖update‖₂ admitted; None sets no cap."""
     evaluate_every: int = Field(1, ge=0)

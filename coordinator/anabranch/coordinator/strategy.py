@@ -25,7 +25,7 @@ from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.merging import check_method, merge_cohort
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.start import Start, adapter_record, at_rank
-from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
+from anabranch.coordinator.store import Contribution, FullError, Publication, Refusal, Store
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import from_tensors, split
 from anabranch.wire import decode_adapter, decode_update, encode_adapter
@@ -115,7 +115,7 @@ class MergeStrategy(Strategy):
         needed = math.ceil(self.config.quorum / self.config.fraction)
         first = max(self.config.clients, needed)
         self.roster.wait_for(grid, first, self.config.join_timeout_s)
-        done = max((row["round"] for row in self.store.notes("round")), default=0)
+        done = self._done()
         if done:
             self._evaluate(done, grid, result)
         for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
@@ -135,6 +135,7 @@ class MergeStrategy(Strategy):
                 result.arrays = arrays
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
+            self.store.tidy()
             self._evaluate(server_round, grid, result)
             if evaluate_fn and (own := evaluate_fn(server_round, self.arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = own
@@ -217,6 +218,12 @@ class MergeStrategy(Strategy):
         answers = (Reply(message.metadata.src_node_id, message) for message in replies)
         return self._record_scores(server_round, answers)
 
+    def _done(self) -> int:
+        """The last round that is over."""
+        latest = self.store.latest()
+        over = [row["round"] for row in self.store.notes("round")]
+        return max([*over, latest.round if latest else 0])
+
     def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
         orders = list(self.configure_evaluate(server_round, self.arrays, ConfigRecord(), grid))
         incoming = replies(
@@ -287,24 +294,25 @@ class MergeStrategy(Strategy):
             reason = f"{len(cohort)} admitted, the quorum is {self.config.quorum}"
         else:
             try:
-                report = self._merge(server_round, cohort)
+                publication, truncation = self._merge(server_round, cohort)
             # What a method cannot merge (too few for its f, a decomposition that fails) costs this
             # round, not the federation; the adapter in service stays.
             except (ValueError, RuntimeError) as error:
                 reason = one_line(f"the merge failed: {error}")
+        seconds = time.monotonic() - self._began
         if reason:
             log.warning("round %d abandoned: %s", server_round, reason)
-            facts |= {"status": "abandoned", "reason": reason}
-        else:
-            facts |= {
-                "status": "published",
-                "merge_seconds": time.perf_counter() - began,
-                "truncation_error": report.overall_truncation,
-            }
-            log.info("round %d merged %d of %d", server_round, len(cohort), len(self._asked))
-        self.store.note("round", {**facts, "seconds": time.monotonic() - self._began})
-        if reason:
+            abandoned = {"status": "abandoned", "reason": reason, "seconds": seconds}
+            self.store.note("round", facts | abandoned)
             return None, None
+        published = {
+            "status": "published",
+            "merge_seconds": time.perf_counter() - began,
+            "truncation_error": truncation,
+            "seconds": seconds,
+        }
+        self.store.publish(publication, facts | published)
+        log.info("round %d merged %d of %d", server_round, len(cohort), len(self._asked))
         return self.arrays, _mean_metrics([row.metrics for row in cohort])
 
     def _admit(self, reply: Reply) -> None:
@@ -315,14 +323,18 @@ class MergeStrategy(Strategy):
             raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
         start = self._start(client)
         candidate = examine(reply.message, start.plan, start.adapter, client, self.config.max_norm)
-        contribution = Contribution(
-            round=start.plan.round,
-            client=client,
-            digest=self.store.put(candidate.blob),  # the bytes first, the row second
-            size_bytes=len(candidate.blob),
-            metrics=dict(candidate.metrics),
-        )
-        if not self.store.admit(contribution):
+        try:
+            contribution = Contribution(
+                round=start.plan.round,
+                client=client,
+                digest=self.store.put(candidate.blob),  # the bytes first, the row second
+                size_bytes=len(candidate.blob),
+                metrics=dict(candidate.metrics),
+            )
+            counted = self.store.admit(contribution)
+        except FullError as error:
+            raise RefusedError("no-room", str(error)) from error
+        if not counted:
             raise RefusedError("duplicate", "this client already has an update in this round")
         size_bytes = sum(tensor.nbytes for tensor in candidate.tensors.values())
         if (len(self._decoded) + 1) * size_bytes <= DECODED_BYTES:
@@ -335,24 +347,26 @@ class MergeStrategy(Strategy):
             Refusal(round=server_round, client=client, code=error.code, reason=reason)
         )
 
-    def _merge(self, server_round: int, cohort: Sequence[Contribution]) -> MergeReport:
+    def _merge(
+        self, server_round: int, cohort: Sequence[Contribution]
+    ) -> tuple[Publication, float]:
+        """The next adapter, kept but not in service yet, and the merge's truncation error."""
         starts = [self._start(row.client) for row in cohort]
         ends = [self._end(row, start) for row, start in zip(cohort, starts, strict=True)]
         names = [row.client for row in cohort]
         merged, report = merge_cohort(self.config, self._starts[None], starts, ends, names)
         encoded = encode_adapter(merged, self._plan, self.config.down)
+        digest = self.store.put(encoded.blob)
         # What the clients will decode is the adapter in service, to the bit.
         self.adapter = from_tensors(self._seeded, {**merged.tensors(), **encoded.sent})
         self._blob = encoded.blob
-        self.store.publish(
-            Publication(
-                round=server_round,
-                digest=self.store.put(encoded.blob),
-                adapter_hash=self.adapter.hash(),
-                report=_plain(report),
-            )
+        publication = Publication(
+            round=server_round,
+            digest=digest,
+            adapter_hash=self.adapter.hash(),
+            report=_plain(report),
         )
-        return report
+        return publication, report.overall_truncation
 
     def _end(self, row: Contribution, start: Start) -> Adapter:
         """What a client trained: its start and the change it sent.

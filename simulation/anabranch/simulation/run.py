@@ -134,7 +134,7 @@ def run_federation(
     if config.evaluate_every:
         total += (config.rounds // config.evaluate_every) * config.clients
     store = FolderStore(folder)
-    done = len(store.notes("admitted")) + len(store.notes("evaluate"))
+    done = len(store.contributions()) + len(store.notes("evaluate"))
     run_config: dict[str, bool | int | float | str] = {
         "task": scenario.task.kind,
         "task-params": task_params(scenario),
@@ -148,7 +148,7 @@ def run_federation(
 
     def look() -> None:
         rows = FolderStore(folder)
-        seen = len(rows.notes("admitted")) + len(rows.notes("evaluate"))
+        seen = len(rows.contributions()) + len(rows.notes("evaluate"))
         progress("federation", seen, total)
 
     progress("federation", done, total)

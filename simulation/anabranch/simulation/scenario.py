@@ -27,6 +27,7 @@ from anabranch.coordinator.federation import (
     clients_asked,
     keyed_error,
 )
+from anabranch.coordinator.store.config import JOURNAL_URL, StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
 
@@ -158,6 +159,7 @@ class Scenario(BaseModel):
             deadline_s=1e9 if self.engine == "inprocess" else self.deadline_s,
             poll_s=0.0 if self.engine == "inprocess" else 0.1,
             durable=False,  # a simulation that lost power is run again
+            store=StoreConfig(url=JOURNAL_URL),
             max_norm=self.max_norm,
             evaluate_every=self.evaluate_every,
             codec=self.codec,

@@ -142,11 +142,11 @@ def _rounds(store: Store) -> list[dict[str, Any]]:
 
 def _update_bytes(measured: Measured) -> dict[str, float | None]:
     store = measured.store
-    rows = store.notes("admitted")
+    rows = store.contributions()
     entries = sum(tensor.numel() for tensor in measured.start.tensors().values())
-    sizes = [row["size_bytes"] for row in rows]
+    sizes = [row.size_bytes for row in rows]
     payloads = [
-        sum(frame.payload_bytes for frame in read_manifest(store.get(row["digest"])).frames)
+        sum(frame.payload_bytes for frame in read_manifest(store.get(row.digest)).frames)
         for row in rows
     ]
     ours, payload = (fmean(sizes), fmean(payloads)) if rows else (None, None)

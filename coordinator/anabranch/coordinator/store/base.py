@@ -8,6 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 
+class FullError(RuntimeError):
+    """There is no room: a disk or a quota is full. Nothing changed."""
+
+
 class Contribution(BaseModel):
     """An admitted update."""
 
@@ -49,11 +53,17 @@ class Publication(BaseModel):
 
 
 class Store(ABC):
-    """Durable memory of one federation. What a method returned from survives a crash."""
+    """Durable memory of one federation. What a method returned from survives a crash.
+
+    Every writing method raises ``FullError``, and changes nothing, when there is no room.
+    """
 
     @abstractmethod
     def put(self, data: bytes) -> str:
-        """Keep bytes under their sha256 and return it; the same bytes are kept once."""
+        """Keep bytes under their sha256 and return it; the same bytes are kept once.
+
+        They stay once a contribution or a publication names them.
+        """
 
     @abstractmethod
     def get(self, digest: str) -> bytes:
@@ -73,16 +83,28 @@ class Store(ABC):
         """Record why a reply was not counted."""
 
     @abstractmethod
-    def contributions(self, round_number: int) -> list[Contribution]:
-        """A round's admitted updates, sorted by client."""
+    def contributions(self, round_number: int | None = None) -> list[Contribution]:
+        """A round's admitted updates, sorted by client; or all, sorted by round and client."""
 
     @abstractmethod
     def refusals(self) -> list[Refusal]:
         """Every refusal, oldest first."""
 
     @abstractmethod
-    def publish(self, publication: Publication) -> None:
-        """Make an adapter the one in service."""
+    def publish(self, publication: Publication, facts: dict[str, Any]) -> None:
+        """Make an adapter the one in service and note its round's end: both or neither.
+
+        Args:
+            publication: The adapter.
+            facts: What ``notes("round")`` will tell of the round.
+
+        Raises:
+            ValueError: This round has published already.
+        """
+
+    @abstractmethod
+    def publications(self) -> list[Publication]:
+        """Every publication, oldest first."""
 
     @abstractmethod
     def latest(self) -> Publication | None:
@@ -94,4 +116,12 @@ class Store(ABC):
 
     @abstractmethod
     def notes(self, event: str) -> list[dict[str, Any]]:
-        """The rows of one kind, oldest first."""
+        """The noted rows of one kind, oldest first."""
+
+    @abstractmethod
+    def tidy(self) -> int:
+        """Let go of what retention does not keep; returns how many artifacts. For between rounds."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close connections; the store is not used afterwards."""

@@ -6,13 +6,13 @@ the call returns. A line torn by a crash is dropped with the next write.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from anabranch.coordinator.store.artifacts import NO_ROOM, FolderArtifacts, flush_folder, full
 from anabranch.coordinator.store.base import Contribution, Publication, Refusal, Store
 
 JOURNAL = "metrics.jsonl"
@@ -30,7 +30,7 @@ class FolderStore(Store):
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self._durable = durable
-        self._artifacts = folder / ARTIFACTS
+        self._artifacts = FolderArtifacts(folder / ARTIFACTS, durable=durable)
         self._journal = folder / JOURNAL
         self._rows, self._whole_bytes = _read_journal(self._journal)
         self._admitted = {
@@ -38,58 +38,45 @@ class FolderStore(Store):
         }
 
     def put(self, data: bytes) -> str:  # noqa: D102
-        digest = hashlib.sha256(data).hexdigest()
-        # Plain names and calls of the system: a small update's file costs a third of what it would.
-        path = str(self._path(digest))
-        if not os.path.exists(path):  # noqa: PTH110
-            partial = f"{path}.partial"
-            number = _create(partial)
-            try:
-                _write(number, data)
-                if self._durable:
-                    os.fsync(number)
-            finally:
-                os.close(number)
-            os.replace(partial, path)  # noqa: PTH105
-            self._flush_folder(Path(path).parent)
-        return digest
+        return self._artifacts.put(data)
 
     def get(self, digest: str) -> bytes:  # noqa: D102
-        try:
-            data = self._path(digest).read_bytes()
-        except FileNotFoundError as error:
-            raise KeyError(f"no artifact {digest} in {self._artifacts}") from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"artifact {digest} in {self._artifacts} is damaged: restore a backup")
-        return data
+        return self._artifacts.get(digest)
 
     def admit(self, contribution: Contribution) -> bool:  # noqa: D102
         key = (contribution.round, contribution.client)
         if key in self._admitted:
             return False
-        self._append("admitted", contribution.model_dump())
+        self._append(("admitted", contribution.model_dump()))
         self._admitted.add(key)
         return True
 
     def refuse(self, refusal: Refusal) -> None:  # noqa: D102
-        self._append("refused", refusal.model_dump())
+        self._append(("refused", refusal.model_dump()))
 
-    def contributions(self, round_number: int) -> list[Contribution]:  # noqa: D102
-        rows = [row for row in self.notes("admitted") if row["round"] == round_number]
-        return sorted((Contribution(**row) for row in rows), key=lambda row: row.client)
+    def contributions(self, round_number: int | None = None) -> list[Contribution]:  # noqa: D102
+        rows = [row for row in self.notes("admitted") if round_number in (None, row["round"])]
+        found = (Contribution(**row) for row in rows)
+        return sorted(found, key=lambda row: (row.round, row.client))
 
     def refusals(self) -> list[Refusal]:  # noqa: D102
         return [Refusal(**row) for row in self.notes("refused")]
 
-    def publish(self, publication: Publication) -> None:  # noqa: D102
-        self._append("published", publication.model_dump())
+    def publish(self, publication: Publication, facts: dict[str, Any]) -> None:  # noqa: D102
+        latest = self.latest()
+        if latest is not None and latest.round >= publication.round:
+            raise ValueError(f"round {publication.round} has published already")
+        self._append(("published", publication.model_dump()), ("round", facts))
+
+    def publications(self) -> list[Publication]:  # noqa: D102
+        return [Publication(**row) for row in self.notes("published")]
 
     def latest(self) -> Publication | None:  # noqa: D102
         rows = self.notes("published")
         return Publication(**rows[-1]) if rows else None
 
     def note(self, event: str, facts: dict[str, Any]) -> None:  # noqa: D102
-        self._append(event, facts)
+        self._append((event, facts))
 
     def notes(self, event: str) -> list[dict[str, Any]]:  # noqa: D102
         return [
@@ -98,51 +85,38 @@ class FolderStore(Store):
             if row["event"] == event
         ]
 
-    def _path(self, digest: str) -> Path:
-        return self._artifacts / digest[:2] / digest
+    def tidy(self) -> int:
+        """Nothing: a journal's folder is kept, or deleted, as a whole."""
+        return 0
 
-    def _append(self, event: str, facts: dict[str, Any]) -> None:
-        row = {"event": event, "time": round(time.time(), 3), **facts}
+    def close(self) -> None:
+        """Nothing: no file is open between two calls."""
+
+    def _append(self, *events: tuple[str, dict[str, Any]]) -> None:
+        now = round(time.time(), 3)
+        rows = [{"event": event, "time": now, **facts} for event, facts in events]
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         self._journal.parent.mkdir(parents=True, exist_ok=True)
-        with self._journal.open("ab") as file:
+        with self._journal.open("ab", buffering=0) as file:
             # Only a writer drops a torn line: to a reader it is a line that is being written.
-            if file.tell() > self._whole_bytes and self._whole_bytes >= 0:
-                file.truncate(self._whole_bytes)
+            whole = self._whole_bytes if self._whole_bytes >= 0 else file.tell()
+            if file.tell() > whole:
+                file.truncate(whole)
             self._whole_bytes = -1
-            file.write((json.dumps(row) + "\n").encode())
-            self._flush(file)
-        if len(self._rows) == 0:
-            self._flush_folder(self._journal.parent)
-        self._rows.append(row)
-
-    def _flush(self, file: BinaryIO) -> None:
-        file.flush()
-        if self._durable:
-            os.fsync(file.fileno())
-
-    def _flush_folder(self, folder: Path) -> None:
-        """A new name is safe only once its folder is on the disk too."""
-        if self._durable:
-            number = os.open(folder, os.O_RDONLY)
-            os.fsync(number)
-            os.close(number)
-
-
-def _create(path: str) -> int:
-    """A new file's descriptor; its folder is made when missing, and not asked for before."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    try:
-        return os.open(path, flags, 0o666)
-    except FileNotFoundError:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, flags, 0o666)
-
-
-def _write(number: int, data: bytes) -> None:
-    """All of the bytes: one call of the system writes 2 GB at most."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(number, rest) :]
+            try:
+                rest = memoryview(lines)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                if self._durable:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(whole)
+                if error.errno in NO_ROOM:
+                    raise full(str(self._journal), error) from error
+                raise
+        if len(self._rows) == 0 and self._durable:
+            flush_folder(self._journal.parent)
+        self._rows.extend(rows)
 
 
 def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:

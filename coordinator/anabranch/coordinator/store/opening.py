@@ -1,0 +1,57 @@
+"""Open the store a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anabranch.coordinator.store.artifacts import Artifacts, FolderArtifacts, S3Artifacts
+from anabranch.coordinator.store.base import Store
+from anabranch.coordinator.store.config import JOURNAL_URL, S3, SQLITE, StoreConfig
+from anabranch.coordinator.store.folder import FolderStore
+
+
+def open_store(
+    config: StoreConfig, folder: Path, *, federation: str, run: str, durable: bool = True
+) -> Store:
+    """The store of one run of a federation.
+
+    Args:
+        config: Where it is.
+        folder: The federation's folder, which relative paths start from.
+        federation: The federation's name.
+        run: Its run.
+        durable: What a method returned from survives a power failure too.
+
+    Raises:
+        ValueError: It cannot be opened, or something it needs is not installed.
+        FullError: There is no room for it.
+    """
+    if config.url == JOURNAL_URL:
+        return FolderStore(folder, durable=durable)
+    # Simulations keep journals, and need not wait for SQLAlchemy to load.
+    from anabranch.coordinator.store.database import connect
+    from anabranch.coordinator.store.sql import SqlStore
+
+    quota = config.quota_mb
+    return SqlStore(
+        connect(database_of(config, folder), durable=durable),
+        artifacts_of(config, folder, durable=durable),
+        federation=federation,
+        run=run,
+        quota_bytes=None if quota is None else quota << 20,
+        keep_rounds=config.keep_rounds,
+    )
+
+
+def database_of(config: StoreConfig, folder: Path) -> str:
+    """The database's address, a relative file's made one of the folder."""
+    if not config.url.startswith(SQLITE):
+        return config.url
+    return f"{SQLITE}{folder.absolute() / config.url.removeprefix(SQLITE)}"
+
+
+def artifacts_of(config: StoreConfig, folder: Path, *, durable: bool) -> Artifacts:
+    """Where the bytes are kept."""
+    if config.artifacts.startswith(S3):
+        return S3Artifacts(config.artifacts)
+    return FolderArtifacts(folder / config.artifacts, durable=durable)

