@@ -221,7 +221,7 @@ class MergeStrategy(Strategy):
     def _done(self) -> int:
         """The last round that is over."""
         latest = self.store.latest()
-        over = [row["round"] for row in self.store.notes("round")]
+        over: list[int] = [row["round"] for row in self.store.notes("round")]
         return max([*over, latest.round if latest else 0])
 
     def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:

@@ -102,8 +102,9 @@ def _has_begun(folder: Path) -> bool:
     try:
         for part in (folder, folder / FEDAVG_FOLDER):
             store = FolderStore(part)
-            for row in (*store.contributions(), *store.publications()):
-                store.get(row.digest)
+            digests = [row.digest for row in store.contributions()]
+            for digest in digests + [row.digest for row in store.publications()]:
+                store.get(digest)
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{folder}: cannot be gone on with: {error.args[0]}; restore it, or use --overwrite"

@@ -54,16 +54,16 @@ def postgres() -> Iterator[str]:
             folder.chmod(0o755)
             shutil.chown(folder, nobody.pw_uid, nobody.pw_gid)
         data = folder / "data"
-        quiet: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL, "env": {"LC_ALL": "C.UTF-8"}}
+        user |= {"cwd": folder, "stdout": subprocess.DEVNULL, "env": {"LC_ALL": "C.UTF-8"}}
         subprocess.run(
             [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N"],
-            check=True, **quiet, **user,
+            check=True, **user,
         )  # fmt: skip
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
                 [programs / "postgres", "-D", data, "-k", folder, "-F",
                  "-c", "listen_addresses=", "-c", "shared_buffers=16MB"],
-                stderr=log, **quiet, **user,
+                stderr=log, **user,
             )  # fmt: skip
         try:
             for _ in range(200):

@@ -27,7 +27,7 @@ def test_bytes_come_back_by_their_hash(artifacts: Artifacts) -> None:
         assert artifacts.get(digest) == data
         assert artifacts.size(digest) == len(data)
     found = dict(artifacts.names())
-    assert sorted(found) == sorted(hashlib.sha256(data).hexdigest() for data in (b"", b"abc", large))
+    assert set(found) == {hashlib.sha256(data).hexdigest() for data in (b"", b"abc", large)}
     assert all(-5 < age_s < 60 for age_s in found.values())
 
 

@@ -2,67 +2,75 @@
 
 from __future__ import annotations
 
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from anabranch.coordinator.store import Store
 
-# Goes on from what the store holds, as a coordinator does, and says what returned.
+# Its children go on from what the store holds, as a coordinator does, and say what returned. Forked
+# and killed here, so that Python and what it loads start once.
 WRITER = """
-import sys
+import os, random, signal, sys, time
 from pathlib import Path
 from anabranch.coordinator.store import Contribution, Publication, StoreConfig, open_store
+import anabranch.coordinator.store.sql
 
-store = open_store(
-    StoreConfig(url=sys.argv[1], keep_rounds=None if sys.argv[1] == "journal" else 3),
-    Path(sys.argv[2]), federation="f", run="r", durable=False,
-)
-print("up", flush=True)
-latest = store.latest()
-number = latest.round + 1 if latest else 1
-while True:
-    for client in [f"client-{number}-{index}" for index in range(4)]:
-        digest = store.put(client.encode() * 50)
-        counted = store.admit(
-            Contribution(round=number, client=client, digest=digest, size_bytes=50 * len(client))
+url, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + chr(10)).encode())
+
+
+def work(up):
+    config = StoreConfig(url=url, keep_rounds=None if url == "journal" else 3)
+    store = open_store(config, folder, federation="f", run="r", durable=False)
+    latest = store.latest()
+    number = latest.round + 1 if latest else 1
+    os.write(up, b"up")
+    while True:
+        for client in [f"client-{number}-{index}" for index in range(4)]:
+            data = client.encode() * 50
+            row = Contribution(
+                round=number, client=client, digest=store.put(data), size_bytes=len(data)
+            )
+            say("admitted" if store.admit(row) else "again", number, client)
+        digest = store.put(b"adapter %d" % number)
+        store.publish(
+            Publication(round=number, digest=digest, adapter_hash=str(number)),
+            {"round": number, "admitted": len(store.contributions(number))},
         )
-        print("admitted" if counted else "again", number, client, flush=True)
-    digest = store.put(b"adapter %d" % number)
-    store.publish(
-        Publication(round=number, digest=digest, adapter_hash=str(number)),
-        {"round": number, "admitted": len(store.contributions(number))},
-    )
-    print("published", number, flush=True)
-    store.tidy()
-    number += 1
+        say("published", number)
+        store.tidy()
+        number += 1
+
+
+draw = random.Random(7)
+for _ in range(kills):
+    ready, up = os.pipe()
+    child = os.fork()
+    if child == 0:
+        work(up)
+    os.read(ready, 2)
+    time.sleep(draw.uniform(0.0, 0.06))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(ready)
+    os.close(up)
 """
-KILLS = 12
+KILLS = 40
 
 
 def test_killed_at_any_moment_nothing_is_lost_or_counted_twice(
     open_again: partial[Store], tmp_path: Path
 ) -> None:
-    url = str(open_again.args[0])
-    draw = random.Random(7)
-    said: list[str] = []
-    for _ in range(KILLS):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, url, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "up\n"
-        time.sleep(draw.uniform(0.0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        lines = process.stdout.read()
-        said += lines[: lines.rfind("\n") + 1].splitlines()
-        process.stdout.close()
-        process.wait()
+    arguments = [sys.executable, "-c", WRITER, open_again.args[0], str(tmp_path), str(KILLS)]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    said = run.stdout.splitlines()
     store = open_again()
     admitted = [tuple(line.split()[1:]) for line in said if line.startswith("admitted")]
     held = Counter((str(row.round), row.client) for row in store.contributions())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,17 @@ def admit(store: Store, client: str, data: bytes) -> bool:
     return store.admit(row)
 
 
+def admit_until_full(store: Store) -> int:
+    """Rows alone, until there is no room for one more; how many were admitted."""
+    for number in range(10_000):
+        row = Contribution(round=1, client=f"late-{number}", digest="d", size_bytes=1)
+        try:
+            assert store.admit(row)
+        except FullError:
+            return number
+    raise AssertionError("the disk is not small")
+
+
 @pytest.mark.parametrize("url", ["journal", "sqlite:///rounds.db"])
 def test_a_full_disk_refuses_and_what_was_admitted_stays(small_disk: Path, url: str) -> None:
     def open_again() -> Store:
@@ -48,15 +59,9 @@ def test_a_full_disk_refuses_and_what_was_admitted_stays(small_disk: Path, url: 
     store = open_again()
     assert admit(store, "a", b"first")
     ballast = fill(small_disk)
-    with pytest.raises(FullError, match="has no room: .*; free some, and go on"):
+    with pytest.raises(FullError, match=r"has no room: .*; free some, and go on"):
         store.put(os.urandom(100_000))
-    rows: Callable[[int], Contribution] = lambda number: Contribution(  # noqa: E731
-        round=1, client=f"late-{number}", digest="d", size_bytes=1
-    )
-    admitted = 0
-    with pytest.raises(FullError, match="has no room"):
-        for admitted in range(10_000):
-            assert store.admit(rows(admitted))
+    admitted = admit_until_full(store)
     # Nothing of what was refused is there, all of the rest is, now and after a restart.
     expected = ["a", *(f"late-{number}" for number in range(admitted))]
     ballast.unlink()

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,41 +137,43 @@ def _write(
         held.append(row)
         size_bytes += len(data)
     tables[artifacts.name] = held
-    head = {"format": FORMAT, "federation": config.name, "run": config.run}
-    _add(tar, ROWS, json.dumps({**head, "tables": tables}).encode())
-    return _summary(config.name, config.run, tables, size_bytes)
+    _add(tar, ROWS, json.dumps({"format": FORMAT, "tables": tables}).encode())
+    return _summary(config, tables, size_bytes)
 
 
 def _read(
     tar: tarfile.TarFile, folder: Path, url: str | None, artifacts_place: str | None
 ) -> Backup:
-    kept: Artifacts | None = None
-    config: FederationConfig | None = None
-    size_bytes, found = 0, set()
-    for member, data in _members(tar):
+    """Bring back what a tar holds, in its order; rows come last, in one transaction."""
+    settled: tuple[FederationConfig, Artifacts] | None = None
+    found: dict[str, int] = {}
+    for member in tar:
         top, _, name = member.name.partition("/")
         if top == FILES:
             member.name = name
             tar.extract(member, folder, filter="data")
-        elif top == BYTES and DIGEST.fullmatch(name):
-            if kept is None:
-                config, kept = _settle(folder, url, artifacts_place)
-            if kept.put(data()) != name:
-                raise ValueError(f"{tar.name}: artifact {name} is damaged; take another backup")
-            size_bytes += member.size
-            found.add(name)
+            continue
+        # The folder's files come first, and say where the rest goes.
+        config, kept = settled = settled or _settle(folder, url, artifacts_place)
+        stream = tar.extractfile(member)
+        if stream is None:
+            continue
+        data = stream.read()
+        if top == BYTES and DIGEST.fullmatch(name):
+            if kept.put(data) != name:
+                raise ValueError(f"artifact {name} of the backup is damaged; restore another one")
+            found[name] = len(data)
         elif member.name == ROWS:
-            content = json.loads(data())
-            config, kept = _settle(folder, url, artifacts_place)
+            content = json.loads(data)
             if content["format"] != FORMAT:
                 raise ValueError(
-                    f"{tar.name}: is of format {content['format']}, this release reads {FORMAT}"
+                    f"the backup is of format {content['format']}, this release reads {FORMAT}"
                 )
             tables: dict[str, list[dict[str, Any]]] = content["tables"]
-            if not {row["digest"] for row in tables[artifacts.name]} <= found:
+            if not {row["digest"] for row in tables[artifacts.name]} <= set(found):
                 raise KeyError(BYTES)
             _insert(config, folder, tables)
-            return _summary(config.name, config.run, tables, size_bytes)
+            return _summary(config, tables, sum(found.values()))
     raise KeyError(ROWS)
 
 
@@ -181,7 +182,10 @@ def _settle(
 ) -> tuple[FederationConfig, Artifacts]:
     """The restored configuration, with the places asked for."""
     config = load_federation(folder)
-    changes = {"url": url or config.store.url, "artifacts": artifacts_place or config.store.artifacts}
+    changes = {
+        "url": url or config.store.url,
+        "artifacts": artifacts_place or config.store.artifacts,
+    }
     try:
         store = StoreConfig(**{**config.store.model_dump(), **changes})
     except ValidationError as error:
@@ -199,13 +203,17 @@ def _insert(
         with engine.begin() as connection:
             number = federation_id(connection, config.name, config.run)
             for table in OF_A_FEDERATION:
-                if connection.scalar(select(table.c.federation).where(table.c.federation == number).limit(1)):
+                if connection.scalar(
+                    select(table.c.federation).where(table.c.federation == number).limit(1)
+                ):
                     raise ValueError(
                         f"{place(engine)}: holds run {config.run} of {config.name} already; "
                         "restore into another database"
                     )
                 if rows := tables[table.name]:
-                    connection.execute(insert(table), [{**row, "federation": number} for row in rows])
+                    connection.execute(
+                        insert(table), [{**row, "federation": number} for row in rows]
+                    )
     finally:
         engine.dispose()
 
@@ -243,16 +251,10 @@ def _is_held(engine: Engine, digest: str) -> bool:
 
 
 def _summary(
-    name: str, run: str, tables: dict[str, list[dict[str, Any]]], size_bytes: int
+    config: FederationConfig, tables: dict[str, list[dict[str, Any]]], size_bytes: int
 ) -> Backup:
     rows = {table: len(found) for table, found in tables.items() if table != artifacts.name}
-    return Backup(name, run, len(tables[artifacts.name]), size_bytes, rows)
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Any]]:
-    for member in tar:
-        stream = tar.extractfile(member) if member.isfile() else None
-        yield member, stream.read if stream else None
+    return Backup(config.name, config.run, len(tables[artifacts.name]), size_bytes, rows)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

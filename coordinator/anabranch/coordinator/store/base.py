@@ -120,7 +120,7 @@ class Store(ABC):
 
     @abstractmethod
     def tidy(self) -> int:
-        """Let go of what retention does not keep; returns how many artifacts. For between rounds."""
+        """Let go of what retention does not keep, between rounds; returns how many artifacts."""
 
     @abstractmethod
     def close(self) -> None:

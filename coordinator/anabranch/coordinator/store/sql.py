@@ -89,7 +89,8 @@ class SqlStore(Store):
         return sorted(rows, key=lambda row: (row.round, row.client))
 
     def refusals(self) -> list[Refusal]:  # noqa: D102
-        return [Refusal(**row) for row in self._rows(self._select(refusals).order_by(refusals.c.id))]
+        query = self._select(refusals).order_by(refusals.c.id)
+        return [Refusal(**row) for row in self._rows(query)]
 
     def publish(self, publication: Publication, facts: dict[str, Any]) -> None:  # noqa: D102
         size_bytes = self.kept.size(publication.digest)

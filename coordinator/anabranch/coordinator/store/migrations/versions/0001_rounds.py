@@ -9,9 +9,7 @@ revision, down_revision = "0001", None
 def _federation(table: str) -> list[sa.schema.SchemaItem]:
     return [
         sa.Column("federation", sa.Integer, nullable=False),
-        sa.ForeignKeyConstraint(
-            ["federation"], ["federations.id"], name=f"fk_{table}_federation"
-        ),
+        sa.ForeignKeyConstraint(["federation"], ["federations.id"], name=f"fk_{table}_federation"),
     ]
 
 
