@@ -225,8 +225,8 @@ def test_with_one_factor_shared_the_mean_is_exact_in_every_round(
     rounds.append(strategy.adapter)
     publish = store.publish
 
-    def look(publication: Any) -> None:
-        publish(publication)
+    def look(publication: Any, facts: Any) -> None:
+        publish(publication, facts)
         rounds.append(strategy.adapter)
 
     store.publish = look  # type: ignore[method-assign]
@@ -267,8 +267,8 @@ def test_with_the_rest_kept_nothing_of_a_round_is_lost(
 
     publish = store.publish
 
-    def look(publication: Any) -> None:
-        publish(publication)
+    def look(publication: Any, facts: Any) -> None:
+        publish(publication, facts)
         rounds.append(strategy.adapter)
 
     store.publish = look  # type: ignore[method-assign]
@@ -307,8 +307,8 @@ def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method:
     starts: list[Adapter] = [strategy.adapter]
     publish = store.publish
 
-    def look(publication: Any) -> None:
-        publish(publication)
+    def look(publication: Any, facts: Any) -> None:
+        publish(publication, facts)
         starts.append(strategy.adapter)
 
     store.publish = look  # type: ignore[method-assign]
@@ -481,8 +481,8 @@ def test_nodes_come_and_go_between_rounds(tmp_path: Path) -> None:
     strategy = MergeStrategy(config(clients=3, quorum=2, rounds=3), template(), store)
     publish = store.publish
 
-    def move(publication: Any) -> None:
-        publish(publication)
+    def move(publication: Any, facts: Any) -> None:
+        publish(publication, facts)
         if publication.round == 1:
             whole._contexts[12] = away  # arrives late
             del whole._contexts[10]

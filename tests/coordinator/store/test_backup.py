@@ -147,7 +147,7 @@ def test_artifacts_move_to_a_bucket(bucket: str, tmp_path: Path) -> None:
         (lambda data: data[: len(data) // 2], "is damaged or no backup"),
         (lambda data: b"", "is damaged or no backup"),
         (lambda data: b"text" * 1000, "is damaged or no backup"),
-        (lambda data: data.replace(b"1 a\0", b"1 x\0"), "artifact [0-9a-f]{64} is damaged"),
+        (lambda data: data.replace(b"1 a\0", b"1 x\0"), "artifact [0-9a-f]{64} of the backup is damaged"),
     ],
 )
 def test_a_damaged_backup_leaves_nothing(

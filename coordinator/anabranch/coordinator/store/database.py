@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +90,7 @@ def create(url: str, *, durable: bool = True) -> Engine:
     def _set_up(connection: Any, record: object) -> None:
         # Python's driver would begin at the first write only, and a backup's reads not at all.
         connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(connection)
         connection.execute(f"PRAGMA synchronous={level}")
         connection.execute("PRAGMA foreign_keys=ON")
 
@@ -97,6 +99,19 @@ def create(url: str, *, durable: bool = True) -> Engine:
         connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
     return engine
+
+
+def _write_ahead(connection: Any) -> None:
+    """Turn to a write-ahead log; SQLite itself does not wait for another one that does."""
+    end = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def place(engine: Engine) -> str:
