@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anabranch.client.records import pack, record_of, unpack
 from anabranch.client.session import session_of, site_of
+from anabranch.client.trust import keys_of
 from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.feedback import compensate, remainder
 from anabranch.wire.plan import (
@@ -102,8 +103,10 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         nonce=secrets.token_bytes(16),
         seed=plan.seed,
         examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
+        issued_s=int(time.time()),
     )
-    encoded = encode_update(wanted, meta, plan.codec)
+    keys = keys_of(context.node_config)
+    encoded = encode_update(wanted, meta, plan.codec, keys.own if keys else None)
     if plan.codec.feedback:
         _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
     blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)

@@ -10,9 +10,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
+from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
-from anabranch.wire import WireError, decode_update
+from anabranch.wire import Manifest, UpdateMeta, WireError, decode_update
 from anabranch.wire.plan import (
     CLIENT_KEY,
     METRICS_KEY,
@@ -48,12 +49,14 @@ class Candidate:
     Attributes:
         client: The name its node was met under.
         blob: The encoded update.
+        meta: What it says of itself.
         tensors: The same decoded.
         metrics: What it claims, as far as it can be true.
     """
 
     client: str
     blob: bytes
+    meta: UpdateMeta
     tensors: Mapping[str, Tensor]
     metrics: Mapping[str, float]
 
@@ -82,8 +85,9 @@ def examine(
     start: Adapter,
     client: str,
     max_norm: float | None = None,
+    trust: Trust | None = None,
 ) -> Candidate:
-    """Check one reply: form, bounds, round, base, start, size of what it would make.
+    """Check one reply: form, signature, round, base, start, bounds, size of what it would make.
 
     Args:
         message: The reply as it arrived; nothing in it is trusted.
@@ -91,6 +95,7 @@ def examine(
         start: The round's start: gives the layout the update must have.
         client: The name its node was met under.
         max_norm: Largest ‖update‖₂ admitted; None sets no cap.
+        trust: Says who may sign; None takes unsigned updates.
 
     Raises:
         RefusedError: With the first reason found.
@@ -105,10 +110,29 @@ def examine(
         raise RefusedError("wrong-format", f"the update came as {array.stype[:60]!r}")
     if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
+
+    def check(manifest: Manifest) -> None:
+        if trust is not None:
+            trust.signed_by(manifest, client)
+        _refuse_unasked(manifest.meta, plan, client)
+        if trust is not None:
+            trust.fresh(manifest.meta)
+
     try:
-        meta, tensors = decode_update(array.data, layout_of(start, plan.trained))
+        meta, tensors = decode_update(array.data, layout_of(start, plan.trained), check)
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
+    if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
+        raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
+    _refuse_overflow(start, tensors)
+    metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
+    return Candidate(client, array.data, meta, tensors, metrics)
+
+
+def _refuse_unasked(meta: UpdateMeta, plan: RoundPlan, client: str) -> None:
+    """Refuse an update that was made for something else than the plan."""
+    if meta.round < plan.round:
+        raise RefusedError("stale-round", f"it was made in round {meta.round}, now {plan.round}")
     asked = {
         "federation": plan.federation,
         "run": plan.run,
@@ -123,11 +147,6 @@ def examine(
         if got != wanted:
             code = f"wrong-{field.replace('_', '-')}"
             raise RefusedError(code, f"{field} is {str(got)[:60]!r}, asked for {wanted!r}")
-    if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
-        raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
-    _refuse_overflow(start, tensors)
-    metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
-    return Candidate(client, array.data, tensors, metrics)
 
 
 def update_norm(tensors: Mapping[str, Tensor]) -> float:

@@ -127,6 +127,11 @@ class FederationConfig(BaseModel):
     """Flush every admitted update to the disk itself before it counts."""
     max_norm: float | None = Field(None, gt=0)
     """Largest ‖update‖₂ admitted; None sets no cap."""
+    signed: bool = False
+    """Plans and adapters are signed by the key in ``keys/``, an update must be, by an enrolled
+    key of its client (``coordinator.registry``)."""
+    clock_skew_s: float = Field(300.0, ge=0)
+    """Seconds by which the clock of a client that signs may differ from the coordinator's."""
     evaluate_every: int = Field(1, ge=0)
     """Ask the clients to score the adapter every so many rounds; 0 never."""
     codec: CodecConfig = CodecConfig()
