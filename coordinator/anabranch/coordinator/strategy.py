@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from anabranch.aggregation import MergeReport, merge, merge_one_factor
-from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
+from anabranch.aggregation import MergeReport, merge, merge_one_factor, resolve
+from anabranch.coordinator.admission import (
+    SCORES,
+    RefusedError,
+    claims,
+    examine,
+    layout_of,
+    layouts,
+)
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import UpdateMeta, decode_update, encode_update
+from anabranch.vectors.importance import from_flat_importance
+from anabranch.wire import UpdateMeta, decode_update, decode_weighed, encode_update
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import one_line
 from anabranch.wire.plan import (
@@ -47,6 +56,9 @@ from anabranch.wire.plan import (
 )
 
 log = logging.getLogger("anabranch.coordinator")
+
+Decoded = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""An update's tensors and their importance."""
 
 DECODED_BYTES = 256 << 20
 """Decoded updates kept from admission to the merge; what is beyond is decoded again."""
@@ -77,7 +89,7 @@ class MergeStrategy(Strategy):
         )
         self._blob: bytes | None = None  # the adapter in service as it is sent; None: the seed does
         self._asked: dict[int, str] = {}
-        self._decoded: dict[str, Mapping[str, Tensor]] = {}  # this round's, by artifact
+        self._decoded: dict[str, Decoded] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
             layout = layout_of(self.adapter, sent_down(config.trains))
@@ -173,6 +185,7 @@ class MergeStrategy(Strategy):
             seed=config.seed,
             codec=config.codec,
             trains=config.trains,
+            importance=resolve(config.recipe)[0].needs_importance,
             train={**config.train, **dict(train or {})},
         )
 
@@ -325,9 +338,9 @@ class MergeStrategy(Strategy):
         )
         if not self.store.admit(contribution):
             raise RefusedError("duplicate", "this client already has an update in this round")
-        size_bytes = sum(tensor.nbytes for tensor in candidate.tensors.values())
-        if (len(self._decoded) + 1) * size_bytes <= DECODED_BYTES:
-            self._decoded[contribution.digest] = candidate.tensors
+        held = [*candidate.tensors.values(), *candidate.importance.values()]
+        if (len(self._decoded) + 1) * sum(tensor.nbytes for tensor in held) <= DECODED_BYTES:
+            self._decoded[contribution.digest] = (candidate.tensors, candidate.importance)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -339,14 +352,16 @@ class MergeStrategy(Strategy):
     def _merge(self, server_round: int, cohort: Sequence[Contribution]) -> MergeReport:
         start = self.adapter
         trained = self._plan.trained
-        before, layout = start.tensors(), layout_of(start, trained)
+        before, expected = start.tensors(), layouts(start, self._plan)
         ends: list[Adapter] = []
         for row in cohort:
-            changes = self._decoded.pop(row.digest, None)
-            if changes is None:
-                _, changes = decode_update(self.store.get(row.digest), layout)
+            decoded = self._decoded.pop(row.digest, None)
+            if decoded is None:
+                decoded = decode_weighed(self.store.get(row.digest), *expected)[1:]
+            changes, importance = decoded
             moved = {name: before[name] + change for name, change in changes.items()}
-            ends.append(start.with_tensors({**before, **moved}))
+            end = start.with_tensors({**before, **moved})
+            ends.append(replace(end, importance=from_flat_importance(importance)))
         names = [row.client for row in cohort]
         recipe = self.config.recipe
         if trained == "both":

@@ -41,6 +41,7 @@ def write_header(manifest: Manifest) -> bytes:
         examples=meta.examples,
         codec=manifest.codec,
         frames=[_frame_message(frame) for frame in manifest.frames],
+        importance=[_frame_message(frame) for frame in manifest.importance],
         key_id=manifest.key_id,
         signature=manifest.signature,
     )
@@ -88,7 +89,8 @@ def read_manifest(blob: bytes | memoryview, limits: Limits | None = None) -> Man
             f"this release reads {FORMAT_VERSION}; upgrade the older side",
         )
     manifest = _from_message(message, start)
-    end = start + sum(frame.payload_bytes for frame in manifest.frames)
+    every = (*manifest.frames, *manifest.importance)
+    end = start + sum(frame.payload_bytes for frame in every)
     if len(blob) < end:
         raise WireError("truncated", f"the message has {len(blob)} of {end} bytes")
     if len(blob) > end:
@@ -138,7 +140,10 @@ def _from_message(message: pb.Manifest, start: int) -> Manifest:
     if len(message.codec.encode()) > TEXT_BYTES:
         raise WireError("meta", f"the codec's name is longer than {TEXT_BYTES} bytes")
     frames = tuple(_frame_info(frame) for frame in message.frames)
-    return Manifest(meta, message.codec, frames, start, message.key_id, message.signature)
+    importance = tuple(_frame_info(frame) for frame in message.importance)
+    return Manifest(
+        meta, message.codec, frames, start, message.key_id, message.signature, importance
+    )
 
 
 def _frame_info(frame: pb.Frame) -> FrameInfo:

@@ -113,6 +113,7 @@ class Manifest:
         meta: Whose update it is.
         codec: Name of the codec the sender was configured with.
         frames: What follows, in order.
+        importance: What follows that: square roots of how much entries matter to the client.
         payload_start: Bytes before the first payload; 0 in a manifest not yet written.
         key_id: Names the key that signs; empty until signing exists.
         signature: Empty until signing exists.
@@ -124,6 +125,7 @@ class Manifest:
     payload_start: int = 0
     key_id: bytes = b""
     signature: bytes = b""
+    importance: tuple[FrameInfo, ...] = ()
 
 
 def _check_hash(field: str, text: str) -> None:

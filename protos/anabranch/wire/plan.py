@@ -19,6 +19,7 @@ ADAPTER_STYPE = "anabranch.adapter/1"
 PLAN_KEY = "plan"
 ADAPTER_KEY = "adapter"
 UPDATE_KEY = "update"
+IMPORTANCE_KEY = "importance"
 METRICS_KEY = "metrics"
 CLIENT_KEY = "client"
 
@@ -57,6 +58,8 @@ class RoundPlan(BaseModel):
     """How the update is to be encoded."""
     trains: Trains = "both"
     """Which LoRA factors the federation trains."""
+    importance: bool = False
+    """Whether the merge needs to know how much each entry matters to the client: its Fisher."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the client's ``TrainPlan``, forwarded as they are."""
     split: Literal["validation", "test"] = "validation"

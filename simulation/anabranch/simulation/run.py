@@ -19,6 +19,7 @@ from anabranch.aggregation import resolve
 from anabranch.aggregation.recipe import Recipe
 from anabranch.client.app import app as client_app
 from anabranch.client.session import Session, open_session
+from anabranch.client.task import FisherTask
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
 from anabranch.coordinator.federation import START_FOLDER, write_federation
@@ -81,6 +82,11 @@ def prepare(scenario: Scenario) -> Session:
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
     _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
+    if resolve(config.recipe)[0].needs_importance and not isinstance(session.task, FisherTask):
+        raise ValueError(
+            f"recipe: {config.recipe.method} needs the clients' Fisher, and task.kind "
+            f"{scenario.task.kind} has no method 'logits'; see anabranch.client.task.FisherTask"
+        )
     session.task.check_data()
     return session
 
