@@ -20,8 +20,18 @@ from anabranch.client.app import app, client_seed
 from anabranch.client.mods import BASE_MISMATCH, RESIDUAL_KEY
 from anabranch.client.records import unpack
 from anabranch.client.session import open_session
+from anabranch.simulation import synthetic
+from anabranch.simulation.synthetic import SyntheticTask
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import CodecConfig, UpdateMeta, WireError, decode_update, encode_update
+from anabranch.vectors.importance import importance_layout
+from anabranch.wire import (
+    CodecConfig,
+    UpdateMeta,
+    WireError,
+    decode_update,
+    decode_weighed,
+    encode_update,
+)
 from anabranch.wire.plan import ADAPTER_STYPE, PLAN_KEY, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -247,3 +257,35 @@ def test_what_is_owed_of_a_factor_waits_for_its_round() -> None:
     _, fresh = decode_update(blob_of(app(from_adapter(start, dense), context())), {b: LAYOUT[b]})
     torch.testing.assert_close(got[b] + left[b], fresh[b] + owed_b[b])
     assert torch.equal(left[a], owed[a])
+
+
+@pytest.mark.parametrize(
+    ("trains", "names"),
+    [
+        ("both", ["hidden.importance_columns", "hidden.importance_rows"]),
+        ("b", ["hidden.lora_B"]),
+    ],
+)
+def test_the_update_holds_a_fisher_where_the_plan_asks(trains: str, names: list[str]) -> None:
+    asked = plan(importance=True, trains=trains)
+    blobs = [
+        app(order(asked), context()).content.array_records["update"]["update"].data
+        for _ in range(2)
+    ]
+    changes = {n: tuple(t.shape) for n, t in SESSION.template.tensors(asked.trained).items()}
+    layout = importance_layout(SESSION.template, asked.trained)
+    (_, _, first), (_, _, again) = (decode_weighed(blob, changes, layout) for blob in blobs)
+    assert list(first) == names
+    for name in names:
+        assert torch.equal(first[name], again[name])
+        assert bool(first[name].any())
+
+
+def test_a_task_that_cannot_tell_its_fisher_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(SyntheticTask):
+        logits = None  # type: ignore[assignment]
+
+    monkeypatch.setattr(synthetic, "Silent", Silent, raising=False)
+    silent = context(task="anabranch.simulation.synthetic:Silent")
+    with pytest.raises(ValueError, match=r"Silent has no method 'logits'; see .*FisherTask"):
+        app(order(plan(importance=True)), silent)

@@ -146,6 +146,29 @@ def test_only_the_factor_that_the_round_trains_is_admitted(
         assert caught.value.code in ("layout", "too-large")
 
 
+def test_importance_is_admitted_where_it_is_asked_for_and_possible() -> None:
+    weighing = PLAN.model_copy(update={"importance": True})
+
+    def update(rows: float, columns: float) -> Message:
+        fisher = {
+            "layer.importance_rows": torch.full((6,), rows),
+            "layer.importance_columns": torch.full((8,), columns),
+        }
+        return reply(encode_update(tensors(), META, CodecConfig(name="dense"), fisher).blob)
+
+    found = examine(update(4.0, 9.0), weighing, START, "site-a").importance
+    torch.testing.assert_close(found["layer.importance_rows"], torch.full((6,), 4.0))
+    torch.testing.assert_close(found["layer.importance_columns"], torch.full((8,), 9.0))
+    assert examine(reply(), PLAN, START, "site-a").importance == {}
+    for message, plan in ((update(1.0, 1.0), PLAN), (reply(), weighing)):
+        with pytest.raises(RefusedError) as caught:
+            examine(message, plan, START, "site-a")
+        assert caught.value.code == "importance"
+    with pytest.raises(RefusedError, match="module layer would have importance up to") as caught:
+        examine(update(1e20, 1e20), weighing, START, "site-a")
+    assert caught.value.code == "importance"
+
+
 def test_an_oversized_norm_is_refused() -> None:
     assert code(reply(blob(value=5.0)), max_norm=10.0) == "norm"
     assert examine(reply(blob(value=5.0)), PLAN, START, "site-a", max_norm=30.0).client == "site-a"

@@ -17,9 +17,10 @@ from anabranch.aggregation.methods.tsv_m import TSV_M
 from anabranch.client.lora import read_adapter
 from anabranch.client.session import open_session
 from anabranch.coordinator.flower import FlowerError
-from anabranch.simulation import run
+from anabranch.simulation import run, synthetic
 from anabranch.simulation.run import fedavg_of, simulate
 from anabranch.simulation.scenario import Scenario, write_scenario
+from anabranch.simulation.synthetic import SyntheticTask
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
 
@@ -112,6 +113,28 @@ def test_one_factor_a_round_costs_about_half_the_bytes(tmp_path: Path) -> None:
     down = {trains: run["rounds"][-1]["bytes_down"] for trains, run in runs.items()}
     assert 0.45 < down["b"] / down["both"] < 0.6
     assert down["alternate"] == pytest.approx(down["both"], rel=0.01)
+
+
+def test_a_federation_merges_by_the_fishers_of_its_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fisher = scenario(
+        recipe={"method": "fisher"},
+        baselines={"local_only": False, "fedavg": False, "oracle": False},
+    )
+    hashes = [simulate(fisher, tmp_path / name)["adapter_hash"] for name in "ab"]
+    assert hashes[0] == hashes[1]
+
+    class Silent(SyntheticTask):
+        logits = None  # type: ignore[assignment]
+
+    monkeypatch.setattr(synthetic, "Silent", Silent, raising=False)
+    silent = scenario(
+        recipe={"method": "fisher"}, task={"kind": "anabranch.simulation.synthetic:Silent"}
+    )
+    with pytest.raises(ValueError, match=r"recipe: fisher needs the clients' Fisher, and task\."):
+        simulate(silent, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_both_engines_agree(tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ def _refuse_importance(start: Adapter, importance: Mapping[str, Tensor]) -> None
             sides = (importance[name + suffix] for suffix in (ROWS_SUFFIX, COLUMNS_SUFFIX))
             largest = math.prod(float(side.max()) for side in sides)
             if not largest <= torch.finfo(torch.float32).max:
-                raise RefusedError("importance", f"module {name[:100]} would have {largest:.3g}")
+                raise RefusedError(
+                    "importance", f"module {name[:100]} would have importance up to {largest:.3g}"
+                )
 
 
 def _norm(tensor: Tensor) -> float:
