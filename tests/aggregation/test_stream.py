@@ -24,7 +24,7 @@ ALONE = [m for m in BUILT_IN if not m.needs_importance]
 """Methods that are given nothing but task vectors; test_fisher.py has the other."""
 NAMES = sorted(method.name for method in ALONE)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{m.name: (m.name, {}) for m in ALONE if m.matrices is None and m.name != "fedit"},
+    **{m.name: (m.name, {}) for m in ALONE if m.matrices is None and not m.factors},
     "ties over the model": ("ties", {"scope": "model", "density": 0.3}),
     "breadcrumbs over the model": ("breadcrumbs", {"scope": "model", "gamma": 0.1}),
     "breadcrumbs_ties over the model": ("breadcrumbs_ties", {"scope": "model", "gamma": 0.1}),

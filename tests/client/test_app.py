@@ -289,3 +289,17 @@ def test_a_task_that_cannot_tell_its_fisher_says_so(monkeypatch: pytest.MonkeyPa
     silent = context(task="anabranch.simulation.synthetic:Silent")
     with pytest.raises(ValueError, match=r"Silent has no method 'logits'; see .*FisherTask"):
         app(order(plan(importance=True)), silent)
+
+
+def test_a_client_of_lower_rank_trains_and_ships_that_rank() -> None:
+    low = seeded_start(SESSION.template, 5).leading(2)
+    asked = plan(rank=2, start_hash=low.hash())
+    layout = {name: tuple(tensor.shape) for name, tensor in low.tensors().items()}
+    node = context()
+    _, tensors = decode_update(blob_of(app(order(asked), node)), layout)
+    assert all(bool(tensor.any()) for tensor in tensors.values())
+    assert SESSION.template.lora["hidden"].rank == 4
+    # Another rank later: what was owed at the first is of no use, and no obstacle.
+    assert blob_of(app(order(plan(round=2)), node))
+    with pytest.raises(ValueError, match="asks for rank 1000"):
+        app(order(plan(rank=1000)), node)

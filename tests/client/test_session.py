@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from anabranch.client.lora import own_parameters, read_adapter, training, write_adapter
@@ -31,3 +32,40 @@ def test_a_thread_opens_once_and_shares_the_base_but_not_the_adapter() -> None:
     assert read_adapter(theirs.model).hash() == other_start.hash()
     inputs = torch.ones(2, 32)
     assert torch.equal(mine.model(inputs), theirs.model(inputs))  # B is zero in both
+
+
+def test_a_session_of_lower_rank_shares_the_base_and_computes_what_its_adapter_says() -> None:
+    whole = open_session(TASK, PARAMS)
+    low = whole.at_rank(2)
+    assert whole.at_rank(2) is low
+    assert whole.at_rank(None) is whole.at_rank(4) is whole
+    assert low.base_hash == whole.base_hash
+    named = dict(low.model.named_parameters())
+    for name, tensor in whole.model.named_parameters():
+        assert (named[name].data_ptr() == tensor.data_ptr()) is not ("lora" in name), name
+    start = seeded_start(low.template, 1)
+    generator = torch.Generator().manual_seed(2)
+    start = start.with_tensors(
+        {name: torch.randn(t.shape, generator=generator) for name, t in start.tensors().items()}
+    )
+    write_adapter(low.model, start)
+    assert read_adapter(low.model, low.base_hash).hash() == start.hash()
+    # The same change at full rank: zeros beside it.
+    padded = whole.template.with_tensors(
+        {name: torch.zeros_like(tensor) for name, tensor in whole.template.tensors().items()}
+    )
+    for name, factors in start.lora.items():
+        padded.lora[name].a_rn[:2] = factors.a_rn
+        padded.lora[name].b_mr[:, :2] = factors.b_mr
+    write_adapter(whole.model, padded)
+    inputs = torch.randn(5, 32, generator=generator)
+    torch.testing.assert_close(low.model(inputs), whole.model(inputs))
+    parameters = own_parameters(low.model)
+    assert sum(parameter.numel() for parameter in parameters) == 2 * (32 + 64)
+    low.model(inputs).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+
+
+def test_a_rank_above_the_task_s_own_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"asks for rank 64, this task's adapter has 4"):
+        open_session(TASK, PARAMS).at_rank(64)

@@ -169,6 +169,18 @@ def test_importance_is_admitted_where_it_is_asked_for_and_possible() -> None:
     assert caught.value.code == "importance"
 
 
+def test_an_update_of_another_rank_than_asked_is_refused() -> None:
+    low = START.leading(1)
+    plan = PLAN.model_copy(update={"rank": 1})
+    part = {name: torch.ones(tensor.shape) for name, tensor in low.tensors().items()}
+    update = reply(encode_update(part, META, CodecConfig(name="dense")).blob)
+    assert examine(update, plan, low, "site-a").tensors["layer.lora_A"].shape == (1, 8)
+    with pytest.raises(RefusedError) as caught:
+        examine(reply(), plan, low, "site-a")
+    assert caught.value.code in ("layout", "too-large")
+    assert code(update) == "layout"
+
+
 def test_an_oversized_norm_is_refused() -> None:
     assert code(reply(blob(value=5.0)), max_norm=10.0) == "norm"
     assert examine(reply(blob(value=5.0)), PLAN, START, "site-a", max_norm=30.0).client == "site-a"

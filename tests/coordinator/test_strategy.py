@@ -22,6 +22,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
+from anabranch.aggregation import truncate
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
 from anabranch.coordinator import strategy as strategy_module
@@ -279,6 +280,83 @@ def test_clients_ship_the_fisher_that_the_recipe_needs(
     )
     mean.start(grid())
     assert mean.adapter.hash() != hashes[0].hash()
+
+
+@pytest.mark.parametrize("method", ["mean", "ties", "hetlora", "lora_lego"])
+def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method: str) -> None:
+    ranks = {"client-0000": 1, "client-0002": 2}
+    cfg = config(ranks=ranks, rounds=2, recipe={"method": method})
+    store = FolderStore(tmp_path / "whole")
+    strategy = MergeStrategy(cfg, template(), store)
+    plans: dict[tuple[int, int], RoundPlan] = {}
+
+    def keep(order: Message, reply: Message) -> Message:
+        asked = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
+        plans[asked.round, order.metadata.dst_node_id] = asked
+        return reply
+
+    starts: list[Adapter] = [strategy.adapter]
+    publish = store.publish
+
+    def look(publication: Any) -> None:
+        publish(publication)
+        starts.append(strategy.adapter)
+
+    store.publish = look  # type: ignore[method-assign]
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    assert not store.refusals()
+    assert [row["status"] for row in store.notes("round")] == ["published"] * 2
+    for (number, node), asked in plans.items():
+        rank = ranks.get(f"client-00{node - 10:02}")
+        assert asked.rank == rank
+        whole = starts[number - 1]
+        nested = number == 1 or method == "hetlora"
+        wanted = whole
+        if rank is not None:
+            wanted = whole.leading(rank) if nested else truncate(whole, rank)
+        assert asked.start_hash == wanted.hash()
+    sizes = {row.client: row.size_bytes for row in store.contributions(2)}
+    assert sizes["client-0000"] < sizes["client-0002"] < sizes["client-0001"]
+    rows = store.notes("round")
+    assert 0 < rows[1]["bytes_down"] < 4 * len(strategy._blob or b"")
+    assert strategy.adapter.lora["hidden"].rank == 4
+
+    class Dying(FolderStore):
+        def admit(self, contribution: Any) -> bool:
+            if contribution.round == 2 and len(self.contributions(2)) == 2:
+                raise KeyboardInterrupt
+            return super().admit(contribution)
+
+    with pytest.raises(KeyboardInterrupt):
+        MergeStrategy(cfg, template(), Dying(tmp_path / "cut")).start(grid())
+    again = MergeStrategy(cfg, template(), FolderStore(tmp_path / "cut"))
+    again.start(grid())
+    assert again.adapter.hash() == strategy.adapter.hash()
+
+
+def test_a_client_that_ships_more_ranks_than_asked_is_refused(tmp_path: Path) -> None:
+    def greedy(order: Message, reply: Message) -> Message:
+        return huge(order, reply)  # all ranks
+
+    store = FolderStore(tmp_path)
+    cfg = config(ranks={"client-0000": 1}, rounds=1)
+    MergeStrategy(cfg, template(), store).start(grid({10: greedy}))
+    (refusal,) = store.refusals()
+    assert (refusal.client, refusal.code) == ("client-0000", "layout")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"ranks": {"a": 5}}, r"ranks\.a: 5 is above 4"),
+        ({"ranks": {"a": 2}, "recipe": {"method": "fedit"}}, "ranks: fedit averages factors"),
+    ],
+)
+def test_ranks_that_cannot_work_are_refused_at_once(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        MergeStrategy(config(**changes), template(), FolderStore(tmp_path))
 
 
 def test_an_interrupted_round_asks_only_the_clients_still_missing(tmp_path: Path) -> None:

@@ -137,6 +137,21 @@ def test_a_federation_merges_by_the_fishers_of_its_clients(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("method", ["mean", "hetlora"])
+def test_clients_of_several_ranks_learn_together(tmp_path: Path, method: str) -> None:
+    given: dict[str, Any] = {
+        "baselines": {"local_only": False, "fedavg": False, "oracle": False},
+        "ranks": {"client-0000": 1, "client-0001": 2},
+        "recipe": {"method": method},
+        "codec": {"name": "dense", "feedback": 0.0},
+        "rounds": 8,
+    }
+    first, second = (simulate(scenario(**given), tmp_path / name) for name in "ab")
+    assert first["adapter_hash"] == second["adapter_hash"]
+    assert first["mean"]["merged"] > first["mean"]["base"] + 0.05
+    assert not first["refused"]
+
+
 def test_both_engines_agree(tmp_path: Path) -> None:
     only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     ours = simulate(scenario(**only), tmp_path / "ours")
@@ -264,6 +279,8 @@ def test_refusals_are_in_the_report(tmp_path: Path) -> None:
         ({"recipe": {"method": "none"}}, "'none' is not a merge method"),
         ({"recipe": {"method": "multi_krum", "params": {"f": 2}}}, "f: 2 malicious need"),
         ({"task": {**TASK, "features": -1}}, "features"),
+        ({"ranks": {"client-0004": 1}}, "ranks.client-0004: there is no such client"),
+        ({"ranks": {"client-0001": 9}}, "ranks.client-0001: 9 is above 4"),
     ],
 )
 def test_what_cannot_work_is_found_before_anything_is_written(

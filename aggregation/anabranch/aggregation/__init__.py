@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anabranch.aggregation.engine.gram import cosine_similarity
     from anabranch.aggregation.engine.one_factor import merge_one_factor
     from anabranch.aggregation.engine.stream import merge_task_vectors
+    from anabranch.aggregation.engine.truncate import truncate
     from anabranch.aggregation.method import MergeMethod, MethodConfig
     from anabranch.aggregation.methods.opcm import OpcmState, merge_next
     from anabranch.aggregation.planning.merge_plan import MergePlan
@@ -39,6 +40,7 @@ _HOMES = {
     "merge_task_vectors": "engine.stream",
     "plan_merge": "planning.planner",
     "resolve": "registry",
+    "truncate": "engine.truncate",
 }
 _RENAMED = {"merge": "merge_adapters"}
 
@@ -60,6 +62,7 @@ __all__ = [
     "merge_task_vectors",
     "plan_merge",
     "resolve",
+    "truncate",
 ]
 
 

@@ -66,6 +66,9 @@ class MergeMethod:
         factors: With ``merge``: merges the A and the B of the contributions apart (a baseline:
             biased on ΔW). With ``matrices``: takes the adapters' own factors, not those of the
             task vectors against the start.
+        weigh: ``weigh(weights_C, norms_C) -> weights_C``, with ``merge`` and ``factors``: weights
+            in a module by the norms ‖B_i·A_i‖. Ranks may then differ; lower ones are padded with
+            zeros.
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
         kernel: Where the same merge stands fused for large modules on the CPU, as
             ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
@@ -86,6 +89,7 @@ class MergeMethod:
     mean_norm: bool = False
     matrix_copies: int = 1
     factors: bool = False
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None
     signed_weights: bool = False
     kernel: str | None = None
 
@@ -106,6 +110,11 @@ class MergeMethod:
             raise ValueError(
                 f"method {self.name}: statistics, draws and importance are handed to a merge of "
                 "entries, which a kernel stands in for; leave them out, or set merge, not factors"
+            )
+        if self.weigh is not None and (self.merge is None or not self.factors):
+            raise ValueError(
+                f"method {self.name}: weigh is for methods that merge A and B apart; "
+                "leave it out, or set merge and factors"
             )
         keywords = [statistic.name for statistic in self.statistics]
         keywords += [draw.name for draw in self.draws]

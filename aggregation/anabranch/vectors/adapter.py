@@ -49,6 +49,19 @@ class LoraFactors:
         """The factor alpha / r, or alpha / √r with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that keeps the scaling at another rank."""
+        if rank == self.rank:
+            return self.alpha
+        return self.scaling * (math.sqrt(rank) if self.rslora else rank)
+
+    def leading(self, rank: int) -> LoraFactors:
+        """The first rows of A and columns of B, at the same scaling."""
+        rank = min(rank, self.rank)
+        return LoraFactors(
+            self.a_rn[:rank].clone(), self.b_mr[:, :rank].clone(), self.alpha_at(rank), self.rslora
+        )
+
     def delta(self) -> LowRank:
         """ΔW with the scaling folded into B, in fp32: half precision would round it again."""
         return LowRank(self.b_mr.float() * self.scaling, self.a_rn)
@@ -87,6 +100,14 @@ class Adapter:
                 flat[name + B_SUFFIX] = factors.b_mr
         flat.update(self.dense)
         return {name: flat[name] for name in sorted(flat)}
+
+    def leading(self, rank: int) -> Adapter:
+        """The first ``rank`` rows of every A and columns of every B; dense parameters as they are.
+
+        Of a seeded start these are the seeded start of that rank.
+        """
+        lora = {name: factors.leading(rank) for name, factors in self.lora.items()}
+        return Adapter(lora, self.dense, self.base_hash, self.peft)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """The same adapter with other values, from the flat layout; of no known importance.

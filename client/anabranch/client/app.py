@@ -101,8 +101,8 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train from the round's start; reply with the difference it made (the mods compress it)."""
-    session = session_of(context.run_config, context.node_config)
     plan, site = plan_of(message), site_of(context.node_config)
+    session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
     start = start_of(message, plan, session)
     write_adapter(session.model, start)
     order = TrainPlan.model_validate(
@@ -148,8 +148,8 @@ def _importance(
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the adapter that was sent on this node's data."""
-    session = session_of(context.run_config, context.node_config)
     plan, site = plan_of(message), site_of(context.node_config)
+    session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
     write_adapter(session.model, start_of(message, plan, session))
     started = time.perf_counter()
     metrics = dict(session.task.evaluate(session.model, site.partition, plan.split))

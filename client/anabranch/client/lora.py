@@ -112,6 +112,26 @@ def write_adapter(model: nn.Module, adapter: Adapter) -> None:
             parameter.copy_(value)
 
 
+def lower_rank(model: nn.Module, template: Adapter) -> None:
+    """Give a model's adapter the ranks, alphas and values of another one, in place.
+
+    Args:
+        model: What ``attach`` returned.
+        template: What ``Adapter.leading`` makes of this model's own adapter: scalings are the same.
+    """
+    assert isinstance(model, PeftModel)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, Linear):
+            factors = template.lora[name]
+            for layers, value in ((module.lora_A, factors.a_rn), (module.lora_B, factors.b_mr)):
+                layer: Any = layers[ADAPTER_NAME]
+                layer.weight = nn.Parameter(value.to(layer.weight))
+                layer.out_features, layer.in_features = value.shape
+            module.r[ADAPTER_NAME] = factors.rank
+            module.lora_alpha[ADAPTER_NAME] = factors.alpha
+    _SLOTS.pop(model, None)
+
+
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The live parameters of a model's adapter, whether or not they are being trained."""
     slots = _slots(model)

@@ -91,9 +91,7 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     delta = unpack(trained)
     owed = _residual(context, plan)
     left = unpack(owed)
-    # What is owed of a factor that this round keeps waits for the round that trains it.
-    due = {name: left.get(name, torch.zeros_like(change)) for name, change in delta.items()}
-    wanted = compensate(delta, due, plan.codec.feedback)
+    wanted = compensate(delta, _due(left, delta), plan.codec.feedback)
     meta = UpdateMeta(
         kind="update",
         base_hash=plan.base_hash,
@@ -129,6 +127,20 @@ def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:
         return ArrayRecord()
     key = OWED_KEY if about["start-hash"] == plan.start_hash else RESIDUAL_KEY
     return record_of(context.state, key, ArrayRecord) or ArrayRecord()
+
+
+def _due(left: dict[str, Tensor], delta: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of the residual belongs to this update.
+
+    What is owed of a factor that this round keeps waits for the round that trains it; what was
+    owed at another rank is lost.
+    """
+    return {
+        name: left[name]
+        if name in left and left[name].shape == change.shape
+        else torch.zeros_like(change)
+        for name, change in delta.items()
+    }
 
 
 def _keep_residual(

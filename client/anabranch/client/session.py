@@ -6,11 +6,17 @@ import copy
 import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from anabranch.client.lora import attach, base_hash, own_parameters, read_adapter
+from anabranch.client.lora import (
+    attach,
+    base_hash,
+    lower_rank,
+    own_parameters,
+    read_adapter,
+)
 from anabranch.client.task import LoraTask, load_task
 from anabranch.vectors import Adapter
 from anabranch.wire.plan import Scalar
@@ -25,12 +31,14 @@ class Session:
         model: Base with the LoRA layers attached (a ``PeftModel``).
         template: An adapter with this task's modules, ranks and dense start values.
         start: Hash and values of the last round's start: the clients of a process share them.
+        lower: The same at lower ranks, by rank, as far as anybody asked for one.
     """
 
     task: LoraTask
     model: nn.Module
     template: Adapter
     start: tuple[str, Adapter] | None = None
+    lower: dict[int, Session] = field(default_factory=dict)
 
     @property
     def base_hash(self) -> str:
@@ -48,7 +56,24 @@ class Session:
             parameter.requires_grad_(
                 True
             )  # this thread's own may be at work with one factor frozen
-        return replace(self, model=model)
+        return replace(self, model=model, lower={})
+
+    def at_rank(self, rank: int | None) -> Session:
+        """This session, or one whose adapter has no module above a rank, on the same frozen base.
+
+        Raises:
+            ValueError: A rank above this task's own, which a coordinator has no business asking.
+        """
+        own = max((factors.rank for factors in self.template.lora.values()), default=0)
+        if rank is None or rank == own:
+            return self
+        if rank > own:
+            raise ValueError(f"the plan asks for rank {rank}, this task's adapter has {own}")
+        if rank not in self.lower:
+            lower = replace(self.beside(), template=self.template.leading(rank), start=None)
+            lower_rank(lower.model, lower.template)
+            self.lower[rank] = lower
+        return self.lower[rank]
 
 
 class _OfThread(threading.local):

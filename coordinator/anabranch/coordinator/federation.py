@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
@@ -37,6 +44,17 @@ def _keeps_the_rank(recipe: Recipe) -> Recipe:
 
 FederationRecipe = Annotated[Recipe, AfterValidator(_keeps_the_rank)]
 """A recipe that can be merged by round after round."""
+
+
+def _train_both_factors(ranks: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+    """Entries of one factor compare at one rank only."""
+    if ranks and info.data.get("trains", "both") != "both":
+        raise PydanticCustomError("ranks", 'set trains = "both", which ranks of their own need')
+    return ranks
+
+
+Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_train_both_factors)]
+"""Rank by client name. The model it stands in has a field ``trains`` before it."""
 
 
 def keyed_error(key: tuple[str, ...], reason: str) -> ValidationError:
@@ -93,6 +111,9 @@ class FederationConfig(BaseModel):
     """How a cohort is merged."""
     trains: Trains = "both"
     """Which LoRA factors are trained: ``both``, ``b`` (FFA-LoRA) or ``alternate`` (RoLoRA)."""
+    ranks: Ranks = Field(default_factory=dict)
+    """Rank by client name, for clients that train fewer ranks than the start adapter has: each
+    starts from the adapter in service at its rank. Clients not named train all."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the clients' ``TrainPlan``."""
 

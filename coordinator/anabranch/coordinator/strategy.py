@@ -14,15 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
@@ -39,21 +31,19 @@ from anabranch.coordinator.admission import (
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.roster import Roster
+from anabranch.coordinator.start import (
+    Start,
+    adapter_record,
+    at_rank,
+    check_ranks,
+    encode_adapter,
+)
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.importance import from_flat_importance
-from anabranch.wire import UpdateMeta, decode_update, decode_weighed, encode_update
-from anabranch.wire.config import CodecConfig
+from anabranch.wire import decode_update, decode_weighed
 from anabranch.wire.errors import one_line
-from anabranch.wire.plan import (
-    ADAPTER_KEY,
-    ADAPTER_STYPE,
-    METRICS_KEY,
-    PLAN_KEY,
-    UPDATE_KEY,
-    RoundPlan,
-    sent_down,
-)
+from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan, sent_down
 
 log = logging.getLogger("anabranch.coordinator")
 
@@ -73,12 +63,14 @@ class MergeStrategy(Strategy):
         store: Where rounds are kept; an interrupted run goes on from what it holds.
 
     Raises:
-        ValueError: The template names no base.
+        ValueError: The template names no base, or the federation's ranks cannot be had.
     """
 
     def __init__(self, config: FederationConfig, template: Adapter, store: Store) -> None:
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
+        self._method, _ = resolve(config.recipe)
+        check_ranks(config.ranks, template, self._method)
         self.config = config
         self.store = store
         self.base_hash = template.base_hash
@@ -88,6 +80,7 @@ class MergeStrategy(Strategy):
             lambda node, why: store.note("meet-failed", {"node": node, "reason": why}),
         )
         self._blob: bytes | None = None  # the adapter in service as it is sent; None: the seed does
+        self._starts: dict[int | None, Start] = {}  # this round's, by rank
         self._asked: dict[int, str] = {}
         self._decoded: dict[str, Decoded] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
@@ -168,10 +161,7 @@ class MergeStrategy(Strategy):
     @property
     def arrays(self) -> ArrayRecord:
         """The adapter in service as it is sent; empty while the seed alone describes it."""
-        if self._blob is None:
-            return ArrayRecord()
-        array = Array("uint8", (len(self._blob),), ADAPTER_STYPE, self._blob)
-        return ArrayRecord({ADAPTER_KEY: array})
+        return adapter_record(self._blob)
 
     def plan(self, server_round: int, train: ConfigRecord | None = None) -> RoundPlan:
         """What round ``server_round`` asks of a client."""
@@ -185,15 +175,19 @@ class MergeStrategy(Strategy):
             seed=config.seed,
             codec=config.codec,
             trains=config.trains,
-            importance=resolve(config.recipe)[0].needs_importance,
+            importance=self._method.needs_importance,
             train={**config.train, **dict(train or {})},
         )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Plan a round: orders for the sampled clients that have not contributed to it yet."""
+        """Plan a round: orders for the sampled clients that have not contributed to it yet.
+
+        Each is sent the adapter in service at its rank; ``arrays`` is not used.
+        """
         self._plan = self.plan(server_round, config)
+        self._starts = {None: Start(self._plan, self.adapter, self._blob)}
         self._began = time.monotonic()
         self._decoded.clear()
         done = {row.client for row in self.store.contributions(server_round)}
@@ -207,7 +201,8 @@ class MergeStrategy(Strategy):
                 "start_hash": self._plan.start_hash,
             },
         )
-        return self._orders(self._plan, list(self._asked), arrays, MessageType.TRAIN)
+        starts = {node: self._start(name) for node, name in self._asked.items()}
+        return self._orders(starts, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -227,10 +222,9 @@ class MergeStrategy(Strategy):
             row["client"] for row in self.store.notes("evaluate") if row["round"] == server_round
         }
         self._asked = {node: name for node, name in self.roster.nodes().items() if name not in done}
-        orders = self._orders(
-            self.plan(server_round), list(self._asked), arrays, MessageType.EVALUATE
-        )
-        sent = len(orders) * len(self._blob or b"")
+        whole = Start(self.plan(server_round), self.adapter, self._blob)
+        orders = self._orders(dict.fromkeys(self._asked, whole), MessageType.EVALUATE)
+        sent = len(orders) * whole.size_bytes
         self.store.note("scoring", {"round": server_round, "bytes_down": sent})
         return orders
 
@@ -264,22 +258,28 @@ class MergeStrategy(Strategy):
             rows.append(found)
         return _mean_metrics(rows)
 
-    def _orders(
-        self, plan: RoundPlan, nodes: Sequence[int], arrays: ArrayRecord, kind: str
-    ) -> list[Message]:
-        record = ConfigRecord({PLAN_KEY: plan.model_dump_json(), "server-round": plan.round})
-        content = RecordDict({PLAN_KEY: record})
-        if len(arrays):
-            content[ADAPTER_KEY] = arrays
+    def _start(self, client: str) -> Start:
+        """What this round hands a client."""
+        rank = self.config.ranks.get(client)
+        if rank not in self._starts:
+            assert rank is not None
+            whole = self._starts[None]
+            self._starts[rank] = at_rank(whole, rank, self._method, self.config.down)
+        return self._starts[rank]
+
+    def _orders(self, starts: Mapping[int, Start], kind: str) -> list[Message]:
         # Waiting for a reply ends with the deadline; its message may live a little longer.
         ttl = self.config.deadline_s + 60
-        return [Message(content, node, kind, ttl=ttl, group_id=str(plan.round)) for node in nodes]
+        return [
+            Message(start.content, node, kind, ttl=ttl, group_id=str(start.plan.round))
+            for node, start in starts.items()
+        ]
 
     def _aggregate(
         self, server_round: int, incoming: Iterable[Reply]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         refused_bytes, refused = 0, 0
-        bytes_down = len(self._asked) * len(self._blob or b"")
+        bytes_down = sum(self._start(client).size_bytes for client in self._asked.values())
         for reply in incoming:
             try:
                 self._admit(reply)
@@ -322,15 +322,15 @@ class MergeStrategy(Strategy):
         return self.arrays, _mean_metrics([row.metrics for row in cohort])
 
     def _admit(self, reply: Reply) -> None:
-        plan = self._plan
         if reply.message is None:
             raise RefusedError(reply.code, reply.reason)
         client = self._asked.get(reply.node)
         if client is None:
             raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
-        candidate = examine(reply.message, plan, self.adapter, client, self.config.max_norm)
+        start = self._start(client)
+        candidate = examine(reply.message, start.plan, start.adapter, client, self.config.max_norm)
         contribution = Contribution(
-            round=plan.round,
+            round=start.plan.round,
             client=client,
             digest=self.store.put(candidate.blob),  # the bytes first, the row second
             size_bytes=len(candidate.blob),
@@ -350,43 +350,18 @@ class MergeStrategy(Strategy):
         )
 
     def _merge(self, server_round: int, cohort: Sequence[Contribution]) -> MergeReport:
-        start = self.adapter
-        trained = self._plan.trained
-        before, expected = start.tensors(), layouts(start, self._plan)
-        ends: list[Adapter] = []
-        for row in cohort:
-            decoded = self._decoded.pop(row.digest, None)
-            if decoded is None:
-                decoded = decode_weighed(self.store.get(row.digest), *expected)[1:]
-            changes, importance = decoded
-            moved = {name: before[name] + change for name, change in changes.items()}
-            end = start.with_tensors({**before, **moved})
-            ends.append(replace(end, importance=from_flat_importance(importance)))
+        starts = [self._start(row.client) for row in cohort]
+        ends = [self._end(row, start) for row, start in zip(cohort, starts, strict=True)]
         names = [row.client for row in cohort]
-        recipe = self.config.recipe
-        if trained == "both":
-            result = merge(ends, recipe, start=start, names=names)
+        recipe, trained, whole = self.config.recipe, self._plan.trained, self.adapter
+        if trained != "both":
+            result = merge_one_factor(ends, recipe, trained, start=whole, names=names)
         else:
-            result = merge_one_factor(ends, recipe, trained, start=start, names=names)
-        meta = UpdateMeta(
-            kind="adapter",
-            base_hash=self.base_hash,
-            start_hash=self._plan.start_hash,
-            federation=self.config.name,
-            run=self.config.run,
-            round=server_round,
-            client="",
-            nonce=b"",
-            seed=self.config.seed,
-            examples=0,
-        )
-        encoded = encode_update(
-            result.adapter.tensors(sent_down(self.config.trains)),
-            meta,
-            CodecConfig(name="dense", dtype=self.config.down),
-        )
+            theirs = [start.adapter for start in starts] if self.config.ranks else None
+            result = merge(ends, recipe, start=whole, starts=theirs, names=names)
+        encoded = encode_adapter(result.adapter, self._plan, self.config.down)
         # What the clients will decode is the adapter in service, to the bit.
-        self.adapter = start.with_tensors({**before, **encoded.sent})
+        self.adapter = whole.with_tensors({**whole.tensors(), **encoded.sent})
         self._blob = encoded.blob
         self.store.publish(
             Publication(
@@ -397,6 +372,29 @@ class MergeStrategy(Strategy):
             )
         )
         return result.report
+
+    def _end(self, row: Contribution, start: Start) -> Adapter:
+        """What a client trained: its start and the change it sent.
+
+        Raises:
+            ValueError: It was made from another start.
+        """
+        decoded = self._decoded.pop(row.digest, None)
+        if decoded is None:
+            blob = self.store.get(row.digest)
+            meta, *tensors = decode_weighed(blob, *layouts(start.adapter, start.plan))
+            decoded = (tensors[0], tensors[1])
+            # The SVD of another machine may turn a truncated start differently.
+            if meta.start_hash != start.plan.start_hash:
+                raise ValueError(
+                    f"{row.client} trained from {meta.start_hash[:12]}, which this machine makes "
+                    f"{start.plan.start_hash[:12]}; finish a round where it was begun"
+                )
+        before = start.adapter.tensors()
+        changes, importance = decoded
+        moved = {name: before[name] + change for name, change in changes.items()}
+        end = start.adapter.with_tensors({**before, **moved})
+        return replace(end, importance=from_flat_importance(importance))
 
 
 def _plain(report: MergeReport) -> dict[str, Any]:

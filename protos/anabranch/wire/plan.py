@@ -58,6 +58,9 @@ class RoundPlan(BaseModel):
     """How the update is to be encoded."""
     trains: Trains = "both"
     """Which LoRA factors the federation trains."""
+    rank: int | None = Field(None, ge=1)
+    """Largest rank of a module that this client is to train, and of the adapter it starts from;
+    None is the task's own."""
     importance: bool = False
     """Whether the merge needs to know how much each entry matters to the client: its Fisher."""
     train: dict[str, Scalar] = Field(default_factory=dict)

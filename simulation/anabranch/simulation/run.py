@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from anabranch.aggregation import resolve
+from anabranch.aggregation import MergeMethod, resolve
 from anabranch.aggregation.recipe import Recipe
 from anabranch.client.app import app as client_app
-from anabranch.client.session import Session, open_session
+from anabranch.client.session import Session, client_name, open_session
 from anabranch.client.task import FisherTask
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
 from anabranch.coordinator.federation import START_FOLDER, write_federation
+from anabranch.coordinator.start import check_ranks
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
@@ -81,18 +82,24 @@ def prepare(scenario: Scenario) -> Session:
     session = open_task(scenario)
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
-    _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
-    if resolve(config.recipe)[0].needs_importance and not isinstance(session.task, FisherTask):
+    method = _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
+    if method.needs_importance and not isinstance(session.task, FisherTask):
         raise ValueError(
-            f"recipe: {config.recipe.method} needs the clients' Fisher, and task.kind "
+            f"recipe: {method.name} needs the clients' Fisher, and task.kind "
             f"{scenario.task.kind} has no method 'logits'; see anabranch.client.task.FisherTask"
+        )
+    check_ranks(config.ranks, session.template, method)
+    names = [client_name(partition) for partition in range(config.clients)]
+    if strangers := [client for client in config.ranks if client not in names]:
+        raise ValueError(
+            f"ranks.{strangers[0]}: there is no such client; they are {names[0]} to {names[-1]}"
         )
     session.task.check_data()
     return session
 
 
-def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
-    """Try the method on as few and on as many updates as a round may merge."""
+def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> MergeMethod:
+    """The method, tried on as few and on as many updates as a round may merge."""
     try:
         method, parameters = resolve(recipe, "recipe")
     except ValueError as error:
@@ -107,6 +114,7 @@ def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> None:
                 f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
                 f"{method.name} cannot: {error}"
             ) from error
+    return method
 
 
 def run_federation(
@@ -172,6 +180,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "down": "fp32",
             "max_norm": None,
             "trains": "both",
+            "ranks": {},
             "recipe": Recipe(method="fedit"),
             "codec": CodecConfig(name="dense", feedback=0.0),
             "evaluate_every": 0,

@@ -22,6 +22,7 @@ from anabranch.client.task import TrainPlan
 from anabranch.coordinator.federation import (
     FederationConfig,
     FederationRecipe,
+    Ranks,
     clients_asked,
     keyed_error,
 )
@@ -99,6 +100,9 @@ class Scenario(BaseModel):
     trains: Trains = "both"
     """Which LoRA factors are trained: ``both``, ``b`` (FFA-LoRA: A stays the seed's, half the
     bytes) or ``alternate`` (RoLoRA: B in odd rounds, A in even ones)."""
+    ranks: Ranks = Field(default_factory=dict)
+    """Rank by client (``client-0000`` and so on), for clients that train fewer ranks than the
+    task's: FlexLoRA, or HetLoRA with the method ``hetlora``. Clients not named train all."""
     train: dict[str, Scalar] = Field({"steps": 5})
     """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
     codec: CodecConfig = CodecConfig()
@@ -156,6 +160,7 @@ class Scenario(BaseModel):
             down=self.down,
             recipe=self.recipe,
             trains=self.trains,
+            ranks=self.ranks,
             train=self.train,
         )
 

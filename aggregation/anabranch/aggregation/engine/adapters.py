@@ -54,6 +54,7 @@ def merge_adapters(
     recipe: Recipe,
     *,
     start: Adapter | None = None,
+    starts: Sequence[Adapter] | None = None,
     weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
@@ -68,6 +69,8 @@ def merge_adapters(
         adapters: The contributions' adapters, trained from ``start``.
         recipe: How to merge them, and the way back to rank r.
         start: The adapter all of them started from; None stands for the bare base.
+        starts: What each of them started from, where that is ``start`` at a lower rank (FlexLoRA,
+            2402.11505): what each adds to its own is merged, and added to ``start``.
         weights: Weight per contribution; None takes the recipe's, and without any counts each once.
         names: What to call the contributions in messages and in the report.
         without: Names of contributions to leave out, as if they had never been given; see
@@ -84,15 +87,17 @@ def merge_adapters(
     if without:
         stay = withdraw(names, without, recipe, weights)
         adapters, names = [adapters[index] for index in stay.indices], stay.names
+        starts = None if starts is None else [starts[index] for index in stay.indices]
         weights = stay.weights
     check_refactor(recipe, method, adapters)
-    vectors = _task_vectors(adapters, start, names)
+    vectors = _task_vectors(adapters, starts or [start] * len(adapters), names)
     cohort = gather(vectors, names)
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     grams = module_grams(cohort, budget_bytes)
     job = AdapterMerge(
         list(adapters),
         start,
+        starts,
         recipe,
         method,
         config,
@@ -158,11 +163,11 @@ def _shared(coefficients: Mapping[str, Sequence[float]] | None) -> tuple[float, 
 
 
 def _task_vectors(
-    adapters: Sequence[Adapter], start: Adapter | None, names: Sequence[str]
+    adapters: Sequence[Adapter], starts: Sequence[Adapter | None], names: Sequence[str]
 ) -> list[TaskVector]:
-    """Task vectors against the start, with the contribution's name on what goes wrong."""
+    """Task vectors against their starts, with the contribution's name on what goes wrong."""
     vectors = []
-    for name, adapter in zip(names, adapters, strict=True):
+    for name, adapter, start in zip(names, adapters, starts, strict=True):
         try:
             vectors.append(task_vector(adapter, start))
         except ValueError as error:

@@ -68,16 +68,9 @@ def balanced_factors(
     return LoraFactors(
         a_rn.to(like.a_rn.dtype).contiguous(),
         b_mr.to(like.b_mr.dtype).contiguous(),
-        alpha_for(like, rank),
+        like.alpha_at(rank),
         like.rslora,
     )
-
-
-def alpha_for(like: LoraFactors, rank: int) -> float:
-    """The alpha that keeps the scaling of ``like`` at another rank."""
-    if rank == like.rank:
-        return like.alpha
-    return like.scaling * (math.sqrt(rank) if like.rslora else rank)
 
 
 def rotation(b_mr: Tensor, a_rn: Tensor, b_start_mr: Tensor, a_start_rn: Tensor) -> Tensor:

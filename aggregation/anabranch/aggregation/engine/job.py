@@ -5,6 +5,7 @@ Shape legend: C contributions, m rows, n columns, k inner rank, R rows of a chun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.engine.align import alpha_for, balanced_factors
+from anabranch.aggregation.engine.align import balanced_factors
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.refactor import (
@@ -38,7 +39,8 @@ class AdapterMerge:
 
     Attributes:
         adapters: The contributions' adapters.
-        start: What all of them started from, None for the bare base.
+        start: What the result is added to, None for the bare base.
+        starts: What each of them started from, None where that is ``start``.
         recipe: The recipe.
         method: Its method.
         config: The method's parameters.
@@ -50,6 +52,7 @@ class AdapterMerge:
 
     adapters: Sequence[Adapter]
     start: Adapter | None
+    starts: Sequence[Adapter] | None
     recipe: Recipe
     method: MergeMethod
     config: MethodConfig
@@ -78,7 +81,8 @@ class AdapterMerge:
 
     def rank(self, module: str) -> int:
         """The rank a module goes back to."""
-        largest = max(adapter.lora[module].rank for adapter in self.adapters)
+        inputs = self.adapters if self.start is None else (*self.adapters, self.start)
+        largest = max(adapter.lora[module].rank for adapter in inputs)
         return self.recipe.refactor.rank or largest
 
     def linear(
@@ -87,7 +91,7 @@ class AdapterMerge:
         """Σ c_i·ΔW_i without forming any: stacked, then truncated or kept.
 
         Σ c_i(B_iA_i − B_sA_s) + B_sA_s is gathered as Σ c_iB_iA_i + (1 − Σc_i)B_sA_s: half the
-        inner rank, and the start drops out of a mean.
+        inner rank, and the start drops out of a mean. It does not where starts differ.
 
         Args:
             coefficients: c_i by module, the recipe's scale not in them.
@@ -95,9 +99,12 @@ class AdapterMerge:
         lora: dict[str, LoraFactors] = {}
         spectra: dict[str, Spectrum] = {}
         for module in self.modules():
-            parts = [adapter.lora[module].delta() for adapter in self.adapters]
             factors = [c * self.recipe.scale for c in coefficients[module]]
-            rest = 1 - sum(factors)
+            if self.starts is None:
+                parts: list[Delta] = [one.lora[module].delta() for one in self.adapters]
+                rest = 1 - sum(factors)
+            else:
+                parts, rest = list(self.cohort.deltas[module]), 1.0
             if self.start is not None and abs(rest) > 1e-12:
                 parts.append(self.start.lora[module].delta())
                 factors.append(rest)
@@ -154,9 +161,11 @@ class AdapterMerge:
         scale = self.recipe.scale
         lora = {}
         for module in self.modules():
-            like = self.reference.lora[module]
-            self._check_alike(module, like)
             mine = [adapter.lora[module] for adapter in self.adapters]
+            like = self.reference.lora[module]
+            if self.method.weigh is not None and self.start is None:
+                like = max(mine, key=lambda factors: factors.rank)
+            self._check_alike(module, like)
             merged = merge_factors(
                 module,
                 [LowRank(factors.b_mr, factors.a_rn) for factors in mine],
@@ -166,7 +175,10 @@ class AdapterMerge:
                 self.cohort.names,
             )
             assert isinstance(merged, LowRank)
-            b_mr, a_rn = merged.b_mk, merged.a_kn
+            # Directions that nobody has are the start's: zeros on both sides would stay zero.
+            rank = merged.rank
+            b_mr = torch.cat([merged.b_mk, like.b_mr[:, rank:].float()], dim=1)
+            a_rn = torch.cat([merged.a_kn, like.a_rn[rank:].float()])
             if self.start is None:
                 b_mr = b_mr * scale
             else:
@@ -178,7 +190,7 @@ class AdapterMerge:
         return lora
 
     def _check_alike(self, module: str, like: LoraFactors) -> None:
-        """Entries of A and of B compare at one rank and one scaling only."""
+        """Entries of A and of B compare at one scaling only, and at one rank if none is padded."""
         wanted = self.recipe.refactor.rank
         problem = None
         if wanted not in (None, like.rank):
@@ -186,9 +198,10 @@ class AdapterMerge:
         whose = self.cohort.names[0] if self.start is None else "the start"
         for name, adapter in zip(self.cohort.names, self.adapters, strict=True):
             factors = adapter.lora[module]
-            if factors.rank != like.rank:
+            padded = self.method.weigh is not None and factors.rank < like.rank
+            if factors.rank != like.rank and not padded:
                 problem = f"{name} has rank {factors.rank}, {whose} has rank {like.rank}"
-            elif factors.scaling != like.scaling:
+            elif not math.isclose(factors.scaling, like.scaling, rel_tol=1e-9):
                 problem = f"{name} scales by {factors.scaling}, {whose} by {like.scaling}"
         if problem is not None:
             raise ValueError(
@@ -260,6 +273,6 @@ def _as_factors(delta: LowRank, like: LoraFactors) -> LoraFactors:
     return LoraFactors(
         delta.a_kn.to(like.a_rn.dtype),
         (delta.b_mk / like.scaling).to(like.b_mr.dtype),
-        alpha_for(like, delta.rank),
+        like.alpha_at(delta.rank),
         like.rslora,
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from anabranch.aggregation.engine.cohort import (
     Cohort,
@@ -181,7 +182,8 @@ def merge_factors(
     """A and B merged apart, for the methods that do so; dense entries as they are.
 
     Raises:
-        ValueError: Ranks differ, or one contribution is dense and another is not.
+        ValueError: Ranks differ where the method does not pad them, or one contribution is dense
+            and another is not.
     """
     merge = method.merge
     assert merge is not None
@@ -194,6 +196,10 @@ def merge_factors(
     if len(dense) == len(deltas):
         return apart(dense)
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if method.weigh is not None and not dense:
+        norms_C = torch.tensor([part.norm() for part in factors], dtype=torch.float64)
+        weights_C = method.weigh(weights_C, norms_C)
+        factors = _padded(factors)
     ranks = {name: part.rank for name, part in zip(names, factors, strict=False)}
     if dense or len(set(ranks.values())) > 1:
         raise ValueError(
@@ -201,6 +207,18 @@ def merge_factors(
             f"got {ranks}; use mean, which merges ΔW"
         )
     return LowRank(apart([part.b_mk for part in factors]), apart([part.a_kn for part in factors]))
+
+
+def _padded(parts: Sequence[LowRank]) -> list[LowRank]:
+    """The same products, all of the largest inner rank: zeros below A and beside B."""
+    rank = max(part.rank for part in parts)
+    return [
+        LowRank(
+            functional.pad(part.b_mk, (0, rank - part.rank)),
+            functional.pad(part.a_kn, (0, 0, 0, rank - part.rank)),
+        )
+        for part in parts
+    ]
 
 
 def _entries(delta: Stored | Tensor) -> Tensor:

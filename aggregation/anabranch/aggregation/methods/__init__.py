@@ -11,6 +11,7 @@ from anabranch.aggregation.methods.della_linear import DELLA_LINEAR
 from anabranch.aggregation.methods.fedit import FEDIT
 from anabranch.aggregation.methods.fisher import FISHER
 from anabranch.aggregation.methods.geometric_median import GEOMETRIC_MEDIAN
+from anabranch.aggregation.methods.hetlora import HETLORA
 from anabranch.aggregation.methods.iso_c import ISO_C
 from anabranch.aggregation.methods.iso_cts import ISO_CTS
 from anabranch.aggregation.methods.karcher import KARCHER
@@ -55,6 +56,7 @@ BUILT_IN: tuple[MergeMethod, ...] = (
     MULTI_KRUM,
     GEOMETRIC_MEDIAN,
     FEDIT,
+    HETLORA,
     TSV_M,
     ISO_C,
     ISO_CTS,
