@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench quality clean
 
 install: $(STAMP)
 
@@ -35,6 +35,9 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.federation
+
+quality: install
+	$(BIN)/python -m benchmarks.quality
 
 clean:
 	rm -rf $(VENV) runs
