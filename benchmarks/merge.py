@@ -22,7 +22,6 @@ from torch import Tensor
 
 from anabranch.aggregation import Recipe, merge, merge_task_vectors
 from anabranch.aggregation.recipe import Refactor
-from anabranch.aggregation.ternary import Rule, merge_ternary
 from anabranch.vectors import Adapter, LoraFactors, TaskVector
 from anabranch.vectors.sparse import ternarise
 from benchmarks import merge_rivals as rivals
@@ -47,7 +46,7 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Our parameters and mergekit's, by method."""
 
-TERNARY: tuple[Rule, ...] = ("mean", "ties")
+TERNARY = ("mean", "ties")
 
 SPECTRAL = ("tsv_m", "iso_c")
 """Of adapters, by ours in the space they span and by FusionBench on dense ΔW."""
@@ -215,10 +214,13 @@ def ternary_rows(side: int, runs: int, wanted: Callable[[str], bool]) -> Iterato
             continue
         recipe = Recipe(method=rule, params={"density": 1.0} if rule == "ties" else {})
 
+        def as_they_are(recipe: Recipe = recipe) -> TaskVector:
+            return merge_task_vectors([TaskVector({"w": one}) for one in found], recipe)
+
         def decoded(recipe: Recipe = recipe) -> TaskVector:
             return merge_task_vectors([TaskVector({"w": one.dense()}) for one in found], recipe)
 
-        mine = seconds(lambda: merge_ternary(found, rule), runs)  # noqa: B023
+        mine = seconds(as_they_are, runs)
         theirs = seconds(decoded, min(runs, 3))
         note = "seconds, median; beside our own merge of what they decode to, decoding included"
         yield Row(f"ternary {rule}", mine, theirs, DECODED, scenario, note)

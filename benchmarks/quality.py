@@ -134,8 +134,14 @@ class Repetition:
         def on_validation(candidate: tuple[Params, float]) -> float:
             return fmean(score("validation", *candidate).accuracy.values())
 
-        # max() takes the first of equals: the smaller size, the first parameters.
-        _, size = max(((tried[0], size) for size in SIZES), key=on_validation)
+        size, before = SIZES[0], 0.0
+        for larger in SIZES:
+            reached = on_validation((tried[0], larger))
+            if reached < before:
+                break
+            if reached > before:
+                size, before = larger, reached
+        # max() takes the first of equals.
         params, _ = max(((params, size) for params in tried), key=on_validation)
         final = score("test", params, size)
         normalised = self.normalised(final.accuracy)

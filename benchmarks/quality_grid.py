@@ -7,8 +7,9 @@ from typing import Any
 
 Params = Mapping[str, Any]
 
-SIZES = (0.7, 1.0, 1.4, 2.0)
-"""How large the merged task vector is made: its norm over the mean norm of those merged.
+SIZES = (1.0, 1.4, 2.0, 2.8, 4.0)
+"""How large the merged task vector is made: its norm over the mean norm of those merged. They are
+tried from the smallest on, until validation accuracy falls.
 
 λ means another thing in a sum, in a mean and in a mean of survivors; this means the same in all of
 them, so that one grid is fair to all.
@@ -26,7 +27,7 @@ SKIPPED = {
 
 
 def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
-    """Parameters by method; λ is chosen with the first, then the others are tried at that λ.
+    """Parameters by method; the size is chosen with the first, then the others are tried at it.
 
     Args:
         rank: Of the adapters.

@@ -58,9 +58,9 @@ adapter, averaged over the tasks; mean ± standard error over {seeds} seeds. A s
 the order of training, and the texts, those of the test too: the error holds all of these.
 
 λ and parameters were chosen on validation texts alone, from one small grid for all methods: the
-merged task vector is brought to {sizes} times the mean norm of those merged (*size*, by
-seed, with the λ that gives it), then the parameters at the end of this page are tried at the best
-size. Test texts were scored once.
+merged task vector is brought to {sizes} times the mean norm of those merged
+(*size*, by seed, with the λ that gives it), from the smallest on until validation accuracy falls;
+then the parameters at the end of this page are tried at that size. Test texts score the choice.
 
 {ranking}
 
@@ -70,6 +70,9 @@ model and other tasks: the order compares, the numbers do not.
 ## What separates
 
 {separation}
+
+One standard error is a low bar, and few seeds leave the error itself uncertain: build nothing on
+differences of less than a point. What we make of all this stands in [LOG.md](LOG.md).
 
 ## Beside the order that papers report
 
@@ -158,7 +161,7 @@ def _ranking(
         lora, full = PUBLISHED.get(name, ("", ""))
         below, error = gap(seeds[methods[0]], seeds[name])
         sizes = ", ".join(f"{one['size']:g}" for one in chosen if one["size"] is not None)
-        scales = ", ".join(f"{one['scale']:.2g}" for one in chosen)
+        scales = ", ".join(f"{one['scale']:.3g}" for one in chosen)
         params = dict.fromkeys(_shown(one["params"]) for one in chosen if one["params"])
         lines.append(
             f"| {name} | {percent(rows[name]['ours'], detail['standard_error'])} "
@@ -166,7 +169,7 @@ def _ranking(
             f"| {'; '.join(params)} | {lora} | {full} |"
         )
     for name in REFERENCES:
-        lines.append(f"| *{name}* | {percent(rows[name]['ours'])} {'| ' * 7}")
+        lines.append(f"| *{name}* | {percent(rows[name]['ours'])}{' |' * 7}")
     return lines
 
 

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Rows
-from anabranch.aggregation.kernels.rows import HISTOGRAM, all_worthwhile, load
+from anabranch.aggregation.kernels.rows import (
+    HISTOGRAM,
+    KTH,
+    all_worthwhile,
+    has_kernel,
+    load,
+    on_gpu,
+    readable,
+)
+from anabranch.aggregation.ranks import ALONE, Ranks
 
 _BUCKETS = 1 << 16
 
@@ -28,14 +37,20 @@ def kept(density: float, entries: int) -> int:
 
 def tensor_kth(values_KD: Rows, count: int, magnitude: bool = True) -> Tensor:
     """The same as ``stream_kth`` for entries that are all there [K, D]."""
-    if values_KD[0].device.type != "cpu" or all_worthwhile(values_KD):
+    device = values_KD[0].device
+    if on_gpu(device) and all(map(readable, values_KD)):
+        found_K: Tensor = load(KTH, device)(values_KD, count, magnitude)
+        return found_K
+    if device.type != "cpu" or all_worthwhile(values_KD):
         return stream_kth([values_KD], count, magnitude)
     place = len(values_KD[0]) + 1 - count
     compared = [values_D.abs() if magnitude else values_D for values_D in values_KD]
     return torch.stack([values_D.kthvalue(place).values for values_D in compared]).float()
 
 
-def stream_kth(chunks: Iterable[Rows], count: int, magnitude: bool = True) -> Tensor:
+def stream_kth(
+    chunks: Iterable[Rows], count: int, magnitude: bool = True, ranks: Ranks = ALONE
+) -> Tensor:
     """The ``count``-th largest magnitude, or entry, of every row, exact, ties counted singly.
 
     Keeping what is ≥ it keeps at least ``count`` entries; more where some tie with it. A k-th
@@ -46,6 +61,7 @@ def stream_kth(chunks: Iterable[Rows], count: int, magnitude: bool = True) -> Te
             is spent after one pass will not do.
         count: Which one, from 1 to the number of entries.
         magnitude: Whether to compare magnitudes, or entries with their sign.
+        ranks: Whose entries are counted; the chunks are this rank's, which may be none.
 
     Returns:
         The k-th of each row [K] in fp32, on the CPU.
@@ -53,12 +69,12 @@ def stream_kth(chunks: Iterable[Rows], count: int, magnitude: bool = True) -> Te
     Raises:
         ValueError: Fewer than ``count`` entries in the stream.
     """
-    upper_KH = _histogram(chunks, None, magnitude)
+    upper_KH = ranks.reduce(_histogram(chunks, None, magnitude), "sum")
     entries = int(upper_KH[0].sum())
     if not 1 <= count <= entries:
         raise ValueError(f"the {count}-th largest of {entries} entries does not exist")
     bucket_K, above_K = _descend(upper_KH, torch.full((len(upper_KH),), count))
-    lower_KH = _histogram(chunks, bucket_K, magnitude)
+    lower_KH = ranks.reduce(_histogram(chunks, bucket_K, magnitude), "sum")
     low_K, _ = _descend(lower_KH, count - above_K)
     order_K = ((bucket_K - (0 if magnitude else _BUCKETS // 2)) << 16) | low_K
     return _flipped(order_K.to(torch.int32)).view(torch.float32)
@@ -69,13 +85,14 @@ def _flipped(bits_D: Tensor) -> Tensor:
     return bits_D ^ ((bits_D >> 31) & 0x7FFF_FFFF)
 
 
-def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool) -> Tensor:
-    """Counts [K, H] of the upper halves, or of the lower halves inside ``bucket_K``."""
+def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool) -> Tensor | None:
+    """Counts [K, H] of the upper halves, or of the lower in ``bucket_K``; None of no chunks."""
     total_KH: Tensor | None = None
     for values_KD in chunks:
         # Counts are exact either way, so a chunk's size may decide.
-        if all_worthwhile(values_KD):
-            total_KH = load(HISTOGRAM)(values_KD, bucket_K, magnitude, total_KH)
+        device = values_KD[0].device
+        if all_worthwhile(values_KD) and has_kernel(HISTOGRAM, device):
+            total_KH = load(HISTOGRAM, device)(values_KD, bucket_K, magnitude, total_KH)
             continue
         if total_KH is None:
             total_KH = torch.zeros(len(values_KD), _BUCKETS, dtype=torch.int64)
@@ -90,8 +107,6 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
             if bucket_K is not None:
                 upper_D = order_D[upper_D == int(bucket_K[row])] & (_BUCKETS - 1)
             total_KH[row] += torch.bincount(upper_D, minlength=_BUCKETS).cpu()
-    if total_KH is None:
-        raise ValueError("no entries to find the k-th largest of")
     return total_KH
 
 

@@ -7,7 +7,7 @@ columns of a module's weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
-from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
+from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, has_kernel, load
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 from anabranch.vectors.importance import Over, normalised
 from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
@@ -72,7 +73,12 @@ class MergeMethod:
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
         kernel: Where the same merge stands fused for large modules on the CPU, as
             ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
-            which makes its own draws.
+            which makes its own draws. The same name in the package ``gpu`` beside that module is
+            what a GPU runs, where it exists.
+        ternary: Where the same merge of a large module stands for task vectors that are all sparse
+            ternary, as ``module:function``: ``function(updates, weights_C, config, device) ->
+            merged_D``. Not used where statistics are over the model. Linear methods have one in
+            common.
     """
 
     name: str
@@ -92,6 +98,7 @@ class MergeMethod:
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None
     signed_weights: bool = False
     kernel: str | None = None
+    ternary: str | None = None
 
     def __post_init__(self) -> None:
         kinds = (self.merge, self.coefficients, self.matrices)
@@ -182,7 +189,7 @@ class MergeMethod:
         assert self.coefficients is not None
         gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
         coefficients_C = self.coefficients(weights_C, gram_CC, config)
-        sum_up = load(WEIGHTED_SUM) if fused else combine
+        sum_up = load(WEIGHTED_SUM, flat_CD.device) if fused else combine
         merged_D: Tensor = sum_up(flat_CD, coefficients_C)
         return merged_D.view(shape)
 
@@ -191,8 +198,9 @@ class MergeMethod:
     ) -> Tensor:
         """Merged entries of a chunk [D], with the statistics given and the draws made for it."""
         assert self.merge is not None
-        if chunk.fused and self.kernel is not None:
-            merged_D: Tensor = load(self.kernel)(chunk, weights_C, config, **found)
+        device = chunk.rows[0].device
+        if chunk.fused and self.kernel is not None and has_kernel(self.kernel, device):
+            merged_D: Tensor = load(self.kernel, device)(chunk, weights_C, config, **found)
             return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
         if self.needs_importance:
@@ -201,7 +209,11 @@ class MergeMethod:
         return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
 
     def merge_modules(
-        self, modules: Mapping[str, Sequence[Delta]], weights_C: Tensor, config: MethodConfig
+        self,
+        modules: Mapping[str, Sequence[Delta]],
+        weights_C: Tensor,
+        config: MethodConfig,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Held]:
         """A whole model by ``matrices``.
 
@@ -212,6 +224,7 @@ class MergeMethod:
             modules: By module, one change per contribution.
             weights_C: Checked weights [C].
             config: The method's parameters.
+            ranks: Who has the model's other modules.
 
         Returns:
             The merged change per module.
@@ -219,7 +232,8 @@ class MergeMethod:
         merged = {m: self.merge_matrix(deltas, weights_C, config) for m, deltas in modules.items()}
         if not self.mean_norm:
             return merged
-        factor = self.norm_factor(modules, weights_C, map(norm, merged.values()))
+        norms = {module: norm(delta) for module, delta in merged.items()}
+        factor = self.norm_factor(modules, weights_C, norms, ranks)
         return {module: scaled(delta, factor) for module, delta in merged.items()}
 
     def merge_matrix(
@@ -238,15 +252,18 @@ class MergeMethod:
         self,
         modules: Mapping[str, Sequence[Delta]],
         weights_C: Tensor,
-        merged_norms: Iterable[float],
+        merged_norms: Mapping[str, float],
+        ranks: Ranks = ALONE,
     ) -> float:
         """What brings merged modules of these norms to the mean norm of the task vectors."""
         used, relative_C = _relative(weights_C)
         # Module by module: stored ones have the base's entries in common.
-        by_module = [[norm(deltas[index]) for index in used] for deltas in modules.values()]
-        norms = [math.hypot(*of_one) for of_one in zip(*by_module, strict=True)]
+        by_module = ranks.union(
+            {m: [norm(deltas[index]) for index in used] for m, deltas in modules.items()}
+        )
+        norms = [math.hypot(*of_one) for of_one in zip(*by_module.values(), strict=True)]
         mean = math.fsum(w * x for w, x in zip(relative_C.tolist(), norms, strict=True)) / len(used)
-        reached = math.hypot(*merged_norms)
+        reached = math.hypot(*ranks.union(merged_norms).values())
         return mean / reached if reached else 0.0
 
     def check_weights(self, weights_C: Tensor, count: int) -> Tensor:

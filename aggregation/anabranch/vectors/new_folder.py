@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import uuid
@@ -11,11 +12,13 @@ from pathlib import Path
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, partial: Path | None = None) -> Iterator[Path]:
     """A folder to write into, which takes its name when the block ends without an error.
 
     Args:
         folder: What does not exist yet, or is empty: files of others are never replaced.
+        partial: The hidden folder, where others must know it before it is made; from
+            ``hidden_beside``.
 
     Yields:
         A hidden folder beside it.
@@ -27,8 +30,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists already; name a new folder, or remove this one first")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, on the same file system: a rename is then one step.
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    partial = hidden_beside(folder) if partial is None else partial
     partial.mkdir()
     try:
         yield partial
@@ -38,6 +40,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync(folder.parent)
+
+
+def hidden_beside(folder: Path) -> Path:
+    """A new hidden name on the same file system, from which a rename is one step."""
+    return folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+
+
+def begun(folder: Path) -> set[Path]:
+    """The hidden folders of ``new_folder`` that have not taken this name, and may be left over."""
+    digits = "[0-9a-f]" * 8
+    return set(folder.parent.glob(f".{glob.escape(folder.name)}.{digits}"))
 
 
 def write_text(path: Path, text: str) -> None:

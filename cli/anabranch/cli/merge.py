@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.cli.output import caution, human_bytes, module_bar, print_json, stderr, stdout
+from anabranch.cli.ranks import LOST, run_ranks
+
+if TYPE_CHECKING:
+    from anabranch.aggregation.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class _Job:
     dtype: Any
     without: tuple[str, ...]
     budget_bytes: int
+    device: str | None
     warnings: tuple[str, ...]
 
     @property
@@ -76,9 +81,22 @@ def merge_command(
     budget_mb: Annotated[
         int, typer.Option(min=16, help="Working memory of the merge, in MB (10^6 bytes).")
     ] = 2000,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where methods that decide entry by entry do so: cpu, cuda or cuda:N.",
+            show_default="cpu",
+        ),
+    ] = None,
     shard_mb: Annotated[
         int, typer.Option(min=1, help="Largest file of a merged checkpoint, in MB.")
     ] = 5000,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that merge together, each a part of the modules and the memory."
+        ),
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan or the report as JSON.")
     ] = False,
@@ -88,8 +106,16 @@ def merge_command(
     Headers and configurations are checked before any weight is read.
     """
     from anabranch.aggregation import plan_merge
+    from anabranch.aggregation.engine.device import existing_device
+    from anabranch.aggregation.engine.shard import joined, ranks_of, started_together
+    from anabranch.aggregation.ranks import LostRankError
 
-    job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb)
+    mine = ranks_of(os.environ)
+    if ranks > 1 and mine.count > 1 and ranks != mine.count:
+        raise ValueError(f"--ranks: is {ranks}, and {mine.count} were started; leave it out")
+    if device is not None:
+        existing_device(device)
+    job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb, device)
     if not plan:
         _check_out(out)
     try:
@@ -101,23 +127,34 @@ def merge_command(
             without=job.without,
             dtype=job.dtype,
             budget_bytes=job.budget_bytes,
+            ranks=max(ranks, mine.count),
         )
     except ValueError as error:
         raise job.blamed(error) from error
+    if ranks > mine.count and not plan:
+        assert out is not None
+        raise typer.Exit(run_ranks(ranks, out))
     warnings = [*job.warnings, *planned.warnings]
-    for warning in warnings:
+    for warning in warnings if mine.rank == 0 else ():
         caution(warning)
     if plan:
         _show_plan(planned, as_json, warnings)
         return
     assert out is not None
     try:
-        if planned.kind == "checkpoints":
-            _merge_checkpoints(job, out, shard_mb * 1_000_000, as_json)
-        else:
-            _merge_adapters(job, out, as_json)
+        with joined(mine):
+            if planned.kind == "checkpoints":
+                report, line = _merge_checkpoints(job, out, shard_mb * 1_000_000, mine)
+            else:
+                report, line = _merge_adapters(job, out, mine)
     except ValueError as error:
         raise job.blamed(error) from error
+    except LostRankError as error:
+        if started_together(os.environ):
+            raise typer.Exit(LOST) from error
+        raise
+    if mine.rank == 0:
+        _report(job, out, as_json, report, line)
 
 
 def _read(
@@ -127,6 +164,7 @@ def _read(
     start: Path | None,
     without: tuple[str, ...],
     budget_mb: int,
+    device: str | None,
 ) -> _Job:
     from anabranch.aggregation.mergekit import from_mergekit, is_mergekit
     from anabranch.aggregation.recipe import load_recipe, read_config
@@ -138,7 +176,7 @@ def _read(
         from anabranch.aggregation import resolve
 
         resolve(recipe, str(source))
-        return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, ())
+        return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, device, ())
     if inputs or base is not None or start is not None:
         raise ValueError(f"{source}: names its models itself; leave the arguments and --base out")
     theirs = from_mergekit(data, str(source))
@@ -151,6 +189,7 @@ def _read(
         theirs.dtype,
         without,
         budget_bytes,
+        device,
         theirs.warnings,
     )
 
@@ -184,9 +223,19 @@ def _show_plan(plan: Any, as_json: bool, warnings: list[str]) -> None:
     }
     for key, value in lines.items():
         stdout.print(f"[dim]{key:>8}[/]  {escape(value)}", soft_wrap=True)
+    for number, rank in enumerate(plan.ranks if len(plan.ranks) > 1 else ()):
+        stdout.print(f"[dim]{f'rank {number}':>8}[/]  {_rank_line(rank)}", soft_wrap=True)
 
 
-def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
+def _rank_line(rank: Any) -> str:
+    """What one of several processes does."""
+    return (
+        f"{rank.modules} modules, {human_bytes(rank.memory_bytes)} of memory, "
+        f"reads {human_bytes(rank.read_bytes)}, writes {human_bytes(rank.output_bytes)}"
+    )
+
+
+def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
     from anabranch.aggregation import merge, resolve
     from anabranch.aggregation.withdrawal import withdraw
     from anabranch.vectors.fisher_file import read_fisher
@@ -201,7 +250,7 @@ def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
                 for adapter, index in zip(contributions, stay.indices, strict=True)
             ]
         begun = None if job.start is None else read_adapter(job.start)
-    with module_bar(job.recipe.method) as progress:
+    with module_bar(job.recipe.method, shown=ranks.rank == 0) as progress:
         result = merge(
             contributions,
             job.recipe,
@@ -209,25 +258,26 @@ def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
             weights=stay.weights,
             names=stay.names,
             budget_bytes=job.budget_bytes,
+            device=job.device,
             progress=progress,
+            ranks=ranks,
         )
-    write_adapter(result.adapter, out)
-    ranks = sorted({factors.rank for factors in result.adapter.lora.values()})
-    _report(
-        job,
-        out,
-        as_json,
-        asdict(result.report),
+    if ranks.rank == 0:
+        write_adapter(result.adapter, out)
+    inner = sorted({factors.rank for factors in result.adapter.lora.values()})
+    return asdict(result.report), (
         f"{len(contributions)} adapters by {job.recipe.method}, "
-        f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, ranks))}, "
-        f"truncation error {result.report.overall_truncation:.2%}",
+        f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, inner))}, "
+        f"truncation error {result.report.overall_truncation:.2%}"
     )
 
 
-def _merge_checkpoints(job: _Job, out: Path, shard_bytes: int, as_json: bool) -> None:
+def _merge_checkpoints(
+    job: _Job, out: Path, shard_bytes: int, ranks: Ranks
+) -> tuple[dict[str, Any], str]:
     from anabranch.aggregation import merge_checkpoints
 
-    with module_bar(job.recipe.method) as progress:
+    with module_bar(job.recipe.method, shown=ranks.rank == 0) as progress:
         report = merge_checkpoints(
             job.inputs,
             job.recipe,
@@ -236,16 +286,14 @@ def _merge_checkpoints(job: _Job, out: Path, shard_bytes: int, as_json: bool) ->
             without=job.without,
             dtype=job.dtype,
             budget_bytes=job.budget_bytes,
+            device=job.device,
             shard_bytes=shard_bytes,
             progress=progress,
+            ranks=ranks,
         )
-    _report(
-        job,
-        out,
-        as_json,
-        asdict(report),
+    return asdict(report), (
         f"{len(report.names)} checkpoints by {job.recipe.method}, {report.merged} tensors merged, "
-        f"{report.copied} copied, {human_bytes(report.size_bytes)}",
+        f"{report.copied} copied, {human_bytes(report.size_bytes)}"
     )
 
 

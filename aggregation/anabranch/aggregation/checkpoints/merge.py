@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,15 +16,18 @@ from torch import Tensor
 
 from anabranch.aggregation.checkpoints.inputs import Inputs, open_inputs, pieces
 from anabranch.aggregation.checkpoints.merged_rows import check_budget, merged_rows
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
+from anabranch.aggregation.engine.shard import shared_folder
 from anabranch.aggregation.engine.stream import cohort_weights
 from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
 from anabranch.aggregation.withdrawal import withdraw
-from anabranch.vectors.checkpoint import copy_companions, write_checkpoint
-from anabranch.vectors.new_folder import new_folder, write_text
+from anabranch.vectors.checkpoint import copy_companions, fill_checkpoint, lay_out_checkpoint
+from anabranch.vectors.new_folder import write_text
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -61,8 +64,10 @@ def merge_checkpoints(
     without: Sequence[str] = (),
     dtype: OutDtype | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> CheckpointReport:
     """Merge whole models into a new checkpoint: base + scale·merge(model_i − base).
 
@@ -82,13 +87,19 @@ def merge_checkpoints(
         without: Names of contributions to leave out, as if they had never been given.
         dtype: What the result is stored in; None keeps the base's, tensor by tensor.
         budget_bytes: Memory for entries.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
         shard_bytes: Most bytes of tensors in one file.
-        progress: Called with the tensors done and all there are.
+        progress: Called with the tensors done and all there are, of this rank.
+        ranks: Who merges these checkpoints together, each a part of the tensors and of the budget;
+            each writes its own into the files, which are those that one alone would write.
 
     Raises:
         ValueError: Bad recipe, weights or checkpoints, in one line that names the contribution.
         OSError: The disk refuses.
+        LostRankError: Another rank is gone; nothing is left behind.
     """
+    budget_bytes //= ranks.local_count
     method, config = resolve(recipe)
     warnings = check_method(method, base)
     if without:
@@ -100,14 +111,15 @@ def merge_checkpoints(
     inputs = open_inputs(models, base, names, method)
     weights_C = cohort_weights(method, recipe, weights, len(models))
     check_count(method, config, weights_C)
-    check_budget(inputs.cohort, method, budget_bytes)
+    check_budget(replace(inputs.cohort, ranks=ranks), method, budget_bytes)
     like = inputs.like.tensors
     stored = None if dtype is None else getattr(torch, dtype)
     layout = {
         name: (stored if stored and tensor.dtype.is_floating_point else tensor.dtype, tensor.shape)
         for name, tensor in like.items()
     }
-    total = len(layout)
+    mine = ranks.mine({name: tensor.size_bytes for name, tensor in like.items()})
+    cohort = replace(placed(inputs.cohort, method, device).only(mine), ranks=ranks)
     done = 0
 
     def merged_pieces(name: str) -> Iterator[Tensor]:
@@ -119,16 +131,19 @@ def merge_checkpoints(
             yield from pieces(like[name])
         done += 1
         if progress is not None:
-            progress(done, total)
+            progress(done, len(mine))
 
-    with new_folder(out) as partial:
-        inputs.check_copied()
-        rows = merged_rows(inputs.cohort, method, config, weights_C, budget_bytes)
-        if inputs.like.folder is not None:
-            copy_companions(inputs.like.folder, partial)
-            if dtype is not None:
-                _restate_dtype(partial / "config.json", dtype)
-        write_checkpoint(partial, layout, merged_pieces, shard_bytes)
+    with shared_folder(out, ranks) as partial:
+        inputs.check_copied(mine)
+        rows = merged_rows(cohort, method, config, weights_C, budget_bytes)
+        if ranks.rank == 0:
+            lay_out_checkpoint(partial, layout, shard_bytes)
+            if inputs.like.folder is not None:
+                copy_companions(inputs.like.folder, partial)
+                if dtype is not None:
+                    _restate_dtype(partial / "config.json", dtype)
+        ranks.wait()
+        fill_checkpoint(partial, layout, shard_bytes, merged_pieces, mine)
     return CheckpointReport(
         names=inputs.cohort.names,
         merged=len(inputs.cohort.deltas),

@@ -6,8 +6,7 @@ Shape legend: C contributions, R rows of a chunk, n columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -43,7 +42,8 @@ def merged_rows(
 ) -> MergedRows:
     """The method on a cohort; what it gathers over the whole model is gathered here."""
     if method.matrices is not None:
-        return _Matrices(cohort, method, config, weights_C)
+        matrices = _Matrices(cohort, method, config, weights_C)
+        return replace(matrices, factor=matrices.to_mean_norm()) if method.mean_norm else matrices
     if method.coefficients is None:
         return EntryMerge(cohort, method, config, weights_C, budget_bytes)
     grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
@@ -62,8 +62,9 @@ def check_budget(cohort: Cohort, method: MergeMethod, budget_bytes: int) -> None
             ModuleRows(cohort, module, budget_bytes, whole_vectors=method.whole_vectors)
         elif (needed := matrix_bytes(cohort, module, method)) > budget_bytes:
             raise ValueError(
-                f"budget_bytes: {budget_bytes} cannot hold {module} of {len(cohort)} contributions "
-                f"as whole matrices, which {method.name} takes; allow at least {needed}"
+                f"budget_bytes: {cohort.ranks.budget_line(budget_bytes)} cannot hold {module} of "
+                f"{len(cohort)} contributions as whole matrices, which {method.name} takes; "
+                f"allow at least {needed * cohort.ranks.local_count}"
             )
 
 
@@ -98,18 +99,16 @@ class _Matrices:
     method: MergeMethod
     config: MethodConfig
     weights_C: Tensor  # noqa: N815
+    factor: float = 1.0
 
     def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
-        merged = self._merge(module) * self._factor
+        merged = self._merge(module) * self.factor
         yield 0, merged.view(matrix_shape(merged.shape))
 
-    @cached_property
-    def _factor(self) -> float:
-        """Merges every module once to know their norms, where the method wants the mean norm."""
-        if not self.method.mean_norm:
-            return 1.0
-        norms = (norm(self._merge(module)) for module in self.cohort.deltas)
-        return self.method.norm_factor(self.cohort.deltas, self.weights_C, norms)
+    def to_mean_norm(self) -> float:
+        """The factor to the mean norm; every module is merged once to know it."""
+        norms = {module: norm(self._merge(module)) for module in self.cohort.deltas}
+        return self.method.norm_factor(self.cohort.deltas, self.weights_C, norms, self.cohort.ranks)
 
     def _merge(self, module: str) -> Tensor:
         merged = held(

@@ -6,13 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from anabranch.aggregation.engine.cohort import common_base, contribution_names, gather
+import torch
+
+from anabranch.aggregation.engine.cohort import (
+    checked,
+    common_base,
+    contribution_names,
+    side_by_side,
+)
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.job import AdapterMerge, Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
 from anabranch.aggregation.method import MergeMethod, cosines
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve
 from anabranch.aggregation.withdrawal import withdraw
@@ -59,7 +68,9 @@ def merge_adapters(
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> MergeResult:
     """Merge adapters into one of the recipe's rank: start + scale·merge(adapter_i − start).
 
@@ -77,11 +88,17 @@ def merge_adapters(
             ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
             where it fits half, and is formed again on every read where it does not.
-        progress: Called with the modules done and all there are.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
+        progress: Called with the modules done and all there are, of this rank.
+        ranks: Who merges these adapters together, each a part of the modules and of the budget. All
+            of them get the result.
 
     Raises:
         ValueError: Bad recipe, weights or adapters, in one line that names the contribution.
+        LostRankError: Another rank is gone.
     """
+    budget_bytes //= ranks.local_count
     method, config = resolve(recipe)
     names = contribution_names(names, len(adapters))
     if without:
@@ -91,7 +108,7 @@ def merge_adapters(
         weights = stay.weights
     check_refactor(recipe, method, adapters)
     vectors = _task_vectors(adapters, starts or [start] * len(adapters), names)
-    cohort = gather(vectors, names)
+    cohort = checked(side_by_side(vectors, names).share_of(ranks))
     weights_C = cohort_weights(method, recipe, weights, len(cohort))
     grams = module_grams(cohort, budget_bytes)
     job = AdapterMerge(
@@ -101,14 +118,14 @@ def merge_adapters(
         recipe,
         method,
         config,
-        with_importance(cohort, vectors, method),
+        placed(with_importance(cohort, vectors, method), method, device),
         weights_C,
         budget_bytes,
         progress,
     )
     coefficients = None
     if method.coefficients is not None:
-        coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
+        coefficients = ranks.union(cohort_coefficients(cohort, method, config, weights_C, grams))
         lora, spectra = job.linear(coefficients)
     elif method.matrices is not None:
         lora, spectra = job.matrices()
@@ -116,10 +133,12 @@ def merge_adapters(
         lora, spectra = job.factors(), {}
     else:
         lora, spectra = job.entries()
+    lora, spectra = ranks.union(lora), ranks.union(spectra)
+    dense = ranks.union(job.dense(coefficients))
     base_hash = cohort.base_hash
     if start is not None:
         base_hash = common_base([base_hash, start.base_hash], [names[0], "the start"])
-    adapter = Adapter(lora, job.dense(coefficients), base_hash, job.reference.peft)
+    adapter = Adapter(lora, dense, base_hash, job.reference.peft)
     norm, residual = (
         math.hypot(*(getattr(spectrum, part) for spectrum in spectra.values()))
         for part in ("norm", "residual")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from anabranch.vectors.task_vector import Delta, Held, LowRank, Stored, TaskVector
+from anabranch.aggregation.ranks import ALONE, Ranks
+from anabranch.vectors.task_vector import Delta, Held, LowRank, Streamed, TaskVector
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,16 @@ class Cohort:
         base_hash: Hash of the base they belong to, None when none of them says.
         importances: By module, how much each entry matters to its contribution, where the method
             reads it (``engine.importance``).
+        device: Where chunks of entries are merged; None where the first contribution lies.
+        ranks: Who merges them together; the modules are then those of this rank.
     """
 
     names: tuple[str, ...]
     deltas: Mapping[str, tuple[Delta, ...]]
     base_hash: str | None
     importances: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
+    device: torch.device | None = None
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         """C."""
@@ -39,6 +44,19 @@ class Cohort:
     def held_per_entry(self) -> int:
         """Numbers held of each entry: C changes, and as many importances where they are read."""
         return len(self) * (2 if self.importances else 1)
+
+    def only(self, modules: Sequence[str]) -> Cohort:
+        """The same contributions over those of some modules that are here."""
+        return replace(
+            self,
+            deltas={module: self.deltas[module] for module in modules if module in self.deltas},
+            importances={m: self.importances[m] for m in modules if m in self.importances},
+        )
+
+    def share_of(self, ranks: Ranks) -> Cohort:
+        """The same contributions over the modules that one of several ranks merges."""
+        sizes = {module: parts[0].shape.numel() for module, parts in self.deltas.items()}
+        return replace(self.only(ranks.mine(sizes)), ranks=ranks)
 
     def entries(self) -> int:
         """Entries of one whole task vector, D over all modules."""
@@ -62,7 +80,11 @@ def gather(
         ValueError: As ``side_by_side``, or a number that is not finite. Names the contribution and
             the module.
     """
-    cohort = side_by_side(vectors, names)
+    return checked(side_by_side(vectors, names), dense_later)
+
+
+def checked(cohort: Cohort, dense_later: bool = False) -> Cohort:
+    """A cohort whose numbers are known to be finite, with factors in fp32; see ``gather``."""
     deltas = {}
     for module, parts in cohort.deltas.items():
         for name, delta in zip(cohort.names, parts, strict=True):
@@ -163,16 +185,16 @@ def _wide(delta: Delta) -> Delta:
     """Factors in fp32, once and not per chunk; other entries stay as they came."""
     if isinstance(delta, LowRank):
         return LowRank(delta.b_mk.detach().float(), delta.a_kn.detach().float())
-    return delta if isinstance(delta, Stored) else delta.detach()
+    return delta if isinstance(delta, Streamed) else delta.detach()
 
 
 def _parts(delta: Delta) -> tuple[Tensor, ...]:
-    """What a change holds in memory.
+    """The numbers of a change that are to be looked at.
 
     What is stored is looked at whenever it is read: a pass over files for this alone may double
-    the time.
+    the time. What is sparse was looked at when it was made.
     """
-    if isinstance(delta, Stored):
+    if isinstance(delta, Streamed):
         return ()
     return (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
 

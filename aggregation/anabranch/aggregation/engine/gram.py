@@ -1,13 +1,15 @@
 """Inner products of task vectors, in fp64 and, for products of factors, without forming them.
 
-Shape legend: C contributions, K = Σ k_i stacked inner ranks, D entries of a chunk,
-L of a piece.
+Shape legend: C contributions, K = Σ k_i stacked inner ranks, or non-zeros of sparse ones laid end
+to end, n entries, D entries of a chunk, L of a piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from anabranch.aggregation.chunk import recut
 from anabranch.aggregation.engine.cohort import Cohort, gather
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, ModuleRows
 from anabranch.aggregation.method import cosines, inner_products
+from anabranch.vectors.sparse import SparseTernary
 from anabranch.vectors.task_vector import LowRank, TaskVector
 
 
@@ -32,9 +35,10 @@ def total_gram(grams: Mapping[str, Tensor], count: int) -> Tensor:
 
 
 def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> dict[str, Tensor]:
-    """⟨τ_i, τ_j⟩ by module [C, C], fp64, on the CPU, symmetric up to rounding.
+    """⟨τ_i, τ_j⟩ by module [C, C], fp64, on the CPU, symmetric up to rounding; those of all ranks.
 
-    Modules held as factors cost O(K²(m + n)); dense ones are read once, a piece at a time.
+    Modules held as factors cost O(K²(m + n)), sparse ternary ones O(C·K); dense ones are read once,
+    a piece at a time.
 
     Args:
         cohort: The contributions.
@@ -43,15 +47,18 @@ def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> di
     grams = {}
     for module, deltas in cohort.deltas.items():
         factors = [delta for delta in deltas if isinstance(delta, LowRank)]
+        sparse = [delta for delta in deltas if isinstance(delta, SparseTernary)]
         if len(factors) == len(deltas):
             gram_CC = _factor_gram(factors).cpu()
+        elif len(sparse) == len(deltas):
+            gram_CC = _ternary_gram(sparse)
         else:
             gram_CC = torch.zeros(len(cohort), len(cohort), dtype=torch.float64)
             rows = ModuleRows(cohort, module, budget_bytes)
             for piece_CL in recut(chunk.deltas_CD for chunk in rows):
                 gram_CC += inner_products(piece_CL).cpu()
         grams[module] = gram_CC
-    return grams
+    return cohort.ranks.union(grams)
 
 
 def _factor_gram(factors: Sequence[LowRank]) -> Tensor:
@@ -66,6 +73,26 @@ def _factor_gram(factors: Sequence[LowRank]) -> Tensor:
         strip_kK = (part.b_mk.double().T @ b_mK) * (part.a_kn.double() @ a_Kn.T)
         row_C.index_add_(0, owner_K, strip_kK.sum(dim=0))
     return gram_CC
+
+
+def _ternary_gram(updates: Sequence[SparseTernary]) -> Tensor:
+    """s_i·s_j·(non-zeros of i and j that agree − those that do not): counted, so nothing rounds."""
+    counts_CC = np.zeros((len(updates), len(updates)), np.int64)
+    used = [c for c, update in enumerate(updates) if update.nonzeros]
+    ends = list(accumulate((updates[c].nonzeros for c in used), initial=0))
+    positions_K = np.concatenate([update.positions_k.numpy() for update in updates])
+    negative_K = np.concatenate([update.negative_k.numpy() for update in updates])
+    signs_K = np.where(negative_K, np.int8(-1), np.int8(1))
+    mine_n = np.zeros(updates[0].entries, np.int8)
+    for row, (start, stop) in enumerate(pairwise(ends)):
+        mine_n[positions_K[start:stop]] = signs_K[start:stop]
+        # Those before were counted from their side.
+        agrees_K = mine_n[positions_K[start:]] * signs_K[start:]
+        counts = np.add.reduceat(agrees_K, np.array(ends[row:-1]) - start, dtype=np.int64)
+        counts_CC[used[row], used[row:]] = counts_CC[used[row:], used[row]] = counts
+        mine_n[positions_K[start:stop]] = 0
+    scales_C = torch.tensor([update.scale for update in updates], dtype=torch.float64)
+    return torch.from_numpy(counts_CC) * scales_C[:, None] * scales_C[None, :]
 
 
 def cosine_similarity(

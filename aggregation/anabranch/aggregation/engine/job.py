@@ -44,7 +44,7 @@ class AdapterMerge:
         recipe: The recipe.
         method: Its method.
         config: The method's parameters.
-        cohort: The contributions' task vectors against the start.
+        cohort: The contributions' task vectors against the start, over this rank's modules.
         weights_C: Checked weights [C].
         budget_bytes: Memory for dense entries.
         progress: Told of every module that is done.
@@ -71,9 +71,14 @@ class AdapterMerge:
         """The method on entries; made once, for what it gathers over the whole model."""
         return EntryMerge(self.cohort, self.method, self.config, self.weights_C, self.budget_bytes)
 
+    @property
+    def with_factors(self) -> list[str]:
+        """The modules that are no parameters trained in full, in order."""
+        return [module for module in self.cohort.deltas if module in self.reference.lora]
+
     def modules(self) -> Iterator[str]:
         """Modules with factors, in order; asking for the next one says that one is done."""
-        modules = sorted(self.reference.lora)
+        modules = self.with_factors
         for done, module in enumerate(modules, start=1):
             yield module
             if self.progress is not None:
@@ -118,9 +123,9 @@ class AdapterMerge:
         """The method on weight matrices, over the whole model."""
         modules: dict[str, Sequence[Delta]] = dict(self.cohort.deltas)
         if self.method.factors:
-            for module in self.modules():
+            for module in self.with_factors:
                 modules[module] = [adapter.lora[module].delta() for adapter in self.adapters]
-        return self.method.merge_modules(modules, self.weights_C, self.config)
+        return self.method.merge_modules(modules, self.weights_C, self.config, self.cohort.ranks)
 
     def matrices(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
         """Merged factors, the start's beside them.
@@ -129,10 +134,12 @@ class AdapterMerge:
         """
         scale = self.recipe.scale
         rest = 1 - scale if self.method.factors else 1.0
+        # Here and not at the first module: a rank that has none is asked for its norms, too.
+        merged = self.merged_matrices
         lora: dict[str, LoraFactors] = {}
         spectra: dict[str, Spectrum] = {}
         for module in self.modules():
-            parts, factors = [self.merged_matrices[module]], [scale]
+            parts, factors = [merged[module]], [scale]
             if self.start is not None and bool(self.start.lora[module].b_mr.any()):
                 parts.append(self.start.lora[module].delta())
                 factors.append(rest)
@@ -144,13 +151,15 @@ class AdapterMerge:
     def entries(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
         """Merged entries, streamed into a randomised SVD one module at a time."""
         lora, spectra = {}, {}
+        # Here and not at the first module: a rank that has none counts with the others, too.
+        merged = self.merged
         for module in self.modules():
             onto = None if self.start is None else self.start.lora[module].delta()
             m, n = self.cohort.deltas[module][0].shape
             if m * n * FP32_BYTES <= self.budget_bytes // 2:
-                source = matrix_rows(self.merged.dense(module, self.recipe.scale, onto))
+                source = matrix_rows(merged.dense(module, self.recipe.scale, onto))
             else:
-                source = _Again(self.merged, module, self.recipe.scale, onto)
+                source = _Again(merged, module, self.recipe.scale, onto)
             device = self.reference.lora[module].a_rn.device
             spectra[module] = streamed_spectrum(source, (m, n), self.rank(module), module, device)
             lora[module] = self._refactored(module, spectra[module])
@@ -214,7 +223,9 @@ class AdapterMerge:
             return {}
         scale = self.recipe.scale
         merged = {}
-        for name in sorted(self.start.dense):
+        for name in self.cohort.deltas:
+            if name not in self.start.dense:
+                continue
             before = self.start.dense[name]
             deltas = self.cohort.deltas[name]
             if coefficients is not None:

@@ -15,7 +15,8 @@ from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import FP32_BYTES
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.planning.cost import Cost, entry_cost
-from anabranch.aggregation.planning.merge_plan import MergePlan
+from anabranch.aggregation.planning.merge_plan import MergePlan, PlannedRank
+from anabranch.aggregation.ranks import Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.vectors.adapter import Adapter
 from anabranch.vectors.fisher_file import fisher_layout
@@ -33,8 +34,9 @@ def plan_adapters(
     method: MergeMethod,
     config: MethodConfig,
     budget_bytes: int,
+    count: int,
 ) -> MergePlan:
-    """Plan a merge of PEFT folders from their configurations and headers.
+    """Plan a merge of PEFT folders by so many ranks, from their configurations and headers.
 
     Raises:
         ValueError: Adapters that do not belong together.
@@ -66,12 +68,17 @@ def plan_adapters(
     )
     like = adapters[0] if begun is None else begun
     held = sum(tensor.numel() for adapter in adapters for tensor in _tensors(adapter))
-    dense = method.merge is not None and not method.factors
-    cost = (
-        entry_cost(contributions, method, config, budget_bytes, keeps_result=True)
-        if dense
-        else Cost(dict.fromkeys(alone, 1 + method.needs_gram), 0)
-    )
+    read_bytes = sum(_size_bytes(adapter) for _, adapter in everyone)
+    output_bytes = _output_bytes(recipe, adapters, like)
+    ranks, passes = [], 0
+    for rank in range(count):
+        mine = contributions.share_of(Ranks(rank, count, count))
+        cost = _cost(mine, method, config, budget_bytes)
+        passes = max(passes, *cost.passes.values(), 0)
+        # Every rank reads the adapters, which are small, and the first writes the result.
+        memory_bytes = held * FP32_BYTES + cost.memory_bytes
+        written_bytes = 0 if rank else output_bytes
+        ranks.append(PlannedRank(len(mine.deltas), memory_bytes, read_bytes, written_bytes))
     return MergePlan(
         kind="adapters",
         names=tuple(names),
@@ -79,12 +86,19 @@ def plan_adapters(
         scope=method.scope_of(config),
         modules=len(alone),
         copied=0,
-        passes=max(cost.passes.values()),
-        memory_bytes=held * FP32_BYTES + cost.memory_bytes,
-        read_bytes=sum(_size_bytes(adapter) for _, adapter in everyone),
-        output_bytes=_output_bytes(recipe, adapters, like),
+        passes=passes,
+        memory_bytes=sum(rank.memory_bytes for rank in ranks),
+        read_bytes=read_bytes * count,
+        output_bytes=output_bytes,
+        ranks=tuple(ranks),
         warnings=tuple(warnings),
     )
+
+
+def _cost(cohort: Cohort, method: MergeMethod, config: MethodConfig, budget_bytes: int) -> Cost:
+    if method.merge is not None and not method.factors:
+        return entry_cost(cohort, method, config, budget_bytes, keeps_result=True)
+    return Cost(dict.fromkeys(cohort.deltas, 1 + method.needs_gram), 0)
 
 
 def _layout(adapter: Adapter) -> TaskVector:

@@ -33,6 +33,7 @@ def plan_merge(
     without: Sequence[str] = (),
     dtype: str | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    ranks: int = 1,
 ) -> MergePlan:
     """Say what merging PEFT folders, or checkpoints, will do; no tensor is read.
 
@@ -45,11 +46,13 @@ def plan_merge(
         names: What to call the inputs; None takes their paths.
         without: Names of inputs to leave out.
         dtype: What a merged checkpoint is stored in; None keeps the base's.
-        budget_bytes: Memory for entries.
+        budget_bytes: Memory for entries, of all ranks together.
+        ranks: How many processes of this machine merge together.
 
     Raises:
         ValueError: What the merge would refuse, in one line with the reason and the fix.
     """
+    budget_bytes //= ranks
     method, config = resolve(recipe)
     kind = kind_of(inputs)
     stay = withdraw(
@@ -65,13 +68,13 @@ def plan_merge(
             )
         warnings = check_method(method, base)
         opened = open_inputs(inputs, base, names, method)
-        plan = plan_checkpoints(opened, method, config, dtype, budget_bytes)
+        plan = plan_checkpoints(opened, method, config, dtype, budget_bytes, ranks)
         return replace(plan, warnings=(*warnings, *plan.warnings))
     if base is not None:
         raise ValueError(
             f"{base}: --base is for checkpoints; adapters say themselves what they add"
         )
-    return plan_adapters(inputs, names, start, recipe, method, config, budget_bytes)
+    return plan_adapters(inputs, names, start, recipe, method, config, budget_bytes, ranks)
 
 
 def kind_of(inputs: Sequence[Path]) -> Kind:
