@@ -282,6 +282,29 @@ def test_the_update_holds_a_fisher_where_the_plan_asks(trains: str, names: list[
         assert bool(first[name].any())
 
 
+def test_a_fisher_changes_nothing_else_that_is_sent_or_kept() -> None:
+    """Two rounds of error feedback, with and without."""
+    sparse = CodecConfig(density=0.1)
+    moved = seeded_start(SESSION.template, 5)
+    moved = moved.with_tensors({name: tensor + 0.01 for name, tensor in moved.tensors().items()})
+    found: dict[bool, list[dict[str, torch.Tensor]]] = {}
+    for importance in (False, True):
+        node = context()
+        replies = [
+            app(order(plan(codec=sparse, importance=importance)), node),
+            app(from_adapter(moved, plan(round=2, codec=sparse, importance=importance)), node),
+        ]
+        layout = importance_layout(SESSION.template) if importance else {}
+        decoded = [decode_weighed(blob_of(reply), LAYOUT, layout) for reply in replies]
+        assert [bool(weights) for _, _, weights in decoded] == 2 * [importance]
+        assert all(sorted(reply.content) == ["client", "metrics", "update"] for reply in replies)
+        residual = unpack(node.state.array_records[RESIDUAL_KEY])
+        found[importance] = [*(tensors for _, tensors, _ in decoded), residual]
+    for plain, weighed in zip(found[False], found[True], strict=True):
+        assert plain.keys() == weighed.keys()
+        assert all(torch.equal(plain[name], weighed[name]) for name in plain)
+
+
 def test_a_task_that_cannot_tell_its_fisher_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(SyntheticTask):
         logits = None  # type: ignore[assignment]

@@ -89,8 +89,7 @@ def read_manifest(blob: bytes | memoryview, limits: Limits | None = None) -> Man
             f"this release reads {FORMAT_VERSION}; upgrade the older side",
         )
     manifest = _from_message(message, start)
-    every = (*manifest.frames, *manifest.importance)
-    end = start + sum(frame.payload_bytes for frame in every)
+    end = start + manifest.payload_bytes
     if len(blob) < end:
         raise WireError("truncated", f"the message has {len(blob)} of {end} bytes")
     if len(blob) > end:

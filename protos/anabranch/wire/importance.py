@@ -38,14 +38,19 @@ def squares(roots: Mapping[str, Form]) -> dict[str, Tensor]:
     """The importance that a message holds, in fp32.
 
     Raises:
-        WireError: A root below zero, which no sender writes, or one whose square is not finite.
+        WireError: A root below zero, which no sender writes, or one whose square leaves fp32.
     """
     importance = {}
     for name, form in roots.items():
         root = form.dense()
         low, high = (float(end) for end in torch.aminmax(root)) if root.numel() else (0.0, 0.0)
+        if low < 0:
+            raise WireError("importance", f"the importance of {name} has a root of {low:.3g}")
         # A comparison that NaN fails.
-        if not (low >= 0 and high < _LARGEST_ROOT):
-            raise WireError("importance", f"{name} has a root from {low:.3g} to {high:.3g}")
+        if not high < _LARGEST_ROOT:
+            raise WireError(
+                "importance",
+                f"the importance of {name}, {high:.3g} squared, is beyond fp32's range",
+            )
         importance[name] = root.square()
     return importance

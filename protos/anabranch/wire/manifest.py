@@ -127,6 +127,11 @@ class Manifest:
     signature: bytes = b""
     importance: tuple[FrameInfo, ...] = ()
 
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(frame.payload_bytes for frame in (*self.frames, *self.importance))
+
 
 def _check_hash(field: str, text: str) -> None:
     # fromhex skips spaces and takes capitals: compare, so that a hash has one spelling.
