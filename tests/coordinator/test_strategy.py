@@ -331,7 +331,7 @@ def test_with_the_rest_kept_nothing_of_a_round_is_lost(
     assert latest.report["overall_truncation"] == 0
 
 
-@pytest.mark.parametrize("method", ["mean", "ties", "hetlora", "lora_lego"])
+@pytest.mark.parametrize("method", ["mean", "ties", "fisher", "hetlora", "lora_lego"])
 def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method: str) -> None:
     ranks = {"client-0000": 1, "client-0002": 2}
     cfg = config(ranks=ranks, rounds=2, recipe={"method": method})

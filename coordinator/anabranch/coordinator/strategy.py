@@ -366,7 +366,8 @@ class MergeStrategy(Strategy):
         Raises:
             ValueError: It was made from another start.
         """
-        changes, importance = self._decoded.pop(row.digest, None) or self._decode(row, start)
+        kept = self._decoded.pop(row.digest, None)
+        changes, importance = kept or self._decode(row, start)
         before = start.adapter.tensors()
         moved = {name: before[name] + change for name, change in changes.items()}
         end = start.adapter.with_tensors({**before, **moved})
