@@ -294,6 +294,17 @@ def test_weights_that_mean_nothing_are_refused(weights: list[float], reason: str
         MEAN(deltas(), torch.tensor(weights))
 
 
+@pytest.mark.parametrize("method", BUILT_IN)
+def test_entries_that_cannot_be_merged_are_refused(method: MergeMethod) -> None:
+    for wrong in (math.nan, math.inf):
+        deltas_CD = deltas()
+        deltas_CD[3, 100] = wrong
+        with pytest.raises(ValueError, match=r"^contribution 3 holds numbers that are not finite"):
+            method(deltas_CD)
+    with pytest.raises(ValueError, match=r"^contribution 0 holds torch\.int64; give floating"):
+        method(torch.ones(5, 7, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("config", "values"),
     [

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
+from anabranch.aggregation.finite import check_finite, check_floating
 from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, has_kernel, load
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
@@ -162,10 +163,14 @@ class MergeMethod:
             Merged entries in the shape of one contribution, in fp32.
 
         Raises:
-            ValueError: Weights the method cannot use, or too few contributions for it.
+            ValueError: Weights the method cannot use, too few contributions for it, or numbers that
+                are not floating-point or not finite; names the contribution.
         """
         config = self.config() if config is None else config
         count, shape = deltas_CD.shape[0], deltas_CD.shape[1:]
+        for index, delta in enumerate(deltas_CD):
+            check_floating(delta, f"contribution {index}")
+            check_finite(delta, f"contribution {index}")
         weights_C = self.check_weights(
             torch.ones(count, dtype=torch.float64) if weights_C is None else weights_C, count
         )

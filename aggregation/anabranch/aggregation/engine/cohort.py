@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
+from anabranch.aggregation.finite import check_finite, check_floating, largest
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.vectors.task_vector import Delta, Held, LowRank, Streamed, TaskVector
 
@@ -88,9 +88,10 @@ def checked(cohort: Cohort, dense_later: bool = False) -> Cohort:
     deltas = {}
     for module, parts in cohort.deltas.items():
         for name, delta in zip(cohort.names, parts, strict=True):
-            _check_dtype(delta, name, module)
+            of = f"{name}: module {module}"
+            check_floating(delta, of)
             if isinstance(delta, LowRank) or not dense_later:
-                _check_finite(delta, name, module)
+                check_finite(delta, of)
         deltas[module] = tuple(map(_wide, parts))
     return replace(cohort, deltas=deltas)
 
@@ -145,11 +146,11 @@ def check_dense(cohort: Cohort, module: str, coefficients: Sequence[float], merg
     Raises:
         ValueError: Some are not; names the contribution.
     """
-    fine = isinstance(merged, LowRank) or _largest(merged) <= torch.finfo(torch.float32).max
+    fine = isinstance(merged, LowRank) or largest(merged) <= torch.finfo(torch.float32).max
     deltas = cohort.deltas[module]
     for name, delta, coefficient in zip(cohort.names, deltas, coefficients, strict=True):
         if not (fine and coefficient):
-            _check_finite(delta, name, module)
+            check_finite(delta, f"{name}: module {module}")
 
 
 def contribution_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -186,46 +187,3 @@ def _wide(delta: Delta) -> Delta:
     if isinstance(delta, LowRank):
         return LowRank(delta.b_mk.detach().float(), delta.a_kn.detach().float())
     return delta if isinstance(delta, Streamed) else delta.detach()
-
-
-def _parts(delta: Delta) -> tuple[Tensor, ...]:
-    """The numbers of a change that are to be looked at.
-
-    What is stored is looked at whenever it is read: a pass over files for this alone may double
-    the time. What is sparse was looked at when it was made.
-    """
-    if isinstance(delta, Streamed):
-        return ()
-    return (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
-
-
-def _check_dtype(delta: Delta, name: str, module: str) -> None:
-    for tensor in _parts(delta):
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{name}: module {module} holds {tensor.dtype}; give floating-point numbers"
-            )
-
-
-def _check_finite(delta: Delta, name: str, module: str) -> None:
-    """One NaN would spread over the whole result."""
-    largest = 1.0
-    for tensor in _parts(delta):
-        largest *= _largest(tensor)
-    if isinstance(delta, LowRank):
-        largest *= delta.rank
-    # A comparison that NaN fails. A product of factors is bounded before it is formed in fp32.
-    if not largest <= torch.finfo(torch.float32).max:
-        raise ValueError(
-            f"{name}: module {module} holds numbers that are not finite in fp32; "
-            "drop that contribution"
-        )
-
-
-def _largest(tensor: Tensor) -> float:
-    """Largest magnitude, NaN where an entry is; in one pass without a temporary."""
-    if not tensor.numel():
-        return 1.0
-    low, high = (abs(float(end)) for end in torch.aminmax(tensor.detach()))
-    # Both are NaN where an entry is.
-    return max(low, high)

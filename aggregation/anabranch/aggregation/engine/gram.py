@@ -1,7 +1,7 @@
 """Inner products of task vectors, in fp64 and, for products of factors, without forming them.
 
 Shape legend: C contributions, K = Σ k_i stacked inner ranks, or non-zeros of sparse ones laid end
-to end, n entries, D entries of a chunk, L of a piece.
+to end, s of a strip, n entries, D entries of a chunk, L of a piece.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, ModuleRows
 from anabranch.aggregation.method import cosines, inner_products
 from anabranch.vectors.sparse import SparseTernary
 from anabranch.vectors.task_vector import LowRank, TaskVector
+
+_STRIP = 256
+"""Stacked ranks multiplied with all others at once: thin products waste most of the processor."""
 
 
 def gram(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> Tensor:
@@ -44,34 +47,37 @@ def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> di
         cohort: The contributions.
         budget_bytes: Memory for dense entries.
     """
-    grams = {}
+    # One tensor: one for each module, made between large ones, would fray the heap.
+    count = len(cohort)
+    all_MCC = torch.zeros(len(cohort.deltas), count, count, dtype=torch.float64)
+    grams = dict(zip(cohort.deltas, all_MCC, strict=True))
     for module, deltas in cohort.deltas.items():
         factors = [delta for delta in deltas if isinstance(delta, LowRank)]
         sparse = [delta for delta in deltas if isinstance(delta, SparseTernary)]
         if len(factors) == len(deltas):
-            gram_CC = _factor_gram(factors).cpu()
+            grams[module] += _factor_gram(factors).cpu()
         elif len(sparse) == len(deltas):
-            gram_CC = _ternary_gram(sparse)
+            grams[module] += _ternary_gram(sparse)
         else:
-            gram_CC = torch.zeros(len(cohort), len(cohort), dtype=torch.float64)
             rows = ModuleRows(cohort, module, budget_bytes)
             for piece_CL in recut(chunk.deltas_CD for chunk in rows):
-                gram_CC += inner_products(piece_CL).cpu()
-        grams[module] = gram_CC
+                grams[module] += inner_products(piece_CL).cpu()
     return cohort.ranks.union(grams)
 
 
 def _factor_gram(factors: Sequence[LowRank]) -> Tensor:
-    """⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀB_j) ∘ (A_iA_jᵀ), one contribution's strip [k_i, K] at a time."""
+    """⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀB_j) ∘ (A_iA_jᵀ), a strip [s, K] of it at a time."""
     device = factors[0].b_mk.device
     b_mK = torch.cat([part.b_mk for part in factors], dim=1).double()
     a_Kn = torch.cat([part.a_kn for part in factors], dim=0).double()
     ranks = torch.tensor([part.rank for part in factors], device=device)
     owner_K = torch.repeat_interleave(torch.arange(len(factors), device=device), ranks)
     gram_CC = torch.zeros(len(factors), len(factors), dtype=torch.float64, device=device)
-    for row_C, part in zip(gram_CC, factors, strict=True):
-        strip_kK = (part.b_mk.double().T @ b_mK) * (part.a_kn.double() @ a_Kn.T)
-        row_C.index_add_(0, owner_K, strip_kK.sum(dim=0))
+    for start in range(0, len(owner_K), _STRIP):
+        strip = slice(start, start + _STRIP)
+        strip_sK = (b_mK[:, strip].T @ b_mK) * (a_Kn[strip] @ a_Kn.T)
+        strip_sC = torch.zeros(len(strip_sK), len(factors), dtype=torch.float64, device=device)
+        gram_CC.index_add_(0, owner_K[strip], strip_sC.index_add_(1, owner_K, strip_sK))
     return gram_CC
 
 

@@ -5,6 +5,7 @@ Shape legend: C contributions, R rows of a chunk, n columns, D = R·n entries of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -86,7 +87,6 @@ class ModuleRows:
             blocks = min(blocks, max(1, FUSED_CHUNK_BYTES // (row_bytes * block)))
         self.step = blocks * block
         result_bytes = self.rows * self.columns * FP32_BYTES
-        self._memory: Tensor | None = None
         self._keep = keep and self.rows * row_bytes + result_bytes <= budget_bytes // 2
 
     def __len__(self) -> int:
@@ -99,10 +99,16 @@ class ModuleRows:
             yield from self._kept
             return
         kept = []
+        # Not a pass longer: sources of all modules live while a statistic runs over the model.
+        memory: Tensor | None = None
         for start in range(0, self.rows, self.step):
-            chunk = self._form(start, min(start + self.step, self.rows))
+            chunk = self._form(start, min(start + self.step, self.rows), memory)
             if self._keep:
                 kept.append(chunk)
+            elif self.fused:
+                # A kernel never returns its inputs, so the next chunk may lie where this one does.
+                # New memory costs as much as what is written to it.
+                memory = chunk.deltas_CD
             yield chunk
         if self._keep:
             self._kept = kept
@@ -111,15 +117,12 @@ class ModuleRows:
         """Whether a kernel can read its entries where they lie."""
         return isinstance(delta, Tensor) and readable(delta) and delta.device == self._device
 
-    def _form(self, start: int, stop: int) -> Chunk:
+    def _form(self, start: int, stop: int, memory: Tensor | None) -> Chunk:
         shape = (len(self._deltas), stop - start, self.columns)
-        if self._memory is not None and self._memory.shape == shape:
-            rows_CRn = self._memory
+        if memory is not None and memory.numel() == math.prod(shape):
+            rows_CRn = memory.view(shape)
         else:
             rows_CRn = torch.empty(shape, dtype=torch.float32, device=self._device)
-        # A kernel never returns its inputs, so the next chunk may lie where this one did. New
-        # memory costs as much as what is written to it.
-        self._memory = rows_CRn if self.fused and not self._keep else None
         _fill(self._deltas, start, rows_CRn)
         importances_CD = None
         if self._importances:

@@ -6,6 +6,7 @@ Shape legend: C contributions, D entries of a chunk.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -60,6 +61,11 @@ def readable(row_D: Tensor) -> bool:
     """Whether a kernel can read a tensor where it lies."""
     there = row_D.device.type == "cpu" or on_gpu(row_D.device)
     return there and row_D.dtype == torch.float32 and row_D.is_contiguous()
+
+
+def in_use(device: torch.device) -> bool:
+    """Whether this process has paid for loading kernels, so that small work may go through them."""
+    return device.type == "cpu" and "anabranch.aggregation.kernels.compiled" in sys.modules
 
 
 def on_gpu(device: torch.device) -> bool:
