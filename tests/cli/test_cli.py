@@ -117,7 +117,7 @@ def test_inspect_shows_a_folder_and_an_update(run: Any, tmp_path: Path) -> None:
     assert facts["entries"] == 2 * (4 * 24 + 16 * 4)
     assert facts["size_bytes"] == len(blob)
     fisher = {"layer.query.importance_rows": torch.ones(100)}
-    weighed = encode_update(adapter(0).tensors(), meta, CodecConfig(), fisher).blob
+    weighed = encode_update(adapter(0).tensors(), meta, CodecConfig(), importance=fisher).blob
     (tmp_path / "weighed").write_bytes(weighed)
     more = json.loads(run("inspect", tmp_path / "weighed", "--json")[1])
     assert (facts["importance_bytes"], more["importance_bytes"]) == (0, 100 + 2 * 4)

@@ -162,7 +162,7 @@ def fisher(rows: float = 4.0, columns: float = 9.0) -> dict[str, torch.Tensor]:
 
 
 def weighed(importance: dict[str, torch.Tensor]) -> bytes:
-    return encode_update(tensors(), META, CodecConfig(name="dense"), importance).blob
+    return encode_update(tensors(), META, CodecConfig(name="dense"), importance=importance).blob
 
 
 def test_importance_is_admitted_where_it_is_asked_for() -> None:

@@ -252,7 +252,7 @@ def loud(order: Message, reply: Message) -> Message:
     blob = reply.content.array_records[UPDATE_KEY][UPDATE_KEY].data
     meta, tensors, importance = decode_weighed(blob, *expected)
     louder = {name: 1e6 * part for name, part in importance.items()}
-    blob = encode_update(tensors, meta, plan.codec, louder).blob
+    blob = encode_update(tensors, meta, plan.codec, importance=louder).blob
     reply.content[UPDATE_KEY] = ArrayRecord(
         {UPDATE_KEY: Array("uint8", (len(blob),), UPDATE_STYPE, blob)}
     )

@@ -45,7 +45,7 @@ def test_importance_comes_back_as_squares_of_levels(
     small: dict[str, Tensor], fisher: dict[str, Tensor], meta: UpdateMeta, codec: CodecConfig
 ) -> None:
     plain = encode_update(small, meta, codec)
-    weighed = encode_update(small, meta, codec, fisher)
+    weighed = encode_update(small, meta, codec, importance=fisher)
     got, tensors, importance = decode_weighed(weighed.blob, layout_of(small), layout_of(fisher))
     assert got == meta
     assert all(torch.equal(tensors[name], plain.sent[name]) for name in small)
@@ -64,14 +64,14 @@ def test_without_importance_the_message_is_what_it_was(
     small: dict[str, Tensor], meta: UpdateMeta
 ) -> None:
     plain = encode_update(small, meta, CODECS[0])
-    assert encode_update(small, meta, CODECS[0], {}).blob == plain.blob
+    assert encode_update(small, meta, CODECS[0], importance={}).blob == plain.blob
     assert decode_weighed(plain.blob, layout_of(small), {})[2] == {}
 
 
 def test_a_senders_mistake_is_a_value_error(small: dict[str, Tensor], meta: UpdateMeta) -> None:
     for bad, reason in ((-1e-9, "a: importance is below zero"), (torch.nan, "a: the tensor holds")):
         with pytest.raises(ValueError, match=reason):
-            encode_update(small, meta, CODECS[0], {"a": torch.tensor([1.0, bad])})
+            encode_update(small, meta, CODECS[0], importance={"a": torch.tensor([1.0, bad])})
 
 
 def negative(payload: bytes) -> bytes:
@@ -108,7 +108,7 @@ def test_impossible_importance_is_refused(
     payload: Callable[[bytes], bytes],
     forge: Forge,
 ) -> None:
-    blob = encode_update(small, meta, CODECS[0], fisher).blob
+    blob = encode_update(small, meta, CODECS[0], importance=fisher).blob
 
     def apply(manifest: pb.Manifest, payloads: list[bytes]) -> None:
         change(manifest)
@@ -126,7 +126,7 @@ def test_importance_is_there_if_and_only_if_it_is_asked_for(
     small: dict[str, Tensor], fisher: dict[str, Tensor], meta: UpdateMeta
 ) -> None:
     layout = layout_of(small)
-    weighed = encode_update(small, meta, CODECS[0], fisher).blob
+    weighed = encode_update(small, meta, CODECS[0], importance=fisher).blob
     plain = encode_update(small, meta, CODECS[0]).blob
     with pytest.raises(WireError, match="missing") as caught:
         decode_weighed(plain, layout, layout_of(fisher))
@@ -139,7 +139,7 @@ def test_importance_is_there_if_and_only_if_it_is_asked_for(
 def test_random_damage_is_refused_or_decodes_to_what_is_admissible(
     small: dict[str, Tensor], fisher: dict[str, Tensor], meta: UpdateMeta, forge: Forge
 ) -> None:
-    blob = encode_update(small, meta, CODECS[0], fisher).blob
+    blob = encode_update(small, meta, CODECS[0], importance=fisher).blob
     source, codes = random.Random(3), set()
 
     def damage(manifest: pb.Manifest, payloads: list[bytes]) -> None:

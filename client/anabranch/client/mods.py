@@ -107,7 +107,9 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     importance = record_of(reply.content, IMPORTANCE_KEY, ArrayRecord)
     if importance is not None:
         del reply.content[IMPORTANCE_KEY]
-    encoded = encode_update(wanted, meta, plan.codec, unpack(importance or ArrayRecord()))
+    encoded = encode_update(
+        wanted, meta, plan.codec, importance=unpack(importance or ArrayRecord())
+    )
     if plan.codec.feedback:
         _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
     blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)

@@ -115,8 +115,10 @@ class Manifest:
         frames: What follows, in order.
         importance: What follows that: square roots of how much entries matter to the client.
         payload_start: Bytes before the first payload; 0 in a manifest not yet written.
-        key_id: Names the key that signs; empty until signing exists.
-        signature: Empty until signing exists.
+        key_id: Names the key that signed (``wire.keys``); empty where none did.
+        signature: That key's; empty where none signed.
+        signed: The bytes that were read and that the signature has to cover; empty in a manifest
+            not yet written.
     """
 
     meta: UpdateMeta
@@ -125,6 +127,7 @@ class Manifest:
     payload_start: int = 0
     key_id: bytes = b""
     signature: bytes = b""
+    signed: bytes = b""
     importance: tuple[FrameInfo, ...] = ()
 
     @property

@@ -8,7 +8,7 @@ is bounded by the names and shapes of the local configuration before anything is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,12 @@ from anabranch.wire.errors import WireError
 from anabranch.wire.frames import plan_frames
 from anabranch.wire.header import read_manifest, write_header
 from anabranch.wire.importance import IMPORTANCE, square_roots, squares
+from anabranch.wire.keys import PrivateKey
 from anabranch.wire.limits import DIGEST_BYTES, RANK, limits_for
 from anabranch.wire.manifest import FrameInfo, Manifest, TensorInfo, UpdateMeta
+
+Check = Callable[[Manifest], None]
+"""Raises a WireError for a message whose manifest is not to be believed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,7 @@ def encode_update(
     tensors: Mapping[str, Tensor],
     meta: UpdateMeta,
     codec: CodecConfig,
+    key: PrivateKey | None = None,
     importance: Mapping[str, Tensor] | None = None,
 ) -> Encoded:
     """Encode named tensors as one message.
@@ -51,6 +56,7 @@ def encode_update(
         tensors: Values by name, of any shape, floating dtype and device; read in fp32.
         meta: Whose update it is.
         codec: How to encode them.
+        key: Who signs; None leaves the message unsigned.
         importance: How much their entries matter to the sender, zero or more, in the flat layout of
             ``vectors.importance``; None sends none.
 
@@ -63,7 +69,7 @@ def encode_update(
     chosen = codec_for(codec)
     frames, payloads, sent = _pack_frames(tensors, chosen, codec)
     weighed, more, _ = _pack_frames(square_roots(importance or {}), IMPORTANCE, codec)
-    header = write_header(Manifest(meta, chosen.name, frames, importance=weighed))
+    header = write_header(Manifest(meta, chosen.name, frames, importance=weighed), key)
     return Encoded(b"".join([header, *payloads, *more]), sent)
 
 
@@ -104,13 +110,14 @@ def _pack_frames(
 
 
 def decode_update(
-    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]]
+    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]], check: Check | None = None
 ) -> tuple[UpdateMeta, dict[str, Tensor]]:
     """Decode a message into dense tensors.
 
     Args:
         blob: The message, as it came.
         layout: Names and shapes expected, from the local configuration.
+        check: Called with the manifest before any payload is touched (``wire.signing``).
 
     Returns:
         What the message says of itself, and fp32 tensors by name, in sorted order.
@@ -118,7 +125,7 @@ def decode_update(
     Raises:
         WireError: The message is not a sound one of exactly this layout; ``code`` says why.
     """
-    meta, tensors, _ = decode_weighed(blob, layout, {})
+    meta, tensors, _ = decode_weighed(blob, layout, {}, check)
     return meta, tensors
 
 
@@ -126,6 +133,7 @@ def decode_weighed(
     blob: bytes | memoryview,
     layout: Mapping[str, tuple[int, ...]],
     importance: Mapping[str, tuple[int, ...]],
+    check: Check | None = None,
 ) -> tuple[UpdateMeta, dict[str, Tensor], dict[str, Tensor]]:
     """``decode_update`` of a message that also holds importance of this layout, or none if empty.
 
@@ -133,15 +141,15 @@ def decode_weighed(
         What the message says of itself, the tensors, and their importance in the flat layout of
         ``vectors.importance``: finite, zero or more.
     """
-    meta, forms, roots = _decode(blob, layout, importance)
+    meta, forms, roots = _decode(blob, layout, importance, check)
     return meta, {name: form.dense() for name, form in forms.items()}, squares(roots)
 
 
 def decode_forms(
-    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]]
+    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]], check: Check | None = None
 ) -> tuple[UpdateMeta, dict[str, Form]]:
     """``decode_update``, leaving each tensor in its codec's form: sparse ones stay sparse."""
-    meta, forms, _ = _decode(blob, layout, {})
+    meta, forms, _ = _decode(blob, layout, {}, check)
     return meta, forms
 
 
@@ -149,8 +157,11 @@ def _decode(
     blob: bytes | memoryview,
     layout: Mapping[str, tuple[int, ...]],
     importance: Mapping[str, tuple[int, ...]],
+    check: Check | None,
 ) -> tuple[UpdateMeta, dict[str, Form], dict[str, Form]]:
     manifest = read_manifest(blob, limits_for(layout, importance))
+    if check is not None:
+        check(manifest)
     if bool(manifest.importance) != bool(importance):
         asked = "not asked for" if manifest.importance else "missing"
         raise WireError("importance", f"the importance of the update is {asked}")
