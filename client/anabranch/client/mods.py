@@ -27,6 +27,7 @@ from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.feedback import compensate, remainder
 from anabranch.wire.plan import (
     CLIENT_KEY,
+    IMPORTANCE_KEY,
     METRICS_KEY,
     PLAN_KEY,
     UPDATE_KEY,
@@ -105,8 +106,17 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
         issued_s=int(time.time()),
     )
+    importance = record_of(reply.content, IMPORTANCE_KEY, ArrayRecord)
+    if importance is not None:
+        del reply.content[IMPORTANCE_KEY]
     keys = keys_of(context.node_config)
-    encoded = encode_update(wanted, meta, plan.codec, keys.own if keys else None)
+    encoded = encode_update(
+        wanted,
+        meta,
+        plan.codec,
+        keys.own if keys else None,
+        unpack(importance or ArrayRecord()),
+    )
     if plan.codec.feedback:
         _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
     blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)
