@@ -22,9 +22,10 @@ from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.coordinator.trust import trust_of
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.simulation.keys import write_keys
-from anabranch.wire import CodecConfig, UpdateMeta, encode_update, read_manifest
+from anabranch.wire import CodecConfig, UpdateMeta, WireError, encode_update, read_manifest
 from anabranch.wire.keys import PrivateKey, new_key, seeded_key, write_key
 from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, UPDATE_STYPE, RoundPlan
+from anabranch.wire.sealing import SEALED_STYPE, new_seal_key, seal
 from anabranch.wire.signing import PLAN_SIGNATURE_KEY, check_message
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -79,7 +80,7 @@ def run(
     cfg = cfg or config()
     keys = write_keys(folder, cfg) if cfg.signed else None
     store = FolderStore(folder)
-    trust = trust_of(folder, cfg.clock_skew_s, store) if cfg.signed else None
+    trust = trust_of(folder, cfg, store) if cfg.signed else None
     template = open_session(TASK, PARAMS).template
     strategy = MergeStrategy(cfg, template, store, trust)
     strategy.start(grid(keys, tamper, before))
@@ -239,7 +240,7 @@ def test_a_coordinator_may_change_its_key_while_clients_know_both(tmp_path: Path
 def test_a_signed_federation_without_keys_does_not_start(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     with pytest.raises(ValueError, match="anabranch keys new coordinator`"):
-        trust_of(tmp_path, 300, store)
+        trust_of(tmp_path, config(), store)
     template = open_session(TASK, PARAMS).template
     with pytest.raises(ValueError, match="signed is True in the federation"):
         MergeStrategy(config(), template, store)
@@ -263,3 +264,53 @@ def test_the_environment_names_a_node_s_keys(
     found = keys_of({"partition-id": 1})
     assert found is not None
     assert found.own.public == THEIRS.public
+
+
+def test_sealed_updates_make_the_same_adapter_and_are_read_by_the_coordinator_alone(
+    tmp_path: Path,
+) -> None:
+    carried: list[bytes] = []
+    plans: list[RoundPlan] = []
+
+    def listen(order: Message, reply: Message) -> Message:
+        array = reply.content.array_records[UPDATE_KEY][UPDATE_KEY]
+        assert array.stype == SEALED_STYPE
+        carried.append(array.data)
+        text = str(order.content.config_records[PLAN_KEY][PLAN_KEY])
+        plans.append(RoundPlan.model_validate_json(text))
+        return reply
+
+    sealed, store = run(tmp_path / "a", listen, cfg=config(sealed=True))
+    assert store.refusals() == []
+    clear, plain = run(tmp_path / "b")
+    assert sealed.adapter.hash() == clear.adapter.hash()
+    for data, number in zip(carried, (1, 2), strict=True):
+        opened = store.contributions(number)[0]
+        assert len(data) == opened.size_bytes == plain.contributions(number)[0].size_bytes + 48
+        assert b"ANBR" not in data
+        with pytest.raises(WireError):
+            read_manifest(data)
+        check_message(read_manifest(store.get(opened.digest)), client_keys(tmp_path / "a"))
+    # Every round has a key of its own.
+    assert len({plan.seal_to for plan in plans}) == 2
+
+
+def test_what_a_sealed_federation_refuses(tmp_path: Path) -> None:
+    def sealed_to(key: bytes) -> Tamper:
+        def tamper(order: Message, reply: Message) -> Message:
+            data = seal(update(order, MINE), key)
+            array = Array("uint8", (len(data),), SEALED_STYPE, data)
+            reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: array})
+            return reply
+
+        return tamper
+
+    cfg = config(sealed=True, rounds=1)
+    for name, tamper, code in (
+        ("open", sends(lambda order: update(order, MINE)), "wrong-format"),
+        ("other", sealed_to(new_seal_key().public), "seal"),
+    ):
+        _, store = run(tmp_path / name, tamper, cfg=cfg)
+        assert [row.code for row in store.refusals()] == [code]
+    with pytest.raises(ValueError, match="set signed = true"):
+        config(sealed=True, signed=False)

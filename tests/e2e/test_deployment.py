@@ -1,4 +1,4 @@
-"""A deployed federation: SuperLink and three SuperNodes as processes; TLS, node keys, signatures."""
+"""A deployed federation: SuperLink and three SuperNodes as processes; TLS, signed and sealed."""
 
 from __future__ import annotations
 
@@ -127,6 +127,7 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
         join_timeout_s=120,
         evaluate_every=2,
         signed=True,
+        sealed=True,
         train={"steps": 8, "batch_size": 16, "learning_rate": 2e-3},
         recipe={"method": "ties", "params": {"density": 0.3}, "scale": 1.5},
     )

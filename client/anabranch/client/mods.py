@@ -34,6 +34,7 @@ from anabranch.wire.plan import (
     UPDATE_STYPE,
     RoundPlan,
 )
+from anabranch.wire.sealing import SEALED_STYPE, seal
 
 BASE_MISMATCH = 1001
 """``Error.code`` of a reply: this node holds another base than the plan names."""
@@ -119,8 +120,10 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     )
     if plan.codec.feedback:
         _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
-    blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)
-    reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: blob})
+    stype, blob = UPDATE_STYPE, encoded.blob
+    if plan.seal_to is not None:
+        stype, blob = SEALED_STYPE, seal(blob, bytes.fromhex(plan.seal_to))
+    reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: Array("uint8", (len(blob),), stype, blob)})
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
     metrics["encode-seconds"] = time.perf_counter() - started
     return reply

@@ -15,6 +15,7 @@ from anabranch.vectors import Adapter
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
 from anabranch.vectors.importance import COLUMNS_SUFFIX, ROWS_SUFFIX, importance_layout
 from anabranch.wire import Manifest, UpdateMeta, WireError, decode_weighed
+from anabranch.wire.limits import limits_for
 from anabranch.wire.plan import (
     CLIENT_KEY,
     METRICS_KEY,
@@ -22,6 +23,7 @@ from anabranch.wire.plan import (
     UPDATE_STYPE,
     RoundPlan,
 )
+from anabranch.wire.sealing import SEALED_STYPE
 
 TRAIN_METRICS = ("num-examples", "train-loss", "train-seconds", "encode-seconds")
 """What a client may claim of its training."""
@@ -49,7 +51,8 @@ class Candidate:
 
     Attributes:
         client: The name its node was met under.
-        blob: The encoded update.
+        blob: The encoded update, opened if it was sealed.
+        size_bytes: Bytes in which it came.
         meta: What it says of itself.
         tensors: The same decoded.
         importance: How much it says its entries matter, in the flat layout of
@@ -59,6 +62,7 @@ class Candidate:
 
     client: str
     blob: bytes
+    size_bytes: int
     meta: UpdateMeta
     tensors: Mapping[str, Tensor]
     importance: Mapping[str, Tensor]
@@ -118,8 +122,12 @@ def examine(
     if not isinstance(record, ArrayRecord) or list(record) != [UPDATE_KEY]:
         raise RefusedError("no-update", "the reply holds no update record")
     array = record[UPDATE_KEY]
-    if array.stype != UPDATE_STYPE:
-        raise RefusedError("wrong-format", f"the update came as {array.stype[:60]!r}")
+    seal = trust.seal if trust else None
+    asked = SEALED_STYPE if seal else UPDATE_STYPE
+    if array.stype != asked:
+        raise RefusedError(
+            "wrong-format", f"the update came as {array.stype[:60]!r}, asked for {asked!r}"
+        )
     if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
 
@@ -130,8 +138,10 @@ def examine(
         if trust is not None:
             trust.fresh(manifest.meta)
 
+    expected = layouts(start, plan)
     try:
-        meta, tensors, importance = decode_weighed(array.data, *layouts(start, plan), check)
+        blob = seal.open(array.data, limits_for(*expected).message_bytes) if seal else array.data
+        meta, tensors, importance = decode_weighed(blob, *expected, check)
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
     if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
@@ -139,7 +149,7 @@ def examine(
     _refuse_overflow(start, tensors)
     _refuse_importance(start, importance)
     metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
-    return Candidate(client, array.data, meta, tensors, importance, metrics)
+    return Candidate(client, blob, len(array.data), meta, tensors, importance, metrics)
 
 
 def _refuse_unasked(meta: UpdateMeta, plan: RoundPlan, client: str) -> None:

@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.run_config["federation"]))
     config = load_federation(folder)
     store = FolderStore(folder, durable=config.durable)
-    trust = trust_of(folder, config.clock_skew_s, store) if config.signed else None
+    trust = trust_of(folder, config, store) if config.signed else None
     strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
     strategy.start(grid)
     publish(strategy.adapter, folder / ADAPTER_FOLDER)

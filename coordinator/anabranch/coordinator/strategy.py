@@ -188,10 +188,10 @@ class MergeStrategy(Strategy):
         Each is sent the adapter in service at its rank; ``arrays`` is not used.
         """
         self._plan = self.plan(server_round, config)
+        if self._trust is not None:
+            self._plan = self._trust.begin_round(self._plan)
         self._starts = {None: self._whole(self._plan)}
         self._began = time.monotonic()
-        if self._trust is not None:
-            self._trust.planned_s = int(time.time())
         self._decoded.clear()
         done = {row.client for row in self.store.contributions(server_round)}
         sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
@@ -342,7 +342,7 @@ class MergeStrategy(Strategy):
             round=start.plan.round,
             client=client,
             digest=self.store.put(candidate.blob),  # the bytes first, the row second
-            size_bytes=len(candidate.blob),
+            size_bytes=candidate.size_bytes,
             nonce=candidate.meta.nonce.hex(),
             metrics=dict(candidate.metrics),
         )

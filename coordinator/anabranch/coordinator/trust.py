@@ -6,11 +6,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.registry import changed, client_keys, coordinator_key
 from anabranch.coordinator.store import Store
 from anabranch.wire.errors import WireError
 from anabranch.wire.keys import PrivateKey
 from anabranch.wire.manifest import Manifest, UpdateMeta
+from anabranch.wire.plan import RoundPlan
+from anabranch.wire.sealing import SealKey, new_seal_key
 from anabranch.wire.signing import KeyRing, check_message
 
 NONCE_BYTES = 16
@@ -26,17 +29,29 @@ class Trust:
             revocation counts at once.
         key: The coordinator's own.
         skew_s: Seconds by which a client's clock may differ from this one's.
+        sealed: Whether updates are sealed.
         planned_s: When the round was planned, in Unix seconds.
+        seal: This round's key for updates that are sealed; None where they are not.
         nonces: Those of every update that was admitted.
     """
 
     folder: Path
     key: PrivateKey
     skew_s: float
+    sealed: bool = False
     planned_s: int = 0
+    seal: SealKey | None = None
     nonces: set[str] = field(default_factory=set)
     _ring: KeyRing = field(default_factory=lambda: KeyRing({}), init=False)
     _stamp: tuple[tuple[int, int], ...] = field(default=(), init=False)
+
+    def begin_round(self, plan: RoundPlan) -> RoundPlan:
+        """Note the time; where updates are sealed, the plan gets a fresh key to seal them to."""
+        self.planned_s = int(time.time())
+        if not self.sealed:
+            return plan
+        self.seal = new_seal_key()
+        return plan.model_copy(update={"seal_to": self.seal.public.hex()})
 
     def signed_by(self, manifest: Manifest, client: str) -> None:
         """Check who signed an update.
@@ -67,7 +82,7 @@ class Trust:
             raise WireError("future", f"it was made {late_s:.0f} s from now; set the node's clock")
 
 
-def trust_of(folder: Path, skew_s: float, store: Store) -> Trust:
+def trust_of(folder: Path, config: FederationConfig, store: Store) -> Trust:
     """The keys in a federation's folder, and the nonces its journal holds.
 
     Raises:
@@ -75,4 +90,4 @@ def trust_of(folder: Path, skew_s: float, store: Store) -> Trust:
     """
     client_keys(folder)
     nonces = {row["nonce"] for row in store.notes("admitted")}
-    return Trust(folder, coordinator_key(folder), skew_s, nonces=nonces)
+    return Trust(folder, coordinator_key(folder), config.clock_skew_s, config.sealed, nonces=nonces)
