@@ -66,7 +66,7 @@ def test_names_are_folder_names_or_whole_paths() -> None:
     recipe = Recipe(method="mean", weights=(1, 2, 3))
     paths = ["x/north", "y/north", "y/south/"]
     assert withdraw(paths, ["south"], recipe).indices == (0, 1)
-    assert withdraw(paths, ["y/north"], recipe).weights == (1, 3)
+    assert withdraw(paths, ["y/north"], recipe).recipe.weights == (1, 3)
     assert withdraw(paths, ["y/south", "./x/north"], recipe).names == ("y/north",)
     with pytest.raises(ValueError, match="'north' may be any of x/north, y/north; give its whole"):
         withdraw(paths, ["north"], recipe)
@@ -76,4 +76,4 @@ def test_names_are_folder_names_or_whole_paths() -> None:
         withdraw(["a"], ["a"], Recipe(method="mean"))
     with pytest.raises(ValueError, match="weights: 3 for 2 contributions"):
         withdraw(["a", "b"], ["a"], recipe)
-    assert withdraw(["a", "b"], [], Recipe(method="mean")).weights is None
+    assert withdraw(["a", "b"], [], Recipe(method="mean")).recipe.weights is None

@@ -18,7 +18,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from anabranch.aggregation import MergeReport, merge, merge_one_factor, resolve
+from anabranch.aggregation import MergeReport, merge, merge_one_factor
+from anabranch.aggregation.engine.groups import groups
+from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
@@ -57,7 +59,8 @@ class MergeStrategy(Strategy):
     def __init__(self, config: FederationConfig, template: Adapter, store: Store) -> None:
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
-        self._method, _ = resolve(config.recipe)
+        self._method = named(config.recipe)
+        groups(config.recipe, [*template.lora, *template.dense], config.quorum)
         check_ranks(config.ranks, template, self._method)
         self.config = config
         self.store = store

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from anabranch.aggregation import MergeMethod, resolve
+from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import named
 from anabranch.client.app import app as client_app
 from anabranch.client.session import Session, client_name, open_session
 from anabranch.coordinator.app import ADAPTER_FOLDER
@@ -81,8 +82,8 @@ def prepare(scenario: Scenario) -> Session:
     session = open_task(scenario)
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
-    method = _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
-    check_ranks(config.ranks, session.template, method)
+    _check_recipe(config.recipe, session.template, config.quorum, scenario.asked(config.clients))
+    check_ranks(config.ranks, session.template, named(config.recipe))
     names = [client_name(partition) for partition in range(config.clients)]
     if strangers := [client for client in config.ranks if client not in names]:
         raise ValueError(
@@ -92,23 +93,23 @@ def prepare(scenario: Scenario) -> Session:
     return session
 
 
-def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> MergeMethod:
-    """The method, tried on as few and on as many updates as a round may merge."""
-    try:
-        method, parameters = resolve(recipe, "recipe")
-    except ValueError as error:
-        raise ValueError(f"recipe.{str(error).removeprefix('recipe: ')}") from error
+def _check_recipe(recipe: Recipe, template: Adapter, quorum: int, asked: int) -> None:
+    """Try the recipe on as few and on as many updates as a round may merge."""
     generator = torch.Generator().manual_seed(0)
     for count in sorted({quorum, asked}):
         try:
-            # Matrices, and not vectors: of those a method on matrices takes the mean.
-            method(torch.randn(count, 4, 4, generator=generator), config=parameters)
+            parts = groups(recipe, [*template.lora, *template.dense], count)
         except ValueError as error:
-            raise ValueError(
-                f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
-                f"{method.name} cannot: {error}"
-            ) from error
-    return method
+            raise ValueError(f"recipe.{str(error).removeprefix('recipe: ')}") from error
+        for group in parts:
+            try:
+                # Matrices, and not vectors: of those a method on matrices takes the mean.
+                group.method(torch.randn(count, 4, 4, generator=generator), config=group.config)
+            except ValueError as error:
+                raise ValueError(
+                    f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
+                    f"{group.method.name} cannot: {error}"
+                ) from error
 
 
 def run_federation(

@@ -40,6 +40,14 @@ class Cohort:
         """Numbers held of each entry: C changes, and as many importances where they are read."""
         return len(self) * (2 if self.importances else 1)
 
+    def only(self, modules: Sequence[str]) -> Cohort:
+        """The same contributions over some of the modules."""
+        return replace(
+            self,
+            deltas={module: self.deltas[module] for module in modules},
+            importances={m: self.importances[m] for m in modules if m in self.importances},
+        )
+
     def entries(self) -> int:
         """Entries of one whole task vector, D over all modules."""
         return sum(parts[0].shape.numel() for parts in self.deltas.values())
@@ -62,7 +70,11 @@ def gather(
         ValueError: As ``side_by_side``, or a number that is not finite. Names the contribution and
             the module.
     """
-    cohort = side_by_side(vectors, names)
+    return checked(side_by_side(vectors, names), dense_later)
+
+
+def checked(cohort: Cohort, dense_later: bool = False) -> Cohort:
+    """A cohort whose numbers are known to be finite, with factors in fp32; see ``gather``."""
     deltas = {}
     for module, parts in cohort.deltas.items():
         for name, delta in zip(cohort.names, parts, strict=True):

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from anabranch.aggregation.checkpoints.merge import check_count
 from anabranch.aggregation.compatible import check_tokenizers
 from anabranch.aggregation.engine.adapters import check_refactor
 from anabranch.aggregation.engine.cohort import Cohort, common_base, side_by_side
+from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import FP32_BYTES
-from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.aggregation.planning.cost import Cost, entry_cost
+from anabranch.aggregation.planning.cost import Cost, entry_cost, joined, nothing
+from anabranch.aggregation.planning.groups import planned, widest_scope
 from anabranch.aggregation.planning.merge_plan import MergePlan
 from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import named
 from anabranch.vectors.adapter import Adapter
 from anabranch.vectors.fisher_file import fisher_layout
 from anabranch.vectors.importance import flat_importance
@@ -30,8 +33,6 @@ def plan_adapters(
     names: Sequence[str],
     start: Path | None,
     recipe: Recipe,
-    method: MergeMethod,
-    config: MethodConfig,
     budget_bytes: int,
 ) -> MergePlan:
     """Plan a merge of PEFT folders from their configurations and headers.
@@ -40,13 +41,12 @@ def plan_adapters(
         ValueError: Adapters that do not belong together.
     """
     adapters = [adapter_layout(folder) for folder in folders]
-    if method.needs_importance:
+    if named(recipe).needs_importance:
         adapters = [
             replace(adapter, importance=fisher_layout(folder))
             for adapter, folder in zip(adapters, folders, strict=True)
         ]
     begun = None if start is None else adapter_layout(start)
-    check_refactor(recipe, method, adapters)
     warnings = check_tokenizers(list(zip(names, folders, strict=True)))
     everyone = list(zip(names, adapters, strict=True))
     if begun is not None:
@@ -61,23 +61,24 @@ def plan_adapters(
                 "name the adapter they started from with --start"
             )
     alone = {module: parts[: len(adapters)] for module, parts in cohort.deltas.items()}
-    contributions = with_importance(
-        Cohort(tuple(names), alone, cohort.base_hash), [_layout(one) for one in adapters], method
-    )
+    contributions = Cohort(tuple(names), alone, cohort.base_hash)
+    vectors = [_layout(one) for one in adapters]
+    parts = groups(recipe, alone, len(adapters))
+    costs = []
+    for group in parts:
+        check_refactor(recipe, group.method, adapters)
+        alike = with_importance(contributions.only(group.modules), vectors, group.method)
+        costs.append(_cost(alike, group, budget_bytes))
+    cost = joined(costs)
     like = adapters[0] if begun is None else begun
     held = sum(tensor.numel() for adapter in adapters for tensor in _tensors(adapter))
-    dense = method.merge is not None and not method.factors
-    cost = (
-        entry_cost(contributions, method, config, budget_bytes, keeps_result=True)
-        if dense
-        else Cost(dict.fromkeys(alone, 1 + method.needs_gram), 0)
-    )
     return MergePlan(
         kind="adapters",
         names=tuple(names),
-        method=method.name,
-        scope=method.scope_of(config),
+        method=parts[0].method.name,
+        scope=widest_scope(parts),
         modules=len(alone),
+        groups=planned(parts),
         copied=0,
         passes=max(cost.passes.values()),
         memory_bytes=held * FP32_BYTES + cost.memory_bytes,
@@ -85,6 +86,16 @@ def plan_adapters(
         output_bytes=_output_bytes(recipe, adapters, like),
         warnings=tuple(warnings),
     )
+
+
+def _cost(cohort: Cohort, group: Group, budget_bytes: int) -> Cost:
+    method = group.method
+    if group.excluded:
+        return nothing(cohort)
+    check_count(group)
+    if method.merge is not None and not method.factors:
+        return entry_cost(cohort, method, group.config, budget_bytes, keeps_result=True)
+    return Cost(dict.fromkeys(cohort.deltas, 1 + method.needs_gram), 0)
 
 
 def _layout(adapter: Adapter) -> TaskVector:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from anabranch.aggregation.checkpoints.inputs import Inputs
-from anabranch.aggregation.checkpoints.merged_rows import check_budget
-from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.aggregation.planning.cost import entry_cost, matrix_cost
+from anabranch.aggregation.engine.groups import Group
+from anabranch.aggregation.planning.cost import Cost, entry_cost, joined, matrix_cost, nothing
+from anabranch.aggregation.planning.groups import planned, widest_scope
 from anabranch.aggregation.planning.merge_plan import MergePlan
 
 
 def plan_checkpoints(
-    inputs: Inputs, method: MergeMethod, config: MethodConfig, dtype: str | None, budget_bytes: int
+    inputs: Inputs, parts: Sequence[Group], dtype: str | None, budget_bytes: int
 ) -> MergePlan:
     """Plan a merge of checkpoints whose headers are read."""
-    check_budget(inputs.cohort, method, budget_bytes)
-    if method.matrices is not None:
-        cost = matrix_cost(inputs.cohort, method)
-    else:
-        cost = entry_cost(inputs.cohort, method, config, budget_bytes, keeps_result=False)
+    cost = joined([_cost(inputs, group, budget_bytes, len(parts) == 1) for group in parts])
     like = inputs.like.tensors
     everything = [*inputs.models, *([inputs.base] if inputs.base else [])]
     read_bytes = 0
@@ -40,13 +38,25 @@ def plan_checkpoints(
     return MergePlan(
         kind="checkpoints",
         names=inputs.cohort.names,
-        method=method.name,
-        scope=method.scope_of(config),
+        method=parts[0].method.name,
+        scope=widest_scope(parts),
         modules=len(inputs.cohort.deltas),
+        groups=planned(parts),
         copied=len(inputs.copied),
         passes=max(cost.passes.values()),
         memory_bytes=cost.memory_bytes,
         read_bytes=read_bytes,
         output_bytes=output_bytes,
         warnings=inputs.warnings,
+    )
+
+
+def _cost(inputs: Inputs, group: Group, budget_bytes: int, alone: bool) -> Cost:
+    cohort = inputs.cohort.only(group.modules)
+    if group.excluded:
+        return nothing(cohort)
+    if group.method.matrices is not None:
+        return matrix_cost(cohort, group.method)
+    return entry_cost(
+        cohort, group.method, group.config, budget_bytes, keeps_result=False, keep_model=alone
     )
