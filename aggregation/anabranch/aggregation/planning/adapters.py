@@ -83,7 +83,7 @@ def plan_adapters(
         passes=max(cost.passes.values()),
         memory_bytes=held * FP32_BYTES + cost.memory_bytes,
         read_bytes=sum(_size_bytes(adapter) for _, adapter in everyone),
-        output_bytes=_output_bytes(recipe, adapters, like),
+        output_bytes=_output_bytes(recipe, parts, adapters, like),
         warnings=tuple(warnings),
     )
 
@@ -128,11 +128,19 @@ def _check_named_bases(everyone: Sequence[tuple[str, Adapter]]) -> list[str]:
     return warnings
 
 
-def _output_bytes(recipe: Recipe, adapters: Sequence[Adapter], like: Adapter) -> int:
+def _output_bytes(
+    recipe: Recipe, parts: Sequence[Group], adapters: Sequence[Adapter], like: Adapter
+) -> int:
+    kept = {module for group in parts if group.excluded for module in group.modules}
     total = sum(t.numel() * t.element_size() for t in like.dense.values())
     for module, factors in like.lora.items():
         ranks = [adapter.lora[module].rank for adapter in adapters]
-        rank = sum(ranks) if recipe.refactor.kind == "stack" else recipe.refactor.rank or max(ranks)
+        if module in kept:
+            rank = factors.rank
+        elif recipe.refactor.kind == "stack":
+            rank = sum(ranks)
+        else:
+            rank = recipe.refactor.rank or max(ranks)
         per_rank = len(factors.b_mr) + factors.a_rn.shape[1]
         total += rank * per_rank * factors.a_rn.element_size()
     return total
