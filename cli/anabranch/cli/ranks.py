@@ -41,7 +41,7 @@ def run_ranks(count: int, out: Path) -> int:
     from anabranch.vectors.new_folder import begun
 
     others = begun(out)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="anabranch-") as meeting:
         ranks: list[subprocess.Popen[bytes]] = []
         try:
@@ -49,6 +49,7 @@ def run_ranks(count: int, out: Path) -> int:
             codes = _wait(ranks)
         finally:
             _end(ranks)
+            signal.signal(signal.SIGTERM, before)
             for left in begun(out) - others:
                 shutil.rmtree(left, ignore_errors=True)
         failed = _culprit(codes)
