@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 Reduction = Literal["sum", "min", "max"]
 
-_REDUCTIONS: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
+_REDUCTIONS: dict[Reduction, Callable[..., Tensor]] = {
     "sum": torch.add,
     "min": torch.minimum,
     "max": torch.maximum,
@@ -87,7 +87,7 @@ class Ranks:
         """A reduction over the ranks, in their order, of one tensor of each on the CPU.
 
         Args:
-            mine: None where this rank has no modules.
+            mine: None where this rank has no modules; may be written to.
             how: What is done with two of them; integers are exact, and so are extremes.
 
         Raises:
@@ -111,12 +111,13 @@ class Ranks:
             part = torch.empty(shape, dtype=dtype)
             if source == self.rank:
                 assert mine is not None
-                part.copy_(mine)
+                part = mine.contiguous()
             try:
                 distributed.broadcast(part, source)
             except RuntimeError as error:
                 raise _lost(self.rank) from error
-            total = part if total is None else _REDUCTIONS[how](total, part)
+            # Whose tensor this writes to was sent before.
+            total = part if total is None else _REDUCTIONS[how](total, part, out=total)
         return total
 
 

@@ -116,6 +116,7 @@ def merge_command(
             without=job.without,
             dtype=job.dtype,
             budget_bytes=job.budget_bytes,
+            ranks=max(ranks, mine.count),
         )
     except ValueError as error:
         raise job.blamed(error) from error
@@ -209,8 +210,18 @@ def _show_plan(plan: Any, as_json: bool, warnings: list[str]) -> None:
     }
     for key, value in lines.items():
         stdout.print(f"[dim]{key:>8}[/]  {escape(value)}", soft_wrap=True)
+    for number, rank in enumerate(plan.ranks if len(plan.ranks) > 1 else ()):
+        stdout.print(f"[dim]{f'rank {number}':>8}[/]  {_rank_line(rank)}", soft_wrap=True)
     for group in plan.groups if len(plan.groups) > 1 else ():
         stdout.print(f"[dim]{'group':>8}[/]  {escape(_group_line(group))}", soft_wrap=True)
+
+
+def _rank_line(rank: Any) -> str:
+    """What one of several processes does."""
+    return (
+        f"{rank.modules} modules, {human_bytes(rank.memory_bytes)} of memory, "
+        f"reads {human_bytes(rank.read_bytes)}, writes {human_bytes(rank.output_bytes)}"
+    )
 
 
 def _group_line(group: Any) -> str:
