@@ -61,7 +61,7 @@ class Ranks:
         try:
             distributed.all_gather_object(found, value)
         except RuntimeError as error:
-            raise _lost(self.rank) from error
+            raise self.lost() from error
         return found  # type: ignore[return-value]
 
     def wait(self) -> None:
@@ -115,10 +115,14 @@ class Ranks:
             try:
                 distributed.broadcast(part, source)
             except RuntimeError as error:
-                raise _lost(self.rank) from error
+                raise self.lost() from error
             # Whose tensor this writes to was sent before.
             total = part if total is None else _REDUCTIONS[how](total, part, out=total)
         return total
+
+    def lost(self) -> LostRankError:
+        """What this rank says once it knows that another is gone."""
+        return LostRankError(f"rank {self.rank} stops: another rank died or stopped")
 
 
 ALONE = Ranks()
@@ -143,7 +147,3 @@ def deal(sizes_bytes: Mapping[str, int], count: int) -> list[tuple[str, ...]]:
         dealt[least].append(name)
         held[least] += sizes_bytes[name]
     return [tuple(sorted(names)) for names in dealt]
-
-
-def _lost(rank: int) -> LostRankError:
-    return LostRankError(f"rank {rank} stops: another rank died or stopped")

@@ -119,15 +119,28 @@ def shared_folder(folder: Path, ranks: Ranks) -> Iterator[Path]:
     if ranks.rank == 0:
         with new_folder(folder) as made:
             ranks.gather(made)
-            yield made
-            ranks.wait()
+            with _shared(made, ranks):
+                yield made
+                ranks.wait()
     else:
         made = ranks.gather(folder)[0]
         try:
-            yield made
-            ranks.wait()
-        except LostRankError:
+            with _shared(made, ranks):
+                yield made
+                ranks.wait()
+        except (LostRankError, SystemExit, KeyboardInterrupt):
             # Rank 0 removes its folder, unless it is rank 0 that died.
             shutil.rmtree(made, ignore_errors=True)
             raise
     ranks.wait()
+
+
+@contextmanager
+def _shared(made: Path, ranks: Ranks) -> Iterator[None]:
+    """Who finds the folder gone has lost another rank, which failed first."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if ranks.count == 1 or made.exists():
+            raise
+        raise ranks.lost() from error
