@@ -144,13 +144,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
-def kill(victim: int, out: Path, ranks: dict[int, psutil.Process]) -> None:
-    """Kill a rank once the merge has begun to write."""
+def kill(victim: int, out: Path, starter: int, ranks: dict[int, int]) -> None:
+    """Kill a rank once the merge has begun to write; notes the pids of all."""
+    until = time.monotonic() + 60
     while not list(out.parent.glob(f".{out.name}.*")):
+        assert time.monotonic() < until
         time.sleep(0.01)
-    for child in psutil.Process().children():
-        ranks[int(child.environ()["RANK"])] = child
-    os.kill(ranks[victim].pid, signal.SIGKILL)
+    for child in psutil.Process(starter).children():
+        if "RANK" in child.environ():
+            ranks[int(child.environ()["RANK"])] = child.pid
+    os.kill(ranks[victim], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -159,12 +162,11 @@ def test_a_rank_that_is_killed_is_named_and_leaves_nothing(
 ) -> None:
     base, *tuned = large
     out = tmp_path / "out" / "model"
-    ranks: dict[int, psutil.Process] = {}
-    killer = threading.Thread(target=kill, args=(victim, out, ranks), daemon=True)
+    ranks: dict[int, int] = {}
+    killer = threading.Thread(target=kill, args=(victim, out, os.getpid(), ranks), daemon=True)
     killer.start()
-    code, said, err = run(
-        "merge", recipe, *tuned, "--base", base, "-o", out, "--ranks", 2, "--budget-mb", 20
-    )
+    words = ["merge", recipe, *tuned, "--base", base, "-o", out, "--budget-mb", 20]
+    code, said, err = run(*words, "--ranks", 2)
     assert (code, said) == (1, "")
     assert err == (
         f"error: rank {victim} died (signal 9, SIGKILL), and nothing was written; "
@@ -172,4 +174,19 @@ def test_a_rank_that_is_killed_is_named_and_leaves_nothing(
     )
     assert list(out.parent.iterdir()) == []
     assert sorted(ranks) == [0, 1]
-    assert not any(rank.is_running() for rank in ranks.values())
+    assert not any(psutil.pid_exists(pid) for pid in ranks.values())
+
+
+def test_who_is_left_of_torchrun_removes_what_rank_0_began(
+    large: list[Path], recipe: Path, tmp_path: Path
+) -> None:
+    base, *tuned = large
+    out = tmp_path / "out" / "model"
+    words = ["-m", "anabranch.cli", "merge", recipe, *tuned, "--base", base, "-o", out]
+    command = [*TORCHRUN, *map(str, words), "--budget-mb", "20"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as torchrun:
+        kill(0, out, torchrun.pid, {})
+        _, err = torchrun.communicate(timeout=60)
+    assert torchrun.returncode == 1
+    assert "Signal 9 (SIGKILL) received" in err
+    assert list(out.parent.iterdir()) == []
