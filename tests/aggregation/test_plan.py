@@ -99,6 +99,34 @@ def test_bytes_read_and_written_are_those_planned(
 
 
 @pytest.mark.usefixtures("no_reads")
+@pytest.mark.parametrize("kind", ["checkpoints", "adapters"])
+def test_ranks_share_what_one_would_do(kind: str, models: list[Path], adapters: list[Path]) -> None:
+    recipe = Recipe(method="ties", params={"scope": "model"})
+    given = {"base": models[0]} if kind == "checkpoints" else {}
+    inputs = models[1:] if kind == "checkpoints" else adapters
+    budget_bytes = 1 << 20
+    alone = plan_merge(inputs, recipe, **given, budget_bytes=budget_bytes)
+    shared = plan_merge(inputs, recipe, **given, budget_bytes=2 * budget_bytes, ranks=2)
+    assert len(alone.ranks) == 1
+    assert len(shared.ranks) == 2
+    modules = alone.modules + alone.copied
+    assert [sum(rank.modules for rank in plan.ranks) for plan in (alone, shared)] == [modules] * 2
+    assert shared.output_bytes == alone.output_bytes
+    if kind == "checkpoints":
+        assert shared.read_bytes == alone.read_bytes
+        # The one large matrix, and all else.
+        assert [rank.modules for rank in shared.ranks] == [1, 3]
+        assert shared.ranks[0].output_bytes == 300 * 64 * 4
+    else:
+        # Every rank reads the adapters, and the first writes.
+        assert shared.read_bytes == 2 * alone.read_bytes
+        assert shared.ranks[1].output_bytes == 0
+    counters = 3 * len(inputs) * COUNTER_BYTES
+    assert all(rank.memory_bytes <= budget_bytes + counters for rank in shared.ranks)
+    assert shared.memory_bytes == sum(rank.memory_bytes for rank in shared.ranks)
+
+
+@pytest.mark.usefixtures("no_reads")
 def test_a_plan_of_checkpoints_reads_headers_only(models: list[Path]) -> None:
     base, *tuned = models
     plan = plan_merge(tuned, Recipe(method="ties"), base=base, without=["y"])

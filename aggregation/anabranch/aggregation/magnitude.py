@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anabranch.aggregation.chunk import Rows
 from anabranch.aggregation.kernels.rows import HISTOGRAM, all_worthwhile, load
+from anabranch.aggregation.ranks import ALONE, Ranks
 
 _BUCKETS = 1 << 16
 
@@ -35,7 +36,9 @@ def tensor_kth(values_KD: Rows, count: int, magnitude: bool = True) -> Tensor:
     return torch.stack([values_D.kthvalue(place).values for values_D in compared]).float()
 
 
-def stream_kth(chunks: Iterable[Rows], count: int, magnitude: bool = True) -> Tensor:
+def stream_kth(
+    chunks: Iterable[Rows], count: int, magnitude: bool = True, ranks: Ranks = ALONE
+) -> Tensor:
     """The ``count``-th largest magnitude, or entry, of every row, exact, ties counted singly.
 
     Keeping what is ≥ it keeps at least ``count`` entries; more where some tie with it. A k-th
@@ -46,6 +49,7 @@ def stream_kth(chunks: Iterable[Rows], count: int, magnitude: bool = True) -> Te
             is spent after one pass will not do.
         count: Which one, from 1 to the number of entries.
         magnitude: Whether to compare magnitudes, or entries with their sign.
+        ranks: Whose entries are counted; the chunks are this rank's, which may be none.
 
     Returns:
         The k-th of each row [K] in fp32, on the CPU.
@@ -53,12 +57,12 @@ def stream_kth(chunks: Iterable[Rows], count: int, magnitude: bool = True) -> Te
     Raises:
         ValueError: Fewer than ``count`` entries in the stream.
     """
-    upper_KH = _histogram(chunks, None, magnitude)
+    upper_KH = ranks.reduce(_histogram(chunks, None, magnitude), "sum")
     entries = int(upper_KH[0].sum())
     if not 1 <= count <= entries:
         raise ValueError(f"the {count}-th largest of {entries} entries does not exist")
     bucket_K, above_K = _descend(upper_KH, torch.full((len(upper_KH),), count))
-    lower_KH = _histogram(chunks, bucket_K, magnitude)
+    lower_KH = ranks.reduce(_histogram(chunks, bucket_K, magnitude), "sum")
     low_K, _ = _descend(lower_KH, count - above_K)
     order_K = ((bucket_K - (0 if magnitude else _BUCKETS // 2)) << 16) | low_K
     return _flipped(order_K.to(torch.int32)).view(torch.float32)
@@ -69,8 +73,8 @@ def _flipped(bits_D: Tensor) -> Tensor:
     return bits_D ^ ((bits_D >> 31) & 0x7FFF_FFFF)
 
 
-def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool) -> Tensor:
-    """Counts [K, H] of the upper halves, or of the lower halves inside ``bucket_K``."""
+def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool) -> Tensor | None:
+    """Counts [K, H] of the upper halves, or of the lower in ``bucket_K``; None of no chunks."""
     total_KH: Tensor | None = None
     for values_KD in chunks:
         # Counts are exact either way, so a chunk's size may decide.
@@ -90,8 +94,6 @@ def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool)
             if bucket_K is not None:
                 upper_D = order_D[upper_D == int(bucket_K[row])] & (_BUCKETS - 1)
             total_KH[row] += torch.bincount(upper_D, minlength=_BUCKETS).cpu()
-    if total_KH is None:
-        raise ValueError("no entries to find the k-th largest of")
     return total_KH
 
 

@@ -7,7 +7,7 @@ columns of a module's weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 from anabranch.vectors.importance import Over, normalised
 from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
@@ -201,7 +202,11 @@ class MergeMethod:
         return self.merge(chunk.deltas_CD, weights_C, config, **found, **drawn)
 
     def merge_modules(
-        self, modules: Mapping[str, Sequence[Delta]], weights_C: Tensor, config: MethodConfig
+        self,
+        modules: Mapping[str, Sequence[Delta]],
+        weights_C: Tensor,
+        config: MethodConfig,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Held]:
         """A whole model by ``matrices``.
 
@@ -212,6 +217,7 @@ class MergeMethod:
             modules: By module, one change per contribution.
             weights_C: Checked weights [C].
             config: The method's parameters.
+            ranks: Who has the model's other modules.
 
         Returns:
             The merged change per module.
@@ -219,7 +225,8 @@ class MergeMethod:
         merged = {m: self.merge_matrix(deltas, weights_C, config) for m, deltas in modules.items()}
         if not self.mean_norm:
             return merged
-        factor = self.norm_factor(modules, weights_C, map(norm, merged.values()))
+        norms = {module: norm(delta) for module, delta in merged.items()}
+        factor = self.norm_factor(modules, weights_C, norms, ranks)
         return {module: scaled(delta, factor) for module, delta in merged.items()}
 
     def merge_matrix(
@@ -238,15 +245,18 @@ class MergeMethod:
         self,
         modules: Mapping[str, Sequence[Delta]],
         weights_C: Tensor,
-        merged_norms: Iterable[float],
+        merged_norms: Mapping[str, float],
+        ranks: Ranks = ALONE,
     ) -> float:
         """What brings merged modules of these norms to the mean norm of the task vectors."""
         used, relative_C = _relative(weights_C)
         # Module by module: stored ones have the base's entries in common.
-        by_module = [[norm(deltas[index]) for index in used] for deltas in modules.values()]
-        norms = [math.hypot(*of_one) for of_one in zip(*by_module, strict=True)]
+        by_module = ranks.union(
+            {m: [norm(deltas[index]) for index in used] for m, deltas in modules.items()}
+        )
+        norms = [math.hypot(*of_one) for of_one in zip(*by_module.values(), strict=True)]
         mean = math.fsum(w * x for w, x in zip(relative_C.tolist(), norms, strict=True)) / len(used)
-        reached = math.hypot(*merged_norms)
+        reached = math.hypot(*ranks.union(merged_norms).values())
         return mean / reached if reached else 0.0
 
     def check_weights(self, weights_C: Tensor, count: int) -> Tensor:

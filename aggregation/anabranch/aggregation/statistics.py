@@ -15,6 +15,7 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Chunk, Rows, recut
 from anabranch.aggregation.kernels.rows import load
 from anabranch.aggregation.magnitude import stream_kth, tensor_kth
+from anabranch.aggregation.ranks import ALONE, Ranks
 
 Found = Mapping[str, Tensor]
 """Statistics gathered so far, by name."""
@@ -84,6 +85,7 @@ def gather_statistics(
     entries: int,
     weights_C: Tensor,
     config: Any,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Statistics over a scope, in the order in which they are declared.
 
@@ -91,26 +93,29 @@ def gather_statistics(
 
     Args:
         statistics: What to gather.
-        chunks: The whole scope, iterated once or twice per statistic.
+        chunks: The whole scope, or what of it this rank has; iterated once or twice per statistic.
         entries: How many entries of a contribution these are together.
         weights_C: Checked weights [C].
         config: The method's parameters.
+        ranks: Who has the rest.
     """
     found: dict[str, Tensor] = {}
+    entries = sum(ranks.gather(entries))
     for statistic in statistics:
         stream = _Values(statistic, chunks, weights_C, config, found)
         if statistic.count is not None:
             count = statistic.count(config, entries, found)
             magnitude = statistic.how == "kth_magnitude"
-            if len(chunks) == 1:
+            if len(chunks) == 1 and ranks.count == 1:
                 (whole_KD,) = stream
                 found[statistic.name] = tensor_kth(whole_KD, count, magnitude)
             else:
-                found[statistic.name] = stream_kth(stream, count, magnitude)
+                found[statistic.name] = stream_kth(stream, count, magnitude, ranks)
         elif statistic.how == "sum":
-            found[statistic.name] = stream.sums()
+            found[statistic.name] = ranks.reduce(stream.sums(), "sum")
         else:
-            found[statistic.name] = _extreme(stream, statistic.how == "max")
+            extreme: Literal["min", "max"] = "min" if statistic.how == "min" else "max"
+            found[statistic.name] = ranks.reduce(_extreme(stream, extreme), extreme)
     return found
 
 
@@ -128,8 +133,8 @@ class _Values:
         for chunk in self.chunks:
             yield self._of(chunk)
 
-    def sums(self) -> Tensor:
-        """Σ over the entries [K], in fp64."""
+    def sums(self) -> Tensor | None:
+        """Σ over the entries [K], in fp64; None of no chunks."""
         fused: list[Tensor] = []
 
         def others() -> Iterator[Tensor]:
@@ -144,6 +149,8 @@ class _Values:
         sums = [piece_KL.double().sum(dim=1).cpu() for piece_KL in recut(others())]
         if fused:
             sums.append(torch.cat(fused, dim=1).sum(dim=1))
+        if not sums:
+            return None
         total_K = torch.zeros_like(sums[0])
         for sum_K in sums:
             total_K += sum_K
@@ -160,11 +167,11 @@ class _Values:
         return statistic.values(chunk.deltas_CD, self.weights_C, self.config, self.found)
 
 
-def _extreme(stream: Iterable[Rows], largest: bool) -> Tensor:
-    """The largest or the smallest of the entries [K]."""
-    reduce = torch.amax if largest else torch.amin
+def _extreme(stream: Iterable[Rows], how: Literal["min", "max"]) -> Tensor | None:
+    """The largest or the smallest of the entries [K]; None of no chunks."""
+    reduce = torch.amax if how == "max" else torch.amin
     found = []
     for values_KD in stream:
         assert isinstance(values_KD, Tensor)
         found.append(reduce(values_KD, dim=1).cpu())
-    return reduce(torch.stack(found), dim=0)
+    return reduce(torch.stack(found), dim=0) if found else None

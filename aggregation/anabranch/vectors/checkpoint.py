@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from anabranch.vectors.new_folder import write_text
-from anabranch.vectors.safetensors_file import Layout, write_streamed
+from anabranch.vectors.safetensors_file import Layout, fill, lay_out
 from anabranch.vectors.safetensors_header import StoredTensor, read_header
 from anabranch.vectors.task_vector import Stored, TaskVector
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = SINGLE_FILE + ".index.json"
 MAX_INDEX_BYTES = 64 << 20
+
+_METADATA = {"format": "pt"}
 
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 """Configuration, tokenizer and code that belong to a model and are not its weights."""
@@ -168,8 +170,49 @@ def write_checkpoint(
         pieces: A tensor's entries in row order, cut anywhere.
         shard_bytes: Most bytes of tensors in a file, unless one tensor alone has more.
     """
+    lay_out_checkpoint(folder, layout, shard_bytes)
+    fill_checkpoint(folder, layout, shard_bytes, pieces, layout)
+
+
+def lay_out_checkpoint(folder: Path, layout: Layout, shard_bytes: int) -> None:
+    """Write the files of ``write_checkpoint`` without the entries: headers and the index."""
+    files = _files(layout, shard_bytes)
+    for file, shard in files.items():
+        lay_out(folder / file, shard, _METADATA)
+    if len(files) == 1:
+        return
+    weight_map = {name: file for file, shard in files.items() for name in shard}
+    total = sum(dtype.itemsize * shape.numel() for dtype, shape in layout.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def fill_checkpoint(
+    folder: Path,
+    layout: Layout,
+    shard_bytes: int,
+    pieces: Callable[[str], Iterable[Tensor]],
+    names: Iterable[str],
+) -> None:
+    """Write the entries of some tensors into files laid out; several processes may do so at once.
+
+    Args:
+        folder: Where ``lay_out_checkpoint`` was called with this layout.
+        layout: Dtype and shape of every tensor.
+        shard_bytes: As it was then.
+        pieces: A tensor's entries in row order, cut anywhere.
+        names: Which tensors.
+    """
+    wanted = set(names)
+    for file, shard in _files(layout, shard_bytes).items():
+        if mine := [name for name in shard if name in wanted]:
+            fill(folder / file, shard, pieces, _METADATA, mine)
+
+
+def _files(layout: Layout, shard_bytes: int) -> dict[str, Layout]:
+    """What each file of a checkpoint holds, by its name."""
     shards: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
-    held = total = 0
+    held = 0
     for name in sorted(layout):
         dtype, shape = layout[name]
         size_bytes = dtype.itemsize * shape.numel()
@@ -178,17 +221,12 @@ def write_checkpoint(
             held = 0
         shards[-1][name] = layout[name]
         held += size_bytes
-        total += size_bytes
     if len(shards) == 1:
-        write_streamed(folder / SINGLE_FILE, shards[0], pieces, {"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_streamed(folder / file, shard, pieces, {"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        return {SINGLE_FILE: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
 
 
 def companions(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ Shape legend: m rows, n columns of a module's weight, L entries of a piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -23,6 +23,9 @@ ROWS_SUFFIX, COLUMNS_SUFFIX = ".importance_rows", ".importance_columns"
 
 Over = Literal["model", "module", "none"]
 """Over what an importance is brought to a mean of 1."""
+
+Mean = tuple[float, int]
+"""The mean of a module's importance, and over how many entries."""
 
 _PIECE = 1 << 20
 """Entries of a stored importance held at once."""
@@ -92,7 +95,11 @@ def importance_layout(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {name: layout[name] for name in sorted(layout)}
 
 
-def normalised(importance: Mapping[str, Delta], over: Over) -> dict[str, Delta]:
+def normalised(
+    importance: Mapping[str, Delta],
+    over: Over,
+    everyone: Callable[[dict[str, Mean]], Mapping[str, Mean]] = dict,
+) -> dict[str, Delta]:
     """An importance with a mean of 1 over the model or over each module; zeros stay zeros.
 
     What is left is where a contribution matters most to itself, and not how much it says it does.
@@ -100,14 +107,16 @@ def normalised(importance: Mapping[str, Delta], over: Over) -> dict[str, Delta]:
     Args:
         importance: By module; finite, zero or more.
         over: ``none`` leaves it as it is.
+        everyone: Adds the means of the model's other modules, where these are not all.
     """
     if over == "none":
         return dict(importance)
-    means = {name: _mean(importance[name]) for name in sorted(importance)}
-    entries = {name: one.shape.numel() for name, one in importance.items()}
-    model = math.fsum(means[n] * entries[n] for n in means) / max(1, sum(entries.values()))
+    means = {n: (_mean(importance[n]), importance[n].shape.numel()) for n in sorted(importance)}
+    total = list(everyone(means).values())
+    entries = sum(count for _, count in total)
+    model = math.fsum(mean * count for mean, count in total) / max(1, entries)
     scaled: dict[str, Delta] = {}
-    for name, mean in means.items():
+    for name, (mean, _) in means.items():
         whole = model if over == "model" else mean
         scaled[name] = (
             _with_mean(importance[name], mean, mean / whole) if mean else importance[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import uuid
@@ -38,6 +39,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync(folder.parent)
+
+
+def begun(folder: Path) -> set[Path]:
+    """The hidden folders of ``new_folder`` that have not taken this name, and may be left over."""
+    digits = "[0-9a-f]" * 8
+    return set(folder.parent.glob(f".{glob.escape(folder.name)}.{digits}"))
 
 
 def write_text(path: Path, text: str) -> None:

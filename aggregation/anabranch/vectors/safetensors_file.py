@@ -79,34 +79,73 @@ def write_streamed(
     Raises:
         OSError: The file cannot be written.
     """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    # Widest entries first, as the format's own writer has them: every tensor starts aligned.
-    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
-    ends = {}
-    for name in order:
-        dtype, shape = layout[name]
-        ends[name] = offset + shape.numel() * dtype.itemsize
-        header[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, ends[name]],
-        }
-        offset = ends[name]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    lay_out(path, layout, metadata)
+    fill(path, layout, pieces, metadata, layout)
+
+
+def lay_out(path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
+    """Write a new file's header, and room for its tensors; see ``write_streamed``."""
+    header, spans = _header(layout, metadata)
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in order:
+        file.write(header)
+        file.truncate(max((end for _, end in spans.values()), default=len(header)))
+
+
+def fill(
+    path: Path,
+    layout: Layout,
+    pieces: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
+    names: Iterable[str],
+) -> None:
+    """Write the entries of some tensors into a file laid out, and wait until they are on disk.
+
+    Tensors do not overlap, so several processes may fill one file at once.
+
+    Args:
+        path: What ``lay_out`` wrote for this layout and metadata.
+        layout: What the file holds.
+        pieces: A tensor's entries in row order, cut anywhere, in the dtype the layout gives.
+        metadata: Strings of the header.
+        names: Which tensors.
+    """
+    wanted = set(names)
+    _, spans = _header(layout, metadata)
+    with path.open("r+b") as file:
+        for name, (start, end) in spans.items():
+            if name not in wanted:
+                continue
+            file.seek(start)
             for piece in pieces(name):
                 assert piece.dtype == layout[name][0]
                 flat = piece.detach().cpu().contiguous().reshape(-1)
                 # numpy knows no bfloat16: bytes are taken through a uint8 view.
                 file.write(flat.view(torch.uint8).numpy().data)
-            assert file.tell() == 8 + len(text) + ends[name]
+            assert file.tell() == end
         file.flush()
         os.fsync(file.fileno())
+
+
+def _header(
+    layout: Layout, metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """A file's first bytes, and from where to where each tensor lies in it, in their order."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    spans, offset = {}, 0
+    # Widest entries first, as the format's own writer has them: every tensor starts aligned.
+    for name in sorted(layout, key=lambda name: (-layout[name][0].itemsize, name)):
+        dtype, shape = layout[name]
+        spans[name] = (offset, offset + shape.numel() * dtype.itemsize)
+        header[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": list(spans[name]),
+        }
+        offset = spans[name][1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = len(text).to_bytes(8, "little") + text
+    return first, {n: (len(first) + start, len(first) + end) for n, (start, end) in spans.items()}
 
 
 def _check_merged(path: Path, name: str, dtype: torch.dtype) -> None:

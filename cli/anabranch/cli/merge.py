@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.cli.output import caution, human_bytes, module_bar, print_json, stderr, stdout
+from anabranch.cli.ranks import LOST, run_ranks
+
+if TYPE_CHECKING:
+    from anabranch.aggregation.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ def merge_command(
     shard_mb: Annotated[
         int, typer.Option(min=1, help="Largest file of a merged checkpoint, in MB.")
     ] = 5000,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that merge together, each a part of the modules and the memory."
+        ),
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan or the report as JSON.")
     ] = False,
@@ -88,7 +98,12 @@ def merge_command(
     Headers and configurations are checked before any weight is read.
     """
     from anabranch.aggregation import plan_merge
+    from anabranch.aggregation.engine.shard import joined, ranks_of, started_together
+    from anabranch.aggregation.ranks import LostRankError
 
+    mine = ranks_of(os.environ)
+    if ranks > 1 and mine.count > 1 and ranks != mine.count:
+        raise ValueError(f"--ranks: is {ranks}, and {mine.count} were started; leave it out")
     job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb)
     if not plan:
         _check_out(out)
@@ -101,23 +116,34 @@ def merge_command(
             without=job.without,
             dtype=job.dtype,
             budget_bytes=job.budget_bytes,
+            ranks=max(ranks, mine.count),
         )
     except ValueError as error:
         raise job.blamed(error) from error
+    if ranks > mine.count and not plan:
+        assert out is not None
+        raise typer.Exit(run_ranks(ranks, out))
     warnings = [*job.warnings, *planned.warnings]
-    for warning in warnings:
+    for warning in warnings if mine.rank == 0 else ():
         caution(warning)
     if plan:
         _show_plan(planned, as_json, warnings)
         return
     assert out is not None
     try:
-        if planned.kind == "checkpoints":
-            _merge_checkpoints(job, out, shard_mb * 1_000_000, as_json)
-        else:
-            _merge_adapters(job, out, as_json)
+        with joined(mine):
+            if planned.kind == "checkpoints":
+                report, line = _merge_checkpoints(job, out, shard_mb * 1_000_000, mine)
+            else:
+                report, line = _merge_adapters(job, out, mine)
     except ValueError as error:
         raise job.blamed(error) from error
+    except LostRankError as error:
+        if started_together(os.environ):
+            raise typer.Exit(LOST) from error
+        raise
+    if mine.rank == 0:
+        _report(job, out, as_json, report, line)
 
 
 def _read(
@@ -184,8 +210,18 @@ def _show_plan(plan: Any, as_json: bool, warnings: list[str]) -> None:
     }
     for key, value in lines.items():
         stdout.print(f"[dim]{key:>8}[/]  {escape(value)}", soft_wrap=True)
+    for number, rank in enumerate(plan.ranks if len(plan.ranks) > 1 else ()):
+        stdout.print(f"[dim]{f'rank {number}':>8}[/]  {_rank_line(rank)}", soft_wrap=True)
     for group in plan.groups if len(plan.groups) > 1 else ():
         stdout.print(f"[dim]{'group':>8}[/]  {escape(_group_line(group))}", soft_wrap=True)
+
+
+def _rank_line(rank: Any) -> str:
+    """What one of several processes does."""
+    return (
+        f"{rank.modules} modules, {human_bytes(rank.memory_bytes)} of memory, "
+        f"reads {human_bytes(rank.read_bytes)}, writes {human_bytes(rank.output_bytes)}"
+    )
 
 
 def _group_line(group: Any) -> str:
@@ -197,7 +233,7 @@ def _group_line(group: Any) -> str:
     return which + ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
-def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
+def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
     from anabranch.aggregation import merge
     from anabranch.aggregation.registry import named
     from anabranch.aggregation.withdrawal import withdraw
@@ -213,7 +249,7 @@ def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
                 for adapter, index in zip(contributions, stay.indices, strict=True)
             ]
         begun = None if job.start is None else read_adapter(job.start)
-    with module_bar(job.recipe.method) as progress:
+    with module_bar(job.recipe.method, shown=ranks.rank == 0) as progress:
         result = merge(
             contributions,
             stay.recipe,
@@ -221,24 +257,24 @@ def _merge_adapters(job: _Job, out: Path, as_json: bool) -> None:
             names=stay.names,
             budget_bytes=job.budget_bytes,
             progress=progress,
+            ranks=ranks,
         )
-    write_adapter(result.adapter, out)
-    ranks = sorted({factors.rank for factors in result.adapter.lora.values()})
-    _report(
-        job,
-        out,
-        as_json,
-        asdict(result.report),
+    if ranks.rank == 0:
+        write_adapter(result.adapter, out)
+    inner = sorted({factors.rank for factors in result.adapter.lora.values()})
+    return asdict(result.report), (
         f"{len(contributions)} adapters by {job.recipe.method}, "
-        f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, ranks))}, "
-        f"truncation error {result.report.overall_truncation:.2%}",
+        f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, inner))}, "
+        f"truncation error {result.report.overall_truncation:.2%}"
     )
 
 
-def _merge_checkpoints(job: _Job, out: Path, shard_bytes: int, as_json: bool) -> None:
+def _merge_checkpoints(
+    job: _Job, out: Path, shard_bytes: int, ranks: Ranks
+) -> tuple[dict[str, Any], str]:
     from anabranch.aggregation import merge_checkpoints
 
-    with module_bar(job.recipe.method) as progress:
+    with module_bar(job.recipe.method, shown=ranks.rank == 0) as progress:
         report = merge_checkpoints(
             job.inputs,
             job.recipe,
@@ -249,14 +285,11 @@ def _merge_checkpoints(job: _Job, out: Path, shard_bytes: int, as_json: bool) ->
             budget_bytes=job.budget_bytes,
             shard_bytes=shard_bytes,
             progress=progress,
+            ranks=ranks,
         )
-    _report(
-        job,
-        out,
-        as_json,
-        asdict(report),
+    return asdict(report), (
         f"{len(report.names)} checkpoints by {job.recipe.method}, {report.merged} tensors merged, "
-        f"{report.copied} copied, {human_bytes(report.size_bytes)}",
+        f"{report.copied} copied, {human_bytes(report.size_bytes)}"
     )
 
 

@@ -26,7 +26,7 @@ def caution(message: str) -> None:
 
 
 @contextmanager
-def module_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def module_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar of modules done, on a terminal; what it yields is told done and total."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -37,10 +37,10 @@ def module_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
     )
     with Progress(
-        *columns, console=stderr, transient=True, disable=not stderr.is_terminal
-    ) as shown:
-        task = shown.add_task(escape(title), total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+        *columns, console=stderr, transient=True, disable=not (shown and stderr.is_terminal)
+    ) as bar:
+        task = bar.add_task(escape(title), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,13 +49,15 @@ class Inputs:
         """Whose dtypes, configuration and tokenizer the result takes."""
         return self.models[0] if self.base is None else self.base
 
-    def check_copied(self) -> None:
-        """Compare the tensors that are copied.
+    def check_copied(self, among: Collection[str]) -> None:
+        """Compare the tensors that are copied, of those named.
 
         Raises:
             ValueError: One differs.
         """
         for name in self.copied:
+            if name not in among:
+                continue
             for label, model in zip(self.cohort.names, self.models, strict=True):
                 pairs = zip(
                     pieces(self.like.tensors[name]), pieces(model.tensors[name]), strict=True

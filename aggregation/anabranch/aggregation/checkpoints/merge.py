@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +20,14 @@ from anabranch.aggregation.engine.cohort import Cohort, contribution_names
 from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
+from anabranch.aggregation.engine.shard import shared_folder
 from anabranch.aggregation.method import MergeMethod
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
 from anabranch.aggregation.withdrawal import withdraw
-from anabranch.vectors.checkpoint import copy_companions, write_checkpoint
-from anabranch.vectors.new_folder import new_folder, write_text
+from anabranch.vectors.checkpoint import copy_companions, fill_checkpoint, lay_out_checkpoint
+from anabranch.vectors.new_folder import write_text
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -64,6 +66,7 @@ def merge_checkpoints(
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> CheckpointReport:
     """Merge whole models into a new checkpoint: base + scale·merge(model_i − base).
 
@@ -85,12 +88,16 @@ def merge_checkpoints(
         dtype: What the result is stored in; None keeps the base's, tensor by tensor.
         budget_bytes: Memory for entries.
         shard_bytes: Most bytes of tensors in one file.
-        progress: Called with the tensors done and all there are.
+        progress: Called with the tensors done and all there are, of this rank.
+        ranks: Who merges these checkpoints together, each a part of the tensors and of the budget;
+            each writes its own into the files, which are those that one alone would write.
 
     Raises:
         ValueError: Bad recipe, weights or checkpoints, in one line that names the contribution.
         OSError: The disk refuses.
+        LostRankError: Another rank is gone; nothing is left behind.
     """
+    budget_bytes //= ranks.local_count
     paths = [str(path) for path in models] if names is None else names
     stay = withdraw(contribution_names(paths, len(models)), without, recipe, weights)
     models = [models[index] for index in stay.indices]
@@ -104,7 +111,8 @@ def merge_checkpoints(
         name: (stored if stored and tensor.dtype.is_floating_point else tensor.dtype, tensor.shape)
         for name, tensor in like.items()
     }
-    total = len(layout)
+    mine = ranks.mine({name: tensor.size_bytes for name, tensor in like.items()})
+    cohort = replace(inputs.cohort.only(mine), ranks=ranks)
     done = 0
 
     def merged_pieces(name: str) -> Iterator[Tensor]:
@@ -116,21 +124,24 @@ def merge_checkpoints(
             yield from pieces(like[name])
         done += 1
         if progress is not None:
-            progress(done, total)
+            progress(done, len(mine))
 
-    with new_folder(out) as partial:
-        inputs.check_copied()
+    with shared_folder(out, ranks) as partial:
+        inputs.check_copied(mine)
         rows = {
             group.modules: merged_rows(
-                inputs.cohort.only(group.modules), group, budget_bytes, alone=len(parts) == 1
+                cohort.only(group.modules), group, budget_bytes, alone=len(parts) == 1
             )
             for group in parts
         }
-        if inputs.like.folder is not None:
-            copy_companions(inputs.like.folder, partial)
-            if dtype is not None:
-                _restate_dtype(partial / "config.json", dtype)
-        write_checkpoint(partial, layout, merged_pieces, shard_bytes)
+        if ranks.rank == 0:
+            lay_out_checkpoint(partial, layout, shard_bytes)
+            if inputs.like.folder is not None:
+                copy_companions(inputs.like.folder, partial)
+                if dtype is not None:
+                    _restate_dtype(partial / "config.json", dtype)
+        ranks.wait()
+        fill_checkpoint(partial, layout, shard_bytes, merged_pieces, mine)
     return CheckpointReport(
         names=inputs.cohort.names,
         merged=len(inputs.cohort.deltas),

@@ -6,8 +6,7 @@ Shape legend: C contributions, R rows of a chunk, n columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -51,7 +50,8 @@ def merged_rows(
     if method.coefficients is not None:
         return _Combined(cohort, group_coefficients(cohort, group, budget_bytes), budget_bytes)
     if method.matrices is not None:
-        return _Matrices(cohort, method, config, weights_C)
+        matrices = _Matrices(cohort, method, config, weights_C)
+        return replace(matrices, factor=matrices.to_mean_norm()) if method.mean_norm else matrices
     return EntryMerge(cohort, method, config, weights_C, budget_bytes, keep_model=alone)
 
 
@@ -115,18 +115,16 @@ class _Matrices:
     method: MergeMethod
     config: MethodConfig
     weights_C: Tensor  # noqa: N815
+    factor: float = 1.0
 
     def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
-        merged = self._merge(module) * self._factor
+        merged = self._merge(module) * self.factor
         yield 0, merged.view(matrix_shape(merged.shape))
 
-    @cached_property
-    def _factor(self) -> float:
-        """Merges every module once to know their norms, where the method wants the mean norm."""
-        if not self.method.mean_norm:
-            return 1.0
-        norms = (norm(self._merge(module)) for module in self.cohort.deltas)
-        return self.method.norm_factor(self.cohort.deltas, self.weights_C, norms)
+    def to_mean_norm(self) -> float:
+        """The factor to the mean norm; every module is merged once to know it."""
+        norms = {module: norm(self._merge(module)) for module in self.cohort.deltas}
+        return self.method.norm_factor(self.cohort.deltas, self.weights_C, norms, self.cohort.ranks)
 
     def _merge(self, module: str) -> Tensor:
         merged = held(

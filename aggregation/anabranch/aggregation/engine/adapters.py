@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeVar
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from anabranch.aggregation.engine.refactor import Spectrum
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import group_coefficients
 from anabranch.aggregation.method import MergeMethod, cosines
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.adapter import Adapter, LoraFactors, task_vector
@@ -71,6 +73,7 @@ def merge_adapters(
     without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> MergeResult:
     """Merge adapters into one of the recipe's rank: start + scale·merge(adapter_i − start).
 
@@ -89,11 +92,15 @@ def merge_adapters(
             ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
             where it fits half, and is formed again on every read where it does not.
-        progress: Called with the modules done and all there are.
+        progress: Called with the modules done and all there are, of this rank.
+        ranks: Who merges these adapters together, each a part of the modules and of the budget. All
+            of them get the result.
 
     Raises:
         ValueError: Bad recipe, weights or adapters, in one line that names the contribution.
+        LostRankError: Another rank is gone.
     """
+    budget_bytes //= ranks.local_count
     stay = withdraw(contribution_names(names, len(adapters)), without, recipe, weights)
     adapters, names = [adapters[index] for index in stay.indices], stay.names
     starts = None if starts is None else [starts[index] for index in stay.indices]
@@ -102,9 +109,9 @@ def merge_adapters(
     parts = groups(stay.recipe, cohort.deltas, len(cohort))
     for group in parts:
         check_refactor(recipe, group.method, adapters)
-    cohort = checked(cohort)
+    cohort = checked(cohort.share_of(ranks))
     grams = module_grams(cohort, budget_bytes)
-    tick = _counter(progress, len(adapters[0].lora))
+    tick = _counter(progress, sum(module in adapters[0].lora for module in cohort.deltas))
     merged = _Merged({}, {}, {}, {})
     for group in parts:
         alike = with_importance(cohort.only(group.modules), vectors, group.method)
@@ -112,6 +119,7 @@ def merge_adapters(
             adapters, start, starts, recipe.refactor, group, alike, budget_bytes, tick
         )
         merged = merged.joined(_merge_group(job, grams))
+    merged = reduce(_Merged.joined, ranks.gather(merged))
     base_hash = cohort.base_hash
     if start is not None:
         base_hash = common_base([base_hash, start.base_hash], [names[0], "the start"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.vectors.task_vector import Delta, Held, LowRank, Stored, TaskVector
 
 
@@ -24,12 +25,14 @@ class Cohort:
         base_hash: Hash of the base they belong to, None when none of them says.
         importances: By module, how much each entry matters to its contribution, where the method
             reads it (``engine.importance``).
+        ranks: Who merges them together; the modules are then those of this rank.
     """
 
     names: tuple[str, ...]
     deltas: Mapping[str, tuple[Delta, ...]]
     base_hash: str | None
     importances: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         """C."""
@@ -41,12 +44,17 @@ class Cohort:
         return len(self) * (2 if self.importances else 1)
 
     def only(self, modules: Sequence[str]) -> Cohort:
-        """The same contributions over some of the modules."""
+        """The same contributions over those of some modules that are here."""
         return replace(
             self,
-            deltas={module: self.deltas[module] for module in modules},
+            deltas={module: self.deltas[module] for module in modules if module in self.deltas},
             importances={m: self.importances[m] for m in modules if m in self.importances},
         )
+
+    def share_of(self, ranks: Ranks) -> Cohort:
+        """The same contributions over the modules that one of several ranks merges."""
+        sizes = {module: parts[0].shape.numel() for module, parts in self.deltas.items()}
+        return replace(self.only(ranks.mine(sizes)), ranks=ranks)
 
     def entries(self) -> int:
         """Entries of one whole task vector, D over all modules."""

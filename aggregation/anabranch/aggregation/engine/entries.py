@@ -16,6 +16,7 @@ from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.importance import normalised_cohort
 from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows, device_of, fill_rows
 from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Found, gather_statistics
 from anabranch.vectors.task_vector import Delta
 
@@ -54,7 +55,7 @@ class EntryMerge:
             bytes_held = self.cohort.entries() * (self.cohort.held_per_entry + 1) * FP32_BYTES
             keep = keep_model and bytes_held <= self.budget_bytes // 2
             sources = {m: self._source(m, keep) for m in self.cohort.deltas}
-            found = self._gather(list(sources.values()))
+            found = self._gather(list(sources.values()), cohort.ranks)
             self._found = dict.fromkeys(sources, found)
             self._sources = sources if keep else {}
 
@@ -96,10 +97,10 @@ class EntryMerge:
             fused=self.method.kernel is not None,
         )
 
-    def _gather(self, sources: Sequence[ModuleRows]) -> Found:
+    def _gather(self, sources: Sequence[ModuleRows], ranks: Ranks = ALONE) -> Found:
         entries = sum(source.rows * source.columns for source in sources)
         return gather_statistics(
-            self.method.statistics, _Chunks(sources), entries, self.weights_C, self.config
+            self.method.statistics, _Chunks(sources), entries, self.weights_C, self.config, ranks
         )
 
 

@@ -32,7 +32,7 @@ def total_gram(grams: Mapping[str, Tensor], count: int) -> Tensor:
 
 
 def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> dict[str, Tensor]:
-    """⟨τ_i, τ_j⟩ by module [C, C], fp64, on the CPU, symmetric up to rounding.
+    """⟨τ_i, τ_j⟩ by module [C, C], fp64, on the CPU, symmetric up to rounding; those of all ranks.
 
     Modules held as factors cost O(K²(m + n)); dense ones are read once, a piece at a time.
 
@@ -51,7 +51,7 @@ def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> di
             for piece_CL in recut(chunk.deltas_CD for chunk in rows):
                 gram_CC += inner_products(piece_CL).cpu()
         grams[module] = gram_CC
-    return grams
+    return cohort.ranks.union(grams)
 
 
 def _factor_gram(factors: Sequence[LowRank]) -> Tensor:

@@ -60,7 +60,7 @@ def normalised_cohort(cohort: Cohort, over: Over) -> Cohort:
         mine = {module: parts[place] for module, parts in cohort.importances.items()}
         for module, importance in mine.items():
             _check(importance, name, module)
-        each.append(normalised(mine, over))
+        each.append(normalised(mine, over, cohort.ranks.union))
     return replace(
         cohort,
         importances={m: tuple(mine[m] for mine in each) for m in cohort.importances},

@@ -43,7 +43,8 @@ class AdapterMerge:
         starts: What each of them started from, None where that is ``start``.
         refactor: The way back to rank r.
         group: Which modules, and how they are merged.
-        cohort: The contributions' task vectors against the start, over these modules.
+        cohort: The contributions' task vectors against the start, over those of these modules that
+            are this rank's.
         budget_bytes: Memory for dense entries.
         progress: Called for every module that is done.
     """
@@ -72,8 +73,8 @@ class AdapterMerge:
 
     @property
     def with_factors(self) -> list[str]:
-        """The group's modules that are no parameters trained in full, in order."""
-        return [module for module in self.group.modules if module in self.reference.lora]
+        """The modules that are no parameters trained in full, in order."""
+        return [module for module in self.cohort.deltas if module in self.reference.lora]
 
     def modules(self) -> Iterator[str]:
         """Modules with factors, in order; asking for the next one says that one is done."""
@@ -131,7 +132,8 @@ class AdapterMerge:
         if self.group.method.factors:
             for module in self.with_factors:
                 modules[module] = [adapter.lora[module].delta() for adapter in self.adapters]
-        return self.group.method.merge_modules(modules, self.group.weights_C, self.group.config)
+        group = self.group
+        return group.method.merge_modules(modules, group.weights_C, group.config, self.cohort.ranks)
 
     def matrices(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
         """Merged factors, the start's beside them.
@@ -140,10 +142,12 @@ class AdapterMerge:
         """
         scale = self.group.scale
         rest = 1 - scale if self.group.method.factors else 1.0
+        # Here and not at the first module: a rank that has none is asked for its norms, too.
+        merged = self.merged_matrices
         lora: dict[str, LoraFactors] = {}
         spectra: dict[str, Spectrum] = {}
         for module in self.modules():
-            parts, factors = [self.merged_matrices[module]], [scale]
+            parts, factors = [merged[module]], [scale]
             if self.start is not None and bool(self.start.lora[module].b_mr.any()):
                 parts.append(self.start.lora[module].delta())
                 factors.append(rest)
@@ -155,13 +159,15 @@ class AdapterMerge:
     def entries(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
         """Merged entries, streamed into a randomised SVD one module at a time."""
         lora, spectra = {}, {}
+        # Here and not at the first module: a rank that has none counts with the others, too.
+        merged = self.merged
         for module in self.modules():
             onto = None if self.start is None else self.start.lora[module].delta()
             m, n = self.cohort.deltas[module][0].shape
             if m * n * FP32_BYTES <= self.budget_bytes // 2:
-                source = matrix_rows(self.merged.dense(module, self.group.scale, onto))
+                source = matrix_rows(merged.dense(module, self.group.scale, onto))
             else:
-                source = _Again(self.merged, module, self.group.scale, onto)
+                source = _Again(merged, module, self.group.scale, onto)
             device = self.reference.lora[module].a_rn.device
             spectra[module] = streamed_spectrum(source, (m, n), self.rank(module), module, device)
             lora[module] = self._refactored(module, spectra[module])

@@ -135,7 +135,7 @@ def group_coefficients(
         return dict.fromkeys(cohort.deltas, shared)
     if grams is None:
         grams = module_grams(cohort, budget_bytes)
-    mine = {module: grams[module] for module in cohort.deltas}
+    mine = {module: grams[module] for module in group.modules}
     if method.scope_of(group.config) == "tensor":
         return {
             module: method.coefficients(weights_C, gram_CC, group.config).tolist()

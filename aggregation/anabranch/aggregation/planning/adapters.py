@@ -17,7 +17,8 @@ from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import FP32_BYTES
 from anabranch.aggregation.planning.cost import Cost, entry_cost, joined, nothing
 from anabranch.aggregation.planning.groups import planned, widest_scope
-from anabranch.aggregation.planning.merge_plan import MergePlan
+from anabranch.aggregation.planning.merge_plan import MergePlan, PlannedRank
+from anabranch.aggregation.ranks import Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
 from anabranch.vectors.adapter import Adapter
@@ -34,8 +35,9 @@ def plan_adapters(
     start: Path | None,
     recipe: Recipe,
     budget_bytes: int,
+    count: int,
 ) -> MergePlan:
-    """Plan a merge of PEFT folders from their configurations and headers.
+    """Plan a merge of PEFT folders by so many ranks, from their configurations and headers.
 
     Raises:
         ValueError: Adapters that do not belong together.
@@ -64,14 +66,25 @@ def plan_adapters(
     contributions = Cohort(tuple(names), alone, cohort.base_hash)
     vectors = [_layout(one) for one in adapters]
     parts = groups(recipe, alone, len(adapters))
-    costs = []
     for group in parts:
         check_refactor(recipe, group.method, adapters)
-        alike = with_importance(contributions.only(group.modules), vectors, group.method)
-        costs.append(_cost(alike, group, budget_bytes))
-    cost = joined(costs)
     like = adapters[0] if begun is None else begun
     held = sum(tensor.numel() for adapter in adapters for tensor in _tensors(adapter))
+    read_bytes = sum(_size_bytes(adapter) for _, adapter in everyone)
+    output_bytes = _output_bytes(recipe, parts, adapters, like)
+    ranks, passes = [], 0
+    for rank in range(count):
+        mine = contributions.share_of(Ranks(rank, count, count))
+        costs = []
+        for group in parts:
+            alike = with_importance(mine.only(group.modules), vectors, group.method)
+            costs.append(_cost(alike, group, budget_bytes))
+        cost = joined(costs)
+        passes = max(passes, *cost.passes.values(), 0)
+        # Every rank reads the adapters, which are small, and the first writes the result.
+        memory_bytes = held * FP32_BYTES + cost.memory_bytes
+        written_bytes = 0 if rank else output_bytes
+        ranks.append(PlannedRank(len(mine.deltas), memory_bytes, read_bytes, written_bytes))
     return MergePlan(
         kind="adapters",
         names=tuple(names),
@@ -80,10 +93,11 @@ def plan_adapters(
         modules=len(alone),
         groups=planned(parts),
         copied=0,
-        passes=max(cost.passes.values()),
-        memory_bytes=held * FP32_BYTES + cost.memory_bytes,
-        read_bytes=sum(_size_bytes(adapter) for _, adapter in everyone),
-        output_bytes=_output_bytes(recipe, parts, adapters, like),
+        passes=passes,
+        memory_bytes=sum(rank.memory_bytes for rank in ranks),
+        read_bytes=read_bytes * count,
+        output_bytes=output_bytes,
+        ranks=tuple(ranks),
         warnings=tuple(warnings),
     )
 

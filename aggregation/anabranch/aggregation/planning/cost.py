@@ -38,7 +38,7 @@ def matrix_cost(cohort: Cohort, method: MergeMethod) -> Cost:
     """What whole dense matrices take, one module at a time."""
     # The norms of the task vectors, and a merge for the norm of the result, come first.
     passes = dict.fromkeys(cohort.deltas, 3 if method.mean_norm else 1)
-    return Cost(passes, max(matrix_bytes(cohort, module, method) for module in cohort.deltas))
+    return Cost(passes, max((matrix_bytes(cohort, m, method) for m in cohort.deltas), default=0))
 
 
 def entry_cost(
@@ -64,7 +64,9 @@ def entry_cost(
         # An exact k-th takes two passes unless the whole scope is one chunk.
         kths = several * sum(s.how.startswith("kth") for s in method.statistics)
         first = len(method.statistics) + kths
-        counters = max(counters, COUNTER_BYTES * count * bool(kths))
+        # Beside its own, a rank holds those of another and the sum.
+        copies = 3 if whole_model and cohort.ranks.count > 1 else 1
+        counters = max(counters, copies * COUNTER_BYTES * count * bool(kths))
         whole_bytes = parts[0].shape.numel() * FP32_BYTES
         fits = rows.rows * row_bytes + whole_bytes <= budget_bytes // 2
         kept = keep_all if whole_model else gathers and fits

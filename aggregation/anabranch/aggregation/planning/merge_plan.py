@@ -31,6 +31,23 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True)
+class PlannedRank:
+    """What one of several processes does.
+
+    Attributes:
+        modules: How many modules or tensors it merges and copies.
+        memory_bytes: What it holds at most, on top of the libraries.
+        read_bytes: Bytes it reads from files, at most.
+        output_bytes: Bytes of the tensors that it writes.
+    """
+
+    modules: int
+    memory_bytes: int
+    read_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """What a merge will do.
 
@@ -47,6 +64,7 @@ class MergePlan:
         memory_bytes: What the merge holds at most, on top of the libraries.
         read_bytes: Bytes read from files, at most.
         output_bytes: Bytes of the tensors that are written.
+        ranks: What each process does of it; one where the merge is not split.
         warnings: What is odd, one line each.
     """
 
@@ -61,4 +79,5 @@ class MergePlan:
     memory_bytes: int
     read_bytes: int
     output_bytes: int
+    ranks: tuple[PlannedRank, ...]
     warnings: tuple[str, ...]

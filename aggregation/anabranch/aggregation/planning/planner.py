@@ -33,6 +33,7 @@ def plan_merge(
     without: Sequence[str] = (),
     dtype: str | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    ranks: int = 1,
 ) -> MergePlan:
     """Say what merging PEFT folders, or checkpoints, will do; no tensor is read.
 
@@ -45,11 +46,13 @@ def plan_merge(
         names: What to call the inputs; None takes their paths.
         without: Names of inputs to leave out.
         dtype: What a merged checkpoint is stored in; None keeps the base's.
-        budget_bytes: Memory for entries.
+        budget_bytes: Memory for entries, of all ranks together.
+        ranks: How many processes of this machine merge together.
 
     Raises:
         ValueError: What the merge would refuse, in one line with the reason and the fix.
     """
+    budget_bytes //= ranks
     method = named(recipe)
     kind = kind_of(inputs)
     stay = withdraw(
@@ -64,13 +67,13 @@ def plan_merge(
         opened = open_inputs(inputs, base, stay.names, method)
         parts = groups(stay.recipe, opened.cohort.deltas, len(inputs))
         warnings = check_groups(parts, opened.cohort, base, budget_bytes)
-        plan = plan_checkpoints(opened, parts, dtype, budget_bytes)
+        plan = plan_checkpoints(opened, parts, dtype, budget_bytes, ranks)
         return replace(plan, warnings=(*warnings, *plan.warnings))
     if base is not None:
         raise ValueError(
             f"{base}: --base is for checkpoints; adapters say themselves what they add"
         )
-    return plan_adapters(inputs, stay.names, start, stay.recipe, budget_bytes)
+    return plan_adapters(inputs, stay.names, start, stay.recipe, budget_bytes, ranks)
 
 
 def kind_of(inputs: Sequence[Path]) -> Kind:

@@ -1,0 +1,5 @@
+"""``python -m anabranch.cli``, for torchrun."""
+
+from anabranch.cli.main import main
+
+main()
