@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench quality gpu clean
 
 install: $(STAMP)
 
@@ -35,6 +35,14 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.federation
+
+quality: install
+	$(BIN)/python -m benchmarks.quality
+
+# On a machine with a CUDA device, and a build of torch for it in .venv.
+gpu: install
+	$(BIN)/python -m pytest -rs tests/gpu
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,4 +1,4 @@
-"""Merging beside mergekit and PEFT, on the same tensors in the same process.
+"""Merging beside mergekit, PEFT and FusionBench, on the same tensors in the same process.
 
 Dense: 16 task vectors of one 2000 x 2000 matrix, fp32, standard normal; ours through the engine,
 checks included. Adapters: 16 LoRA adapters of rank 16 on one 4096 x 4096 layer. A read is one
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +22,6 @@ from torch import Tensor
 
 from anabranch.aggregation import Recipe, merge, merge_task_vectors
 from anabranch.aggregation.recipe import Refactor
-from anabranch.aggregation.ternary import Rule, merge_ternary
 from anabranch.vectors import Adapter, LoraFactors, TaskVector
 from anabranch.vectors.sparse import ternarise
 from benchmarks import merge_rivals as rivals
@@ -29,7 +30,8 @@ from benchmarks.harness import Row, main
 ROOT = Path(__file__).parents[1]
 CLIENTS, THREADS, DENSITY = 16, 2, 0.2
 SLOW_S = 5.0
-MERGEKIT, PEFT = "mergekit 0.1.5", "peft 0.21"
+DECODED = "decode, then dense kernel"
+MERGEKIT, PEFT, FUSION_BENCH = "mergekit 0.1.5", "peft 0.21", "FusionBench 0.2.33"
 
 DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ties": ({"density": DENSITY}, {"density": DENSITY}),
@@ -44,7 +46,33 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Our parameters and mergekit's, by method."""
 
-TERNARY: tuple[Rule, ...] = ("mean", "ties")
+TERNARY = ("mean", "ties")
+
+SPECTRAL = ("tsv_m", "iso_c")
+"""Of adapters, by ours in the space they span and by FusionBench on dense ΔW."""
+
+BARS: dict[tuple[str, str], dict[str, float]] = {
+    ("ties", MERGEKIT): {"ratio": 1 / 30, "reads": 25},
+    ("ties", PEFT): {"ratio": 1 / 15, "reads": 25},
+    ("mean", MERGEKIT): {"ratio": 1 / 8},
+    ("task_arithmetic", MERGEKIT): {"ratio": 1 / 8},
+    ("sce", MERGEKIT): {"ratio": 1 / 8},
+    ("dare_ties", MERGEKIT): {"ratio": 1 / 8},
+    ("breadcrumbs", MERGEKIT): {"ratio": 1 / 8},
+    ("della", MERGEKIT): {"ratio": 1 / 8},
+    ("lora svd", f"{PEFT} svd"): {"ratio": 1 / 50},
+    ("lora svd error", f"{PEFT} svd"): {"ours": 1e-5},
+    ("lora ties svd", f"{PEFT} ties_svd"): {"ratio": 1 / 15},
+    ("lora tsv_m", FUSION_BENCH): {"ratio": 1 / 30},
+    ("lora tsv_m error", FUSION_BENCH): {"ours": 1e-5},
+    ("lora iso_c", FUSION_BENCH): {"ratio": 1 / 30},
+    ("lora iso_c error", FUSION_BENCH): {"ours": 1e-5},
+    ("ternary mean", DECODED): {"ratio": 1 / 4},
+    ("ternary ties", DECODED): {"ratio": 1 / 4},
+    ("ties memory", MERGEKIT): {"ratio": 1 / 3},
+    ("ties memory", PEFT): {"ratio": 1 / 3},
+}
+"""The most a figure may be (``harness.Row``), by row and rival."""
 
 ALONE = ("median", "trimmed_mean", "magmax", "consensus")
 """Methods that neither rival has."""
@@ -144,6 +172,33 @@ def adapter_rows(size: int, runs: int, wanted: Callable[[str], bool]) -> Iterato
         yield Row(f"{what} error", gaps[0], gaps[1], f"{PEFT} {rival}", scenario, note)
 
 
+def spectral_rows(size: int, runs: int, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    """TSV-M and Iso-C of LoRA adapters, all their directions kept, beside the same on dense ΔW."""
+    rank = 16
+    scenario = f"{CLIENTS} LoRA r{rank}, {size} x {size}"
+    adapters = drawn_adapters(size, rank)
+    for method in SPECTRAL:
+        what = f"lora {method}"
+        if not wanted(what):
+            continue
+        recipe = Recipe(method=method, refactor=Refactor(kind="stack"))
+        mine = seconds(lambda: merge(adapters, recipe), runs)  # noqa: B023
+        matrices = [adapter.lora[rivals.LAYER].delta().dense() for adapter in adapters]
+        started = time.perf_counter()
+        dense = rivals.fusion_bench(matrices, method)
+        theirs = time.perf_counter() - started
+        note = "seconds; the rival ran once, on ΔW multiplied out beforehand"
+        yield Row(what, mine, theirs, FUSION_BENCH, scenario, note)
+        expected = rivals.fusion_bench_in_the_core(adapters, method)
+        found = merge(adapters, recipe).adapter.lora[rivals.LAYER].delta().dense()
+        off = [rivals.distance(one, expected) for one in (found, dense)]
+        note = (
+            "relative distance from FusionBench's rule in the space the adapters span (fp64); "
+            "dense, its answer is chance: see benchmarks/merge_rivals.py"
+        )
+        yield Row(f"{what} error", off[0], off[1], FUSION_BENCH, scenario, note)
+
+
 def ternary_rows(side: int, runs: int, wanted: Callable[[str], bool]) -> Iterator[Row]:
     """Sparse ternary updates merged as they are, beside decoding them for the dense kernel."""
     updates, entries = 64, side * side
@@ -159,13 +214,16 @@ def ternary_rows(side: int, runs: int, wanted: Callable[[str], bool]) -> Iterato
             continue
         recipe = Recipe(method=rule, params={"density": 1.0} if rule == "ties" else {})
 
+        def as_they_are(recipe: Recipe = recipe) -> TaskVector:
+            return merge_task_vectors([TaskVector({"w": one}) for one in found], recipe)
+
         def decoded(recipe: Recipe = recipe) -> TaskVector:
             return merge_task_vectors([TaskVector({"w": one.dense()}) for one in found], recipe)
 
-        mine = seconds(lambda: merge_ternary(found, rule), runs)  # noqa: B023
+        mine = seconds(as_they_are, runs)
         theirs = seconds(decoded, min(runs, 3))
         note = "seconds, median; beside our own merge of what they decode to, decoding included"
-        yield Row(f"ternary {rule}", mine, theirs, "decode, then dense kernel", scenario, note)
+        yield Row(f"ternary {rule}", mine, theirs, DECODED, scenario, note)
 
 
 def memory_rows(side: int, wanted: Callable[[str], bool]) -> Iterator[Row]:
@@ -193,10 +251,17 @@ def measure(quick: bool, only: str | None) -> Iterator[Row]:
         return only is None or only in f"{what} error"
 
     side, size, runs = (600, 512, 1) if quick else (2000, 4096, 5)
-    yield from dense_rows(side, runs, wanted)
-    yield from adapter_rows(size, runs, wanted)
-    yield from ternary_rows(side, runs, wanted)
-    yield from memory_rows(side, wanted)
+    rows = chain(
+        dense_rows(side, runs, wanted),
+        adapter_rows(size, runs, wanted),
+        spectral_rows(size, runs, wanted),
+        ternary_rows(side, runs, wanted),
+        memory_rows(side, wanted),
+    )
+    unread = dict(BARS)
+    for row in rows:
+        yield replace(row, most=unread.pop((row.what, row.rival_name), {}))
+    assert only or not unread, f"bars of rows that are not there: {sorted(unread)}"
 
 
 if __name__ == "__main__":

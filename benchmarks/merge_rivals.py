@@ -1,11 +1,17 @@
-"""The same task vectors merged by mergekit and by PEFT, and how good a merge of rank r is."""
+"""The same task vectors merged by mergekit, PEFT and FusionBench, and how good merges are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from fusion_bench.method.isotropic_merging.iso_utils import iso_c
+from fusion_bench.method.task_singular_vector.utils.TSVM_utils import (
+    compute_and_sum_svd_mem_reduction as tsv_m,
+)
 from mergekit.merge_methods.api import merge_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.merge_utils import ties
@@ -96,3 +102,30 @@ def gap(exact_mn: Tensor, found_mn: Tensor, rank: int) -> float:
     values_n = torch.linalg.eigvalsh(exact_mn.T @ exact_mn).flip(0)
     best = float(values_n[rank:].clamp(min=0).sum().sqrt())
     return float((exact_mn - found_mn.double()).norm()) / best - 1
+
+
+def fusion_bench(matrices: Sequence[Tensor], method: str) -> Tensor:
+    """FusionBench's ``tsv_m`` or ``iso_c`` of dense task vectors, without what it prints."""
+    rules: dict[str, Callable[..., dict[str, Tensor]]] = {"tsv_m": tsv_m, "iso_c": iso_c}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return rules[method]([{"w": matrix} for matrix in matrices], accelerator="cpu")["w"]
+
+
+def fusion_bench_in_the_core(adapters: Sequence[Adapter], method: str) -> Tensor:
+    """FusionBench's rule where it is defined for adapters: in the space they span, fp64.
+
+    Dense, a ΔW of rank 16 has thousands of singular vectors whose value is zero and whose direction
+    is chance, and both methods give them a say. In orthonormal bases of all columns and all rows
+    there are none of these: with C·r below m and n, every direction of the cores is live.
+    """
+    factors = [adapter.lora[LAYER].delta() for adapter in adapters]
+    left_mK = torch.linalg.qr(torch.cat([one.b_mk for one in factors], dim=1).double()).Q
+    right_nK = torch.linalg.qr(torch.cat([one.a_kn for one in factors]).double().T).Q
+    cores = [(left_mK.T @ one.b_mk.double()) @ (one.a_kn.double() @ right_nK) for one in factors]
+    merged_mn: Tensor = left_mK @ fusion_bench(cores, method) @ right_nK.T
+    return merged_mn
+
+
+def distance(found_mn: Tensor, expected_mn: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖, fp64."""
+    return float((found_mn.double() - expected_mn).norm() / expected_mn.norm())

@@ -18,8 +18,8 @@ from anabranch.vectors.checkpoint import write_checkpoint
 MODELS = 12
 BUDGET_BYTES = 48 << 20
 SHARD_BYTES = 16 << 20
-LAYOUT = {f"layer.{i}.w": (torch.float32, torch.Size((1500, 2000))) for i in range(5)}
-"""60 MB a model."""
+LAYOUT = {f"layer.{i}.w": (torch.float32, torch.Size((200, 2000))) for i in range(40)}
+"""64 MB a model, in many modules that kernels merge: what each of them held would add up."""
 
 MERGE = """
 import sys
@@ -58,8 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         generator = torch.Generator().manual_seed(index)
 
         def rows(_: str, generator: torch.Generator = generator) -> Iterator[torch.Tensor]:
-            for _part in range(10):
-                yield torch.randn(150, 2000, generator=generator)
+            yield torch.randn(200, 2000, generator=generator)
 
         (folder / name).mkdir()
         write_checkpoint(folder / name, LAYOUT, rows, 1 << 30)

@@ -9,6 +9,7 @@ from anabranch.aggregation.engine.gram import gram
 from anabranch.aggregation.method import squared_distances
 from anabranch.aggregation.registry import methods
 from anabranch.vectors import LowRank, TaskVector
+from anabranch.vectors.sparse import nothing, ternarise
 
 
 def cohort(count: int = 4) -> list[TaskVector]:
@@ -72,3 +73,18 @@ def test_one_huge_contribution_does_not_move_the_result(method: str, size: float
     merged_D = methods()[method](deltas_CD)
     spread = float((honest_CD - honest_CD.mean(0)).norm(dim=1).max())
     assert float((merged_D - honest_CD.mean(0)).norm()) < 0.5 * spread
+
+
+def test_sparse_ones_are_counted_and_not_decoded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(40, 30, generator=generator)
+    found = [
+        ternarise(common + torch.randn(40, 30, generator=generator), density)
+        for density in (0.1, 0.5, 1.0, 0.01)
+    ]
+    found.insert(2, nothing(common.shape))
+    sparse = gram(gather([TaskVector({"w": one}) for one in found]))
+    dense = gram(gather([TaskVector({"w": one.dense()}) for one in found]))
+    torch.testing.assert_close(sparse, dense, atol=0, rtol=1e-13)
+    empty = gram(gather([TaskVector({"w": nothing(common.shape)})] * 2))
+    assert torch.equal(empty, torch.zeros(2, 2, dtype=torch.float64))

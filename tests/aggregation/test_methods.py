@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,18 @@ def deltas(count: int = 5, entries: int = 211, seed: int = 0) -> Tensor:
     return torch.randn(count, entries, generator=torch.Generator().manual_seed(seed))
 
 
+ADVERSARIAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "as drawn": lambda deltas_CD: deltas_CD,
+    "zeros": torch.zeros_like,
+    "equal": lambda deltas_CD: deltas_CD[:1].expand_as(deltas_CD),
+    "many ties": torch.round,
+    "opposite": lambda deltas_CD: deltas_CD[:1] * (-1.0) ** torch.arange(len(deltas_CD))[:, None],
+    "one far larger": lambda deltas_CD: torch.cat([1e4 * deltas_CD[:1], deltas_CD[1:]]),
+    "of rank one": lambda deltas_CD: deltas_CD[:, :1] * deltas_CD[:1],
+}
+of_any_kind = pytest.mark.parametrize("case", ADVERSARIAL)
+
+
 def naive_ties(deltas_CD: Tensor, weights: list[float], keep: int) -> Tensor:
     trimmed = []
     for row in deltas_CD.tolist():
@@ -64,13 +77,14 @@ def test_task_arithmetic_forgets_with_a_negative_weight() -> None:
     torch.testing.assert_close(merged_D, deltas_CD[0] - deltas_CD[1])
 
 
+@of_any_kind
 @pytest.mark.parametrize("density", [0.004, 0.1, 0.2, 0.5, 1.0])
-def test_ties_is_the_loop(density: float) -> None:
-    deltas_CD = deltas()
+def test_ties_is_the_loop(density: float, case: str) -> None:
+    deltas_CD = ADVERSARIAL[case](deltas())
     merged_D = TIES(deltas_CD, WEIGHTS, TiesConfig(density=density))
     expected_D = naive_ties(deltas_CD, WEIGHTS.tolist(), max(1, int(density * 211)))
     torch.testing.assert_close(merged_D, expected_D)
-    assert int((merged_D != 0).sum()) > 0
+    assert bool(merged_D.any()) == (case != "zeros")
 
 
 def test_ties_keeps_all_entries_tied_with_the_last_one_kept() -> None:
@@ -142,17 +156,19 @@ def test_dare_at_density_one_is_the_plain_method() -> None:
     )
 
 
+@of_any_kind
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 9])
-def test_median_is_the_middle_or_the_mean_of_the_middle_two(count: int) -> None:
-    deltas_CD = deltas(count)
+def test_median_is_the_middle_or_the_mean_of_the_middle_two(count: int, case: str) -> None:
+    deltas_CD = ADVERSARIAL[case](deltas(count))
     rows = [sorted(column) for column in zip(*deltas_CD.tolist(), strict=True)]
     expected_D = torch.tensor([(row[(count - 1) // 2] + row[count // 2]) / 2 for row in rows])
     torch.testing.assert_close(median(deltas_CD), expected_D)
 
 
+@of_any_kind
 @pytest.mark.parametrize(("trim", "dropped"), [(0, 0), (1, 1), (2, 2), (0.2, 1), (0.45, 2)])
-def test_trimmed_mean_drops_both_ends(trim: float, dropped: int) -> None:
-    deltas_CD = deltas()
+def test_trimmed_mean_drops_both_ends(trim: float, dropped: int, case: str) -> None:
+    deltas_CD = ADVERSARIAL[case](deltas())
     rows = [sorted(column) for column in zip(*deltas_CD.tolist(), strict=True)]
     expected_D = torch.tensor(
         [math.fsum(row[dropped : 5 - dropped]) / (5 - 2 * dropped) for row in rows]
@@ -178,9 +194,10 @@ def naive_krum(deltas_CD: Tensor, f: int, m: int) -> Tensor:
     return rows[chosen].mean(0).float()
 
 
+@of_any_kind
 @pytest.mark.parametrize(("f", "m"), [(0, None), (1, None), (2, 1), (2, 3), (3, 9)])
-def test_multi_krum_is_the_loop(f: int, m: int | None) -> None:
-    deltas_CD = deltas(9)
+def test_multi_krum_is_the_loop(f: int, m: int | None, case: str) -> None:
+    deltas_CD = ADVERSARIAL[case](deltas(9))
     merged_D = multi_krum(deltas_CD, None, MultiKrumConfig(f=f, m=m))
     torch.testing.assert_close(merged_D, naive_krum(deltas_CD, f, m or 9 - f))
 
@@ -275,6 +292,17 @@ def test_robust_methods_ignore_what_clients_claim_to_weigh() -> None:
 def test_weights_that_mean_nothing_are_refused(weights: list[float], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         MEAN(deltas(), torch.tensor(weights))
+
+
+@pytest.mark.parametrize("method", BUILT_IN)
+def test_entries_that_cannot_be_merged_are_refused(method: MergeMethod) -> None:
+    for wrong in (math.nan, math.inf):
+        deltas_CD = deltas()
+        deltas_CD[3, 100] = wrong
+        with pytest.raises(ValueError, match=r"^contribution 3 holds numbers that are not finite"):
+            method(deltas_CD)
+    with pytest.raises(ValueError, match=r"^contribution 0 holds torch\.int64; give floating"):
+        method(torch.ones(5, 7, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

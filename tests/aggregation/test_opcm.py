@@ -189,7 +189,7 @@ def test_updates_that_do_not_belong_are_refused() -> None:
     with pytest.raises(ValueError, match="trained on base feedfeedfeed"):
         merge_next(state, TaskVector(good, "feed" * 16))
     nan = LowRank(torch.full((30, 2), math.nan), torch.ones(2, 20))
-    with pytest.raises(ValueError, match=r"module layer0 of the update holds torch\.float32"):
+    with pytest.raises(ValueError, match=r"the update: module layer0 holds numbers .* not finite"):
         merge_next(state, TaskVector({**good, "layer0": nan}))
     with pytest.raises(ValueError, match="give merge_next at least one"):
         OpcmState().merged()

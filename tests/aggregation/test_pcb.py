@@ -48,6 +48,22 @@ def naive(deltas_CD: Tensor, ratio: float, weights: list[float] | None = None) -
     return torch.tensor(merged)
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+@pytest.mark.parametrize(
+    "deltas_CD",
+    [
+        deltas(1),
+        deltas().round(),
+        deltas() * (torch.arange(211) % 2),
+        torch.cat([1e4 * deltas()[:1], deltas()[1:]]),
+    ],
+    ids=["one", "many ties", "half of them zero", "one far larger"],
+)
+def test_pcb_is_the_loop_on_adversarial_tensors(deltas_CD: Tensor, ratio: float) -> None:
+    merged_D = PCB(deltas_CD, None, PcbConfig(ratio=ratio))
+    torch.testing.assert_close(merged_D, naive(deltas_CD, ratio), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("ratio", [0.02, 0.1, 0.5, 0.9, 1.0])
 def test_pcb_is_the_loop(ratio: float) -> None:
     deltas_CD = deltas()

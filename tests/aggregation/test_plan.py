@@ -126,6 +126,23 @@ def test_ranks_share_what_one_would_do(kind: str, models: list[Path], adapters: 
     assert shared.memory_bytes == sum(rank.memory_bytes for rank in shared.ranks)
 
 
+@pytest.mark.parametrize("method", ["ties", "tsv_m"])
+def test_a_budget_too_small_for_ranks_is_said_of_all_of_them(
+    method: str, models: list[Path]
+) -> None:
+    def plan(budget_bytes: int) -> None:
+        plan_merge(
+            models[1:], Recipe(method=method), base=models[0], budget_bytes=budget_bytes, ranks=2
+        )
+
+    with pytest.raises(ValueError, match="budget_bytes: 4000 over 2 ranks cannot") as refused:
+        plan(4000)
+    needed = int(str(refused.value).split()[-1])
+    plan(needed)
+    with pytest.raises(ValueError, match=f"allow at least {needed}"):
+        plan(needed - 2)
+
+
 @pytest.mark.usefixtures("no_reads")
 def test_a_plan_of_checkpoints_reads_headers_only(models: list[Path]) -> None:
     base, *tuned = models

@@ -137,6 +137,7 @@ def test_mergekits_yaml_names_its_models(run: Any, models: dict[str, Path], tmp_
 BAD = {
     "no out": ("{recipe} {north}", "nowhere to write to; name a new folder with --out"),
     "nothing": ("{recipe} -o {out}", "nothing to merge"),
+    "no such device": ("{recipe} {north} --device gpu -o {out}", "device: gpu is none that can"),
     "unknown name": ("{recipe} {north} {south} --without west -o {out}", "'west' is none of"),
     "all gone": ("{recipe} {north} --without north -o {out}", "leaves none of"),
     "another shape": (

@@ -20,7 +20,8 @@ from anabranch.client.app import app, client_seed
 from anabranch.client.mods import BASE_MISMATCH, RESIDUAL_KEY
 from anabranch.client.records import unpack
 from anabranch.client.session import open_session
-from anabranch.vectors import Adapter, seeded_start
+from anabranch.vectors import Adapter, LowRank, seeded_start
+from anabranch.vectors.frozen import join
 from anabranch.wire import CodecConfig, UpdateMeta, WireError, decode_update, encode_update
 from anabranch.wire.plan import ADAPTER_STYPE, PLAN_KEY, RoundPlan
 
@@ -261,3 +262,20 @@ def test_a_client_of_lower_rank_trains_and_ships_that_rank() -> None:
     assert blob_of(app(order(plan(round=2)), node))
     with pytest.raises(ValueError, match="asks for rank 1000"):
         app(order(plan(rank=1000)), node)
+
+
+def test_a_client_trains_beside_what_is_frozen_and_ships_its_own_ranks() -> None:
+    start = moved(0.01)
+    frozen = {"hidden": LowRank(torch.full((64, 3), 0.2), torch.full((3, 32), 0.1))}
+    asked = plan(codec=CodecConfig(name="dense", feedback=0.0))
+    beside = sent(app(from_adapter(join(start, frozen), asked), context()))
+    alone = sent(app(from_adapter(start, asked), context()))
+    assert beside.keys() == alone.keys() == LAYOUT.keys()
+    assert not torch.equal(beside["hidden.lora_B"], alone["hidden.lora_B"])
+
+
+def test_more_frozen_ranks_than_a_matrix_has_are_refused() -> None:
+    frozen = {"hidden": LowRank(torch.ones(64, 33), torch.ones(33, 32))}
+    whole = join(moved(0.01), frozen)
+    with pytest.raises(WireError, match="bytes, more than"):
+        app(from_adapter(whole, plan()), context())

@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -8,12 +9,13 @@ from torch import Tensor, nn
 from anabranch.client.lora import (
     attach,
     base_hash,
+    keep_frozen,
     own_parameters,
     read_adapter,
     training,
     write_adapter,
 )
-from anabranch.vectors import LoraFactors, seeded_start, weights_hash
+from anabranch.vectors import LoraFactors, LowRank, seeded_start, weights_hash
 from anabranch.vectors.adapter import Trained
 
 
@@ -182,3 +184,27 @@ def test_a_task_that_moves_the_frozen_factor_is_caught() -> None:
     with pytest.raises(ValueError, match=r"frozen factor of module layers\.0\.query"):
         rogue()
     assert all(parameter.requires_grad for parameter in own_parameters(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_factors_add_to_what_a_model_computes_and_get_no_gradient(
+    dtype: torch.dtype,
+) -> None:
+    model = attach(Model().to(dtype), config())
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
+    before = model(x)
+    part = LowRank(torch.full((4, 3), 0.5), torch.full((3, 6), 0.25))
+    for _ in range(2):  # in place of the last, not beside it
+        keep_frozen(model, {"layers.0.query": part})
+    other = Model().to(dtype)
+    with torch.no_grad():
+        other.get_parameter("layers.0.query.weight").add_(part.dense().to(dtype))
+    rtol = 1e-5 if dtype == torch.float32 else 5e-2
+    for one in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(one(x), other(x), rtol=rtol, atol=rtol)
+    model(x).square().sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+    keep_frozen(model, {})
+    assert torch.equal(model(x), before)

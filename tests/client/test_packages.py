@@ -1,9 +1,16 @@
 import hashlib
 import importlib.util
+import io
+import json
+import shutil
+import tarfile
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -90,6 +97,71 @@ def test_without_pip_one_line_says_what_to_do(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FetchError, match=r"no pip in .* -m ensurepip"):
         fetch(archive)
+
+
+@pytest.fixture
+def npm_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PinnedArchive]:
+    """An npm registry on loopback with one package."""
+    manifest = {"name": "@toy/texts", "version": "1.0.0"}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tarball:
+        for name, data in (("package.json", json.dumps(manifest)), ("data/a.txt", "a text")):
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            tarball.addfile(member, io.BytesIO(data.encode()))
+    tarball_bytes = packed.getvalue()
+
+    class Registry(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = tarball_bytes
+            if not self.path.endswith(".tgz"):
+                dist = {
+                    "tarball": f"{address}/texts.tgz",
+                    "shasum": hashlib.sha1(tarball_bytes).hexdigest(),
+                }
+                versions = {"1.0.0": {**manifest, "dist": dist}}
+                document = {"name": "@toy/texts", "versions": versions}
+                body = json.dumps({**document, "dist-tags": {"latest": "1.0.0"}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    address = f"http://127.0.0.1:{server.server_port}"
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("npm_config_registry", address)
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(tarball_bytes).hexdigest()
+    yield PinnedArchive(
+        "npm", "@toy/texts", "1.0.0", digest, "toy-texts-1.0.0.tgz", "MIT", "nobody"
+    )
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+def test_npm_packages_are_fetched_and_verified(npm_archive: PinnedArchive) -> None:
+    with pytest.raises(FetchError, match=r"its sha256 is .*, not the pinned 000"):
+        fetch(replace(npm_archive, sha256="0" * 64))
+    with tarfile.open(fetch(npm_archive)) as tarball:
+        assert tarball.getnames() == ["package/package.json", "package/data/a.txt"]
+    with pytest.raises(FetchError, match=r"cannot fetch @toy/texts==2.0.0: .*ETARGET"):
+        fetch(replace(npm_archive, version="2.0.0", filename="toy-texts-2.0.0.tgz"))
+
+
+def test_without_npm_one_line_says_what_to_do(
+    npm_archive: PinnedArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FetchError, match=r"no npm on the path; install Node\.js, or put toy-"):
+        fetch(npm_archive)
 
 
 def test_unpacks_one_folder_and_imports_nothing(archive: PinnedArchive, index: Path) -> None:

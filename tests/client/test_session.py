@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from anabranch.client.lora import own_parameters, read_adapter, training, write_adapter
 from anabranch.client.session import open_session
-from anabranch.vectors import seeded_start
+from anabranch.vectors import LowRank, seeded_start
+from anabranch.vectors.frozen import join
 
 TASK, PARAMS = "anabranch.simulation.synthetic:SyntheticTask", '{"clients": 3}'
 
@@ -69,3 +71,35 @@ def test_a_session_of_lower_rank_shares_the_base_and_computes_what_its_adapter_s
 def test_a_rank_above_the_task_s_own_is_refused() -> None:
     with pytest.raises(ValueError, match=r"asks for rank 64, this task's adapter has 4"):
         open_session(TASK, PARAMS).at_rank(64)
+
+
+def test_ranks_beyond_the_task_s_own_are_loaded_frozen() -> None:
+    session = open_session(TASK, PARAMS)
+    generator = torch.Generator().manual_seed(2)
+    start = seeded_start(session.template, 1)
+    frozen = LowRank(
+        torch.randn(64, 7, generator=generator), torch.randn(7, 32, generator=generator)
+    )
+    whole = join(start, {"hidden": frozen})
+    assert session.load(whole).hash() == start.hash()
+    assert read_adapter(session.model, session.base_hash).hash() == start.hash()
+    base = session.task.load_base()
+    with torch.no_grad():
+        base.get_parameter("hidden.weight").add_(whole.lora["hidden"].delta().dense())
+    inputs = torch.randn(5, 32, generator=generator)
+    torch.testing.assert_close(session.model(inputs), base(inputs), atol=1e-4, rtol=1e-4)
+    session.load(start)
+    assert torch.equal(session.model(inputs), session.task.load_base()(inputs))
+
+
+def test_an_adapter_of_other_modules_scaling_or_ranks_is_not_loaded() -> None:
+    session = open_session(TASK, PARAMS)
+    start = seeded_start(session.template, 1)
+    one = start.lora["hidden"]
+    for lora, reason in (
+        ({"other": one}, "other LoRA modules than expected"),
+        ({"hidden": replace(one, alpha=1.0)}, r"hidden scales by 0\.25, expected 2"),
+        ({"hidden": one.leading(2)}, r"hidden\.lora_A has shape \(2, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            session.load(replace(start, lora=lora))

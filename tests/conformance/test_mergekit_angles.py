@@ -141,3 +141,44 @@ def test_mergekits_karcher_leaves_small_task_vectors_out(tensors: list[Tensor]) 
     assert torch.equal(oracle(small, "karcher", base=False), torch.zeros(23, 31))
     found = 1e7 * ours(KARCHER, small)
     assert_near(found, oracle(alike(tensors, 1.0), "karcher", base=False))
+
+
+@pytest.mark.parametrize("method", [SLERP, KARCHER, MULTI_SLERP], ids=lambda method: method.name)
+def test_on_adversarial_tensors(adversarial: list[Tensor], method: MergeMethod) -> None:
+    """To 1e-5 of the largest, mergekit in fp64: where all but cancel, its fp32 is rounding."""
+    given = [adversarial[0], adversarial[-1]] if method is SLERP else adversarial
+    wide = [tensor.double() for tensor in given]
+    found = ours(method, given).double()
+    if method is SLERP:
+        expected = merge_tensors(wide, "slerp", parameters={"t": 0.5}, base_index=0)
+    elif method is KARCHER:
+        expected = oracle(wide, "karcher", base=False)
+    elif bool(found.any()):
+        expected = oracle(wide, "multislerp", weight=1.0)
+    else:
+        # A known disagreement: zeros and what cancels have no direction to go from there.
+        with pytest.raises(ValueError, match="weighted sum of the input tensors is zero"):
+            oracle(wide, "multislerp", weight=1.0)
+        expected = torch.zeros_like(found)
+    largest = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found / largest, expected / largest, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("common", COMMON)
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.2, 1.3]])
+def test_nuslerp_is_slerp(tensors: list[Tensor], common: float, weights: list[float]) -> None:
+    """Over whole tensors, its way here; t is the second one's share of the weights."""
+    given = alike(tensors, common)[:2]
+    config = SlerpConfig(t=weights[1] / sum(weights))
+    assert_near(ours(SLERP, given, config), oracle(given, "nuslerp", weight=weights))
+
+
+def test_mergekits_nuslerp_follows_the_arc_where_its_slerp_is_straight(
+    tensors: list[Tensor],
+) -> None:
+    """A known disagreement: beyond a cosine of .9995 its two part, and ours is its slerp."""
+    opposite = [tensors[0], tensors[1] * 1e-3 - tensors[0]]
+    straight = merge_tensors(opposite, "slerp", parameters={"t": 0.3}, base_index=0)
+    assert_near(ours(SLERP, opposite, SlerpConfig(t=0.3)), straight)
+    theirs = oracle(opposite, "nuslerp", weight=[0.7, 0.3])
+    assert float(theirs.norm()) > 2 * float(straight.norm())

@@ -44,22 +44,6 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def adversarial(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
-    half = torch.arange(23 * 31).view(23, 31) % 2 == 0
-    return {
-        "zeros": [torch.zeros(23, 31)] * 4,
-        "half of them zero": [tensor * half for tensor in tensors],
-        "one contribution": tensors[:1],
-        "equal contributions": tensors[:1] * 4,
-        "opposite contributions": [tensors[0], -tensors[0], tensors[1], -tensors[1]],
-        "one far larger": [1e4 * tensors[0], *tensors[1:]],
-    }
-
-
-CASES = ["zeros", "half of them zero", "one contribution", "equal contributions"]
-CASES += ["opposite contributions", "one far larger"]
-
-
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
     ("density", "gamma"), [(0.2, 0.01), (0.53, 0.2), (0.3, 0.0), (0.8, 0.5), (1.0, 0.01)]
@@ -73,16 +57,12 @@ def test_breadcrumbs(
     assert_near(found, oracle(tensors, method.name, **parameters))
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", [BREADCRUMBS, BREADCRUMBS_TIES])
-def test_breadcrumbs_on_adversarial_tensors(
-    tensors: list[Tensor], case: str, method: MergeMethod
-) -> None:
-    given = adversarial(tensors)[case]
-    weights = WEIGHTS[1][: len(given)]
+def test_breadcrumbs_on_adversarial_tensors(distinct: list[Tensor], method: MergeMethod) -> None:
+    weights = WEIGHTS[1][: len(distinct)]
     parameters = {"weight": weights, "density": 0.3, "gamma": 0.1, "normalize": True}
-    found = ours(method, given, BreadcrumbsConfig(density=0.3, gamma=0.1), weights)
-    assert_near(found, oracle(given, method.name, **parameters))
+    found = ours(method, distinct, BreadcrumbsConfig(density=0.3, gamma=0.1), weights)
+    assert_near(found, oracle(distinct, method.name, **parameters))
 
 
 def test_breadcrumbs_keeps_ties_where_mergekit_drops_some() -> None:
@@ -103,6 +83,34 @@ def test_breadcrumbs_keeps_an_entry_where_mergekit_keeps_none() -> None:
     assert found.tolist() == [3, 0, 0]
 
 
+def assert_della_agrees(
+    tensors: list[Tensor],
+    weights: list[float],
+    config: DellaConfig,
+    method: MergeMethod,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """mergekit's probabilities are ours; its draws are replaced, each divided by its own p."""
+    columns = tensors[0].shape[-1]
+    chunk = Chunk("q", 0, columns, torch.stack([tensor.flatten() for tensor in tensors]))
+    factors_CD = survivor_factors(chunk, config)
+    remaining = iter(zip(tensors, factors_CD, strict=True))
+
+    def bernoulli(p: Tensor) -> Tensor:
+        tensor, factor_D = next(remaining)
+        rows = tensor.reshape(-1, columns)
+        ours = rank_probabilities(rows, config.density, config.epsilon)
+        # Of zeros, which it ranks by position, nothing is kept whatever their probability.
+        torch.testing.assert_close(p[rows != 0], ours[rows != 0])
+        return factor_D.view_as(p)
+
+    monkeypatch.setattr(sparsify.torch, "bernoulli", bernoulli)
+    parameters = {"weight": weights, "density": config.density, "epsilon": config.epsilon}
+    expected = oracle(tensors, method.name, rescale=False, normalize=True, **parameters)
+    found = method(torch.stack(tensors), torch.tensor(weights), config, module="q")
+    assert_near(found, expected)
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.3, 0.25), (0.9, 0.05)])
 @pytest.mark.parametrize("method", [DELLA, DELLA_LINEAR])
@@ -116,27 +124,19 @@ def test_della_with_its_masks_injected(
     vectors: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """mergekit's probabilities are ours; its draws are replaced, each divided by its own p."""
     if vectors:
         tensors = [tensor.flatten() for tensor in tensors]
     config = DellaConfig(density=density, epsilon=epsilon, seed=3)
-    columns = tensors[0].shape[-1]
-    chunk = Chunk("q", 0, columns, torch.stack([tensor.flatten() for tensor in tensors]))
-    factors_CD = survivor_factors(chunk, config)
-    remaining = iter(zip(tensors, factors_CD, strict=True))
+    assert_della_agrees(tensors, weights, config, method, monkeypatch)
 
-    def bernoulli(p: Tensor) -> Tensor:
-        tensor, factor_D = next(remaining)
-        torch.testing.assert_close(
-            p, rank_probabilities(tensor.reshape(-1, columns), density, epsilon)
-        )
-        return factor_D.view_as(p)
 
-    monkeypatch.setattr(sparsify.torch, "bernoulli", bernoulli)
-    parameters = {"weight": weights, "density": density, "epsilon": epsilon, "normalize": True}
-    expected = oracle(tensors, method.name, rescale=False, **parameters)
-    found = method(torch.stack(tensors), torch.tensor(weights), config, module="q")
-    assert_near(found, expected)
+@pytest.mark.parametrize("method", [DELLA, DELLA_LINEAR])
+def test_della_on_adversarial_tensors(
+    distinct: list[Tensor], method: MergeMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = WEIGHTS[1][: len(distinct)]
+    config = DellaConfig(density=0.5, epsilon=0.3, seed=3)
+    assert_della_agrees(distinct, weights, config, method, monkeypatch)
 
 
 def test_mergekits_rescale_of_della_is_one_factor(
@@ -177,17 +177,19 @@ def test_sce(tensors: list[Tensor], select: float) -> None:
     assert_near(ours(SCE, tensors, SceConfig(select=select), None), expected)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sce_on_adversarial_tensors(tensors: list[Tensor], case: str) -> None:
-    given = adversarial(tensors)[case]
-    assert_near(ours(SCE, given, SceConfig(), None), oracle(given, "sce", select_topk=1.0))
+def test_sce_on_adversarial_tensors(adversarial: list[Tensor]) -> None:
+    expected = oracle(adversarial, "sce", select_topk=1.0)
+    assert_near(ours(SCE, adversarial, SceConfig(), None), expected)
 
 
-@pytest.mark.parametrize("case", ["half of them zero", "opposite contributions", "one far larger"])
-def test_sce_selects_on_adversarial_tensors(tensors: list[Tensor], case: str) -> None:
-    given = adversarial(tensors)[case]
-    expected = oracle(given, "sce", select_topk=0.4)
-    assert_near(ours(SCE, given, SceConfig(select=0.4), None), expected)
+@pytest.mark.parametrize(
+    "adversarial",
+    ["one zero", "half of them zero", "opposite contributions", "one far larger", "of rank two"],
+    indirect=True,
+)
+def test_sce_selects_on_adversarial_tensors(adversarial: list[Tensor]) -> None:
+    expected = oracle(adversarial, "sce", select_topk=0.4)
+    assert_near(ours(SCE, adversarial, SceConfig(select=0.4), None), expected)
 
 
 def test_mergekits_sce_forgets_its_weights_on_small_task_vectors(tensors: list[Tensor]) -> None:

@@ -31,6 +31,7 @@ from anabranch.coordinator.store import FolderStore, Store
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.vectors import Adapter
+from anabranch.vectors.frozen import split
 from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, UPDATE_STYPE, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -242,6 +243,54 @@ def test_with_one_factor_shared_the_mean_is_exact_in_every_round(
     assert again.adapter.hash() == strategy.adapter.hash()
 
 
+@pytest.mark.parametrize(
+    ("rest", "ranks"), [("fedex", {}), ("flora", {}), ("flora", {"client-0001": 1})]
+)
+def test_with_the_rest_kept_nothing_of_a_round_is_lost(
+    tmp_path: Path, rest: str, ranks: dict[str, int]
+) -> None:
+    from anabranch.client.lora import read_adapter
+
+    cfg = config(rest=rest, ranks=ranks, rounds=4)
+    changes: list[torch.Tensor] = []
+    rounds: list[Adapter] = []
+    store = FolderStore(tmp_path)
+    strategy = MergeStrategy(cfg, template(), store)
+
+    def keep(order: Message, reply: Message) -> Message:
+        plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
+        model = open_session(TASK, PARAMS).at_rank(plan.rank).model
+        end = read_adapter(model).lora["hidden"].delta().dense()
+        start = strategy._starts[plan.rank].adapter.lora["hidden"].delta().dense()
+        changes.append(end - start)
+        return reply
+
+    publish = store.publish
+
+    def look(publication: Any) -> None:
+        publish(publication)
+        rounds.append(strategy.adapter)
+
+    store.publish = look  # type: ignore[method-assign]
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    total = torch.zeros(64, 32)
+    for number, adapter in enumerate(rounds):
+        total += torch.stack(changes[4 * number : 4 * number + 4]).mean(0)
+        merged = adapter.lora["hidden"].delta().dense()
+        assert (merged - total).norm() <= 2e-6 * total.norm()
+        # As many ranks as the matrix has, and those that are trained.
+        assert 4 < adapter.lora["hidden"].rank <= 36
+        trained, _ = split(adapter, template())
+        assert bool(trained.lora["hidden"].b_mr.any()) == (rest == "fedex")
+    assert rounds[3].lora["hidden"].rank > rounds[0].lora["hidden"].rank
+    assert len({adapter.tensors()["hidden.lora_A"][0, 0].item() for adapter in rounds}) == 4
+    again = MergeStrategy(cfg, template(), FolderStore(tmp_path))
+    assert again.adapter.hash() == strategy.adapter.hash()
+    latest = store.latest()
+    assert latest is not None
+    assert latest.report["overall_truncation"] == 0
+
+
 @pytest.mark.parametrize("method", ["mean", "ties", "hetlora", "lora_lego"])
 def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method: str) -> None:
     ranks = {"client-0000": 1, "client-0002": 2}
@@ -310,9 +359,10 @@ def test_a_client_that_ships_more_ranks_than_asked_is_refused(tmp_path: Path) ->
     [
         ({"ranks": {"a": 5}}, r"ranks\.a: 5 is above 4"),
         ({"ranks": {"a": 2}, "recipe": {"method": "fedit"}}, "ranks: fedit averages factors"),
+        ({"rest": "fedex", "recipe": {"method": "ties"}}, "rest: ties gives no sum of factors"),
     ],
 )
-def test_ranks_that_cannot_work_are_refused_at_once(
+def test_what_the_method_cannot_merge_are_refused_at_once(
     changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=reason):

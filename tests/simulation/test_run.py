@@ -129,6 +129,29 @@ def test_clients_of_several_ranks_learn_together(tmp_path: Path, method: str) ->
     assert not first["refused"]
 
 
+@pytest.mark.parametrize("rest", ["fedex", "flora"])
+def test_peft_loads_an_adapter_with_all_that_was_kept(tmp_path: Path, rest: str) -> None:
+    given: dict[str, Any] = {
+        "baselines": {"local_only": False, "fedavg": False, "oracle": False},
+        "recipe": {"method": "mean"},
+        "codec": {"name": "dense", "feedback": 0.0},
+        "rest": rest,
+    }
+    first, second = (simulate(scenario(**given), tmp_path / name) for name in "ab")
+    assert first["adapter_hash"] == second["adapter_hash"]
+    assert first["mean"]["merged"] > first["mean"]["base"] + 0.05
+    session = open_session(TASK["kind"], json.dumps({"clients": 4, "group_count": 2}))
+    model = PeftModel.from_pretrained(session.task.load_base(), str(tmp_path / "a" / "adapter"))
+    assert read_adapter(model).lora["hidden"].rank > 4
+    accuracy = session.task.evaluate(model, 0, "test")["accuracy"]
+    assert accuracy == pytest.approx(first["groups"]["group-0"]["merged"], abs=0.01)
+    # What a client ships is what it trains: its size beside a dense update of the same ranks.
+    assert first["update_bytes"]["fp32"] == 4 * 4 * (32 + 64)
+    down = [row["bytes_down"] for row in first["rounds"]]
+    assert down == sorted(down)
+    assert down[-1] > 1.5 * down[0]
+
+
 def test_both_engines_agree(tmp_path: Path) -> None:
     only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     ours = simulate(scenario(**only), tmp_path / "ours")

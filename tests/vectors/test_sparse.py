@@ -63,6 +63,45 @@ def test_a_density_out_of_range_is_refused(density: float) -> None:
         ternarise(torch.ones(3), density)
 
 
-def test_signs_that_do_not_pair_with_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="give one sign per position"):
-        SparseTernary(torch.tensor([1, 2]), torch.tensor([True]), 1.0, (4,))
+BAD = {
+    "one sign too few": ([1, 2], [True], 1.0, "give one sign per position"),
+    "before the first": ([-1, 2], [True, True], 1.0, "from -1 to 2 do not ascend within 4"),
+    "beyond the last": ([1, 4], [True, True], 1.0, "from 1 to 4 do not ascend within 4"),
+    "repeated": ([1, 1], [True, False], 1.0, "leave out repeated ones"),
+    "not sorted": ([3, 0, 2], [True] * 3, 1.0, "sort them"),
+    "negative scale": ([1], [True], -1.0, "is -1.0; give an fp32 number above 0"),
+    "no number": ([1], [True], float("nan"), "is nan"),
+    "infinite": ([1], [True], float("inf"), "is inf"),
+    "not fp32": ([1], [True], 0.1, "is 0.1; give an fp32 number"),
+    "zero in fp32": ([1], [True], 1e-60, "is 1e-60"),
+    "zeros that weigh": ([], [], 1.0, "scale of 0 non-zeros is 1.0"),
+    "weightless": ([1], [True], 0.0, "scale of 1 non-zeros is 0.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_not_sound_is_refused(case: str) -> None:
+    positions, negative, scale, said = BAD[case]
+    positions_k = torch.tensor(positions, dtype=torch.int64)
+    negative_k = torch.tensor(negative, dtype=torch.bool)
+    with pytest.raises(ValueError, match=said):
+        SparseTernary(positions_k, negative_k, scale, torch.Size([4]))
+
+
+def test_positions_and_signs_are_what_kernels_read() -> None:
+    with pytest.raises(ValueError, match="give int64 and bool on cpu"):
+        SparseTernary(torch.tensor([1.0]), torch.tensor([True]), 1.0, torch.Size([4]))
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 60), (0, 7), (13, 20), (59, 1), (60, 0)])
+def test_a_stretch_is_written_over_what_was_there(first: int, count: int) -> None:
+    form = ternarise(_normal(5, 12), 0.4)
+    out = torch.full((count,), 9.0)
+    form.read(first, out)
+    assert torch.equal(out, form.dense().flatten()[first : first + count])
+
+
+def test_norm_and_size_follow_from_the_non_zeros() -> None:
+    form = ternarise(_normal(30, 70), 0.1)
+    assert form.norm() == pytest.approx(float(form.dense().double().norm()))
+    assert form.nbytes == 9 * form.nonzeros

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anabranch.aggregation.engine.adapters import MergeReport, MergeResult
     from anabranch.aggregation.engine.adapters import merge_adapters as merge
     from anabranch.aggregation.engine.gram import cosine_similarity
+    from anabranch.aggregation.engine.keep import merge_keeping
     from anabranch.aggregation.engine.one_factor import merge_one_factor
     from anabranch.aggregation.engine.stream import merge_task_vectors
     from anabranch.aggregation.engine.truncate import truncate
@@ -37,6 +38,7 @@ _HOMES = {
     "merge": "engine.adapters",
     "merge_next": "methods.opcm",
     "merge_checkpoints": "checkpoints.merge",
+    "merge_keeping": "engine.keep",
     "merge_one_factor": "engine.one_factor",
     "merge_task_vectors": "engine.stream",
     "plan_merge": "planning.planner",
@@ -59,6 +61,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "merge_checkpoints",
+    "merge_keeping",
     "merge_next",
     "merge_one_factor",
     "merge_task_vectors",

@@ -71,16 +71,28 @@ def matrix_shape(shape: torch.Size, whole_vectors: bool = False) -> tuple[int, i
 
 
 def recut(stream_KD: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same entries [K, L] in pieces of ``PIECE``, the last one shorter."""
-    rest: list[Tensor] = []
-    missing = PIECE
+    """The same entries [K, L] in pieces of ``PIECE``, the last one shorter.
+
+    Each lies where the stream's entries do or where the piece before it did: use it before asking
+    for the next.
+    """
+    # Made once: memory of this size given back and asked for again frays the heap.
+    cut_KL: Tensor | None = None
+    filled = 0
     for values_KD in stream_KD:
         done = 0
-        while values_KD.shape[1] - done >= missing:
-            yield torch.cat([*rest, values_KD[:, done : done + missing]], dim=1)
-            done, rest, missing = done + missing, [], PIECE
-        if done < values_KD.shape[1]:
-            rest.append(values_KD[:, done:].clone())
-            missing -= values_KD.shape[1] - done
-    if rest:
-        yield torch.cat(rest, dim=1)
+        while (left := values_KD.shape[1] - done) > 0:
+            if not filled and left >= PIECE:
+                yield values_KD[:, done : done + PIECE]
+                done += PIECE
+                continue
+            if cut_KL is None:
+                cut_KL = values_KD.new_empty(len(values_KD), PIECE)
+            taken = min(left, PIECE - filled)
+            cut_KL[:, filled : filled + taken] = values_KD[:, done : done + taken]
+            done, filled = done + taken, filled + taken
+            if filled == PIECE:
+                yield cut_KL
+                filled = 0
+    if cut_KL is not None and filled:
+        yield cut_KL[:, :filled]

@@ -38,6 +38,10 @@ class Directions(NamedTuple):
     s_r: Tensor
     v_rq: Tensor
 
+    def matrix(self) -> Tensor:
+        """What they are the triplets of [p, q]."""
+        return (self.u_pr * self.s_r) @ self.v_rq
+
 
 @dataclass(frozen=True)
 class CoreSpace:
@@ -78,12 +82,16 @@ class CoreSpace:
         below = _side_by_side(_left_part(_transposed(core)) for core in self.cores)
         return min(len(self.joint().s_r), len(directions(below).s_r))
 
-    def lift(self, merged_pq: Tensor) -> Held:
-        """A merged core as a change of the module, in fp32: balanced factors, or entries."""
+    def lift(self, merged: Tensor | Directions) -> Held:
+        """A merged core [p, q] as a change of the module, in fp32: balanced factors, or entries.
+
+        Args:
+            merged: Its entries, or its singular triplets where they are known: an SVD less.
+        """
         if self.left_mp is None or self.right_nq is None:
-            return merged_pq.float()
+            return (merged if isinstance(merged, Tensor) else merged.matrix()).float()
         # Only exact zeros go: the factors are the merged core, not an approximation of it.
-        u_pr, s_r, v_rq = directions(merged_pq, zero=1e-14)
+        u_pr, s_r, v_rq = directions(merged, zero=1e-14) if isinstance(merged, Tensor) else merged
         return product_of(Directions(self.left_mp @ u_pr, s_r, v_rq @ self.right_nq.T))
 
 

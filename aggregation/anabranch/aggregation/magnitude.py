@@ -16,10 +16,22 @@ import torch
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Rows
-from anabranch.aggregation.kernels.rows import HISTOGRAM, all_worthwhile, load
+from anabranch.aggregation.kernels.rows import (
+    HISTOGRAM,
+    KTH,
+    all_worthwhile,
+    has_kernel,
+    in_use,
+    load,
+    on_gpu,
+    readable,
+)
 from anabranch.aggregation.ranks import ALONE, Ranks
 
 _BUCKETS = 1 << 16
+
+_COUNTED = 1 << 17
+"""Entries of a row from which counting them is quicker than torch's selection."""
 
 
 def kept(density: float, entries: int) -> int:
@@ -29,8 +41,14 @@ def kept(density: float, entries: int) -> int:
 
 def tensor_kth(values_KD: Rows, count: int, magnitude: bool = True) -> Tensor:
     """The same as ``stream_kth`` for entries that are all there [K, D]."""
-    if values_KD[0].device.type != "cpu" or all_worthwhile(values_KD):
+    device = values_KD[0].device
+    if on_gpu(device) and all(map(readable, values_KD)):
+        found_K: Tensor = load(KTH, device)(values_KD, count, magnitude)
+        return found_K
+    counted = len(values_KD[0]) >= _COUNTED and _by_kernel(values_KD)
+    if device.type != "cpu" or counted:
         return stream_kth([values_KD], count, magnitude)
+    _check_count(count, len(values_KD[0]))
     place = len(values_KD[0]) + 1 - count
     compared = [values_D.abs() if magnitude else values_D for values_D in values_KD]
     return torch.stack([values_D.kthvalue(place).values for values_D in compared]).float()
@@ -59,8 +77,7 @@ def stream_kth(
     """
     upper_KH = ranks.reduce(_histogram(chunks, None, magnitude), "sum")
     entries = int(upper_KH[0].sum())
-    if not 1 <= count <= entries:
-        raise ValueError(f"the {count}-th largest of {entries} entries does not exist")
+    _check_count(count, entries)
     bucket_K, above_K = _descend(upper_KH, torch.full((len(upper_KH),), count))
     lower_KH = ranks.reduce(_histogram(chunks, bucket_K, magnitude), "sum")
     low_K, _ = _descend(lower_KH, count - above_K)
@@ -68,18 +85,30 @@ def stream_kth(
     return _flipped(order_K.to(torch.int32)).view(torch.float32)
 
 
+def _by_kernel(values_KD: Rows) -> bool:
+    """Whether a kernel counts these: exact either way, so a chunk's size may decide."""
+    device = values_KD[0].device
+    at_hand = all_worthwhile(values_KD) or (in_use(device) and all(map(readable, values_KD)))
+    return at_hand and has_kernel(HISTOGRAM, device)
+
+
 def _flipped(bits_D: Tensor) -> Tensor:
     """fp32 bits as int32 that order like the numbers; its own inverse."""
     return bits_D ^ ((bits_D >> 31) & 0x7FFF_FFFF)
+
+
+def _check_count(count: int, entries: int) -> None:
+    if not 1 <= count <= entries:
+        raise ValueError(f"the {count}-th largest of {entries} entries does not exist")
 
 
 def _histogram(chunks: Iterable[Rows], bucket_K: Tensor | None, magnitude: bool) -> Tensor | None:
     """Counts [K, H] of the upper halves, or of the lower in ``bucket_K``; None of no chunks."""
     total_KH: Tensor | None = None
     for values_KD in chunks:
-        # Counts are exact either way, so a chunk's size may decide.
-        if all_worthwhile(values_KD):
-            total_KH = load(HISTOGRAM)(values_KD, bucket_K, magnitude, total_KH)
+        if _by_kernel(values_KD):
+            device = values_KD[0].device
+            total_KH = load(HISTOGRAM, device)(values_KD, bucket_K, magnitude, total_KH)
             continue
         if total_KH is None:
             total_KH = torch.zeros(len(values_KD), _BUCKETS, dtype=torch.int64)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, matrix_shape
-from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load
+from anabranch.aggregation.finite import check_finite, check_floating
+from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, has_kernel, load
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 from anabranch.vectors.importance import Over, normalised
@@ -73,7 +74,12 @@ class MergeMethod:
         signed_weights: Whether negative weights, and weights that sum to zero, mean something.
         kernel: Where the same merge stands fused for large modules on the CPU, as
             ``module:function``: ``function(chunk, weights_C, config, **statistics) -> merged_D``,
-            which makes its own draws.
+            which makes its own draws. The same name in the package ``gpu`` beside that module is
+            what a GPU runs, where it exists.
+        ternary: Where the same merge of a large module stands for task vectors that are all sparse
+            ternary, as ``module:function``: ``function(updates, weights_C, config, device) ->
+            merged_D``. Not used where statistics are over the model. Linear methods have one in
+            common.
     """
 
     name: str
@@ -93,6 +99,7 @@ class MergeMethod:
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None
     signed_weights: bool = False
     kernel: str | None = None
+    ternary: str | None = None
 
     def __post_init__(self) -> None:
         kinds = (self.merge, self.coefficients, self.matrices)
@@ -156,10 +163,14 @@ class MergeMethod:
             Merged entries in the shape of one contribution, in fp32.
 
         Raises:
-            ValueError: Weights the method cannot use, or too few contributions for it.
+            ValueError: Weights the method cannot use, too few contributions for it, or numbers that
+                are not floating-point or not finite; names the contribution.
         """
         config = self.config() if config is None else config
         count, shape = deltas_CD.shape[0], deltas_CD.shape[1:]
+        for index, delta in enumerate(deltas_CD):
+            check_floating(delta, f"contribution {index}")
+            check_finite(delta, f"contribution {index}")
         weights_C = self.check_weights(
             torch.ones(count, dtype=torch.float64) if weights_C is None else weights_C, count
         )
@@ -183,7 +194,7 @@ class MergeMethod:
         assert self.coefficients is not None
         gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
         coefficients_C = self.coefficients(weights_C, gram_CC, config)
-        sum_up = load(WEIGHTED_SUM) if fused else combine
+        sum_up = load(WEIGHTED_SUM, flat_CD.device) if fused else combine
         merged_D: Tensor = sum_up(flat_CD, coefficients_C)
         return merged_D.view(shape)
 
@@ -192,8 +203,9 @@ class MergeMethod:
     ) -> Tensor:
         """Merged entries of a chunk [D], with the statistics given and the draws made for it."""
         assert self.merge is not None
-        if chunk.fused and self.kernel is not None:
-            merged_D: Tensor = load(self.kernel)(chunk, weights_C, config, **found)
+        device = chunk.rows[0].device
+        if chunk.fused and self.kernel is not None and has_kernel(self.kernel, device):
+            merged_D: Tensor = load(self.kernel, device)(chunk, weights_C, config, **found)
             return merged_D
         drawn = {draw.name: draw.make(chunk, config) for draw in self.draws}
         if self.needs_importance:

@@ -111,7 +111,7 @@ class Ranks:
             part = torch.empty(shape, dtype=dtype)
             if source == self.rank:
                 assert mine is not None
-                part = mine.contiguous()
+                part = mine.cpu().contiguous()
             try:
                 distributed.broadcast(part, source)
             except RuntimeError as error:
@@ -119,6 +119,12 @@ class Ranks:
             # Whose tensor this writes to was sent before.
             total = part if total is None else _REDUCTIONS[how](total, part, out=total)
         return total
+
+    def budget_line(self, budget_bytes: int) -> str:
+        """What this machine was allowed, of which a rank has so much, in words."""
+        if self.local_count == 1:
+            return str(budget_bytes)
+        return f"{budget_bytes * self.local_count} over {self.local_count} ranks"
 
     def lost(self) -> LostRankError:
         """What this rank says once it knows that another is gone."""

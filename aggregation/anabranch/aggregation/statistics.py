@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, Rows, recut
-from anabranch.aggregation.kernels.rows import load
+from anabranch.aggregation.kernels.rows import has_kernel, load
 from anabranch.aggregation.magnitude import stream_kth, tensor_kth
 from anabranch.aggregation.ranks import ALONE, Ranks
 
@@ -141,7 +141,7 @@ class _Values:
             for chunk in self.chunks:
                 values = self._of(chunk)
                 assert isinstance(values, Tensor)
-                if chunk.fused and self.statistic.kernel is not None:
+                if self._by_kernel(chunk):
                     fused.append(values)
                 else:
                     yield values
@@ -156,11 +156,16 @@ class _Values:
             total_K += sum_K
         return total_K
 
+    def _by_kernel(self, chunk: Chunk) -> bool:
+        return chunk.fused and has_kernel(self.statistic.kernel, chunk.rows[0].device)
+
     def _of(self, chunk: Chunk) -> Rows:
         """The values of a chunk; a kernel's where it has one and they are large."""
         statistic = self.statistic
-        if chunk.fused and statistic.kernel is not None:
-            values: Tensor = load(statistic.kernel)(chunk, self.weights_C, self.config, self.found)
+        if self._by_kernel(chunk):
+            assert statistic.kernel is not None
+            kernel = load(statistic.kernel, chunk.rows[0].device)
+            values: Tensor = kernel(chunk, self.weights_C, self.config, self.found)
             return values
         if statistic.values is entries_as_they_are and statistic.count is not None:
             return chunk.rows

@@ -12,11 +12,13 @@ from pathlib import Path
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, partial: Path | None = None) -> Iterator[Path]:
     """A folder to write into, which takes its name when the block ends without an error.
 
     Args:
         folder: What does not exist yet, or is empty: files of others are never replaced.
+        partial: The hidden folder, where others must know it before it is made; from
+            ``hidden_beside``.
 
     Yields:
         A hidden folder beside it.
@@ -28,8 +30,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists already; name a new folder, or remove this one first")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, on the same file system: a rename is then one step.
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    partial = hidden_beside(folder) if partial is None else partial
     partial.mkdir()
     try:
         yield partial
@@ -39,6 +40,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync(folder.parent)
+
+
+def hidden_beside(folder: Path) -> Path:
+    """A new hidden name on the same file system, from which a rename is one step."""
+    return folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
 
 
 def begun(folder: Path) -> set[Path]:

@@ -5,6 +5,7 @@ Shape legend: n entries of the tensor, k kept.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -17,19 +18,22 @@ from anabranch.vectors.select import magnitude_order, top_k_of_bits
 
 @dataclass(frozen=True, eq=False)
 class SparseTernary:
-    """A tensor whose entries are 0, +scale or -scale.
+    """A tensor whose entries are 0, +scale or -scale. One that exists is sound: kernels trust it.
 
     Attributes:
-        positions_k: int64 [k], strictly ascending, into the flattened tensor.
-        negative_k: bool [k], True where the entry is -scale.
+        positions_k: int64 [k] on the CPU, strictly ascending, into the flattened tensor.
+        negative_k: bool [k] on the CPU, True where the entry is -scale.
         scale: What a kept entry weighs; an fp32 value, 0 exactly when k is 0.
         shape: Shape of the dense tensor.
+
+    Raises:
+        ValueError: It is not so.
     """
 
     positions_k: Tensor
     negative_k: Tensor
     scale: float
-    shape: tuple[int, ...]
+    shape: torch.Size
 
     def __post_init__(self) -> None:
         if self.positions_k.shape != self.negative_k.shape or self.positions_k.ndim != 1:
@@ -37,25 +41,61 @@ class SparseTernary:
                 f"positions are {tuple(self.positions_k.shape)} and signs "
                 f"{tuple(self.negative_k.shape)}; give one sign per position, both [k]"
             )
+        kinds = (self.positions_k.dtype, self.negative_k.dtype)
+        devices = {self.positions_k.device.type, self.negative_k.device.type}
+        if kinds != (torch.int64, torch.bool) or devices != {"cpu"}:
+            raise ValueError(
+                f"positions and signs are {kinds} on {sorted(devices)}; give int64 and bool on cpu"
+            )
+        fp32 = math.isfinite(self.scale) and ctypes.c_float(self.scale).value == self.scale
+        if not fp32 or self.scale < 0 or (self.scale == 0) != (self.nonzeros == 0):
+            raise ValueError(
+                f"the scale of {self.nonzeros} non-zeros is {self.scale}; give an fp32 number "
+                "above 0, or 0 where there are none"
+            )
+        if self.nonzeros:
+            first, last = self.positions_k[[0, -1]].tolist()
+            ascending = bool((self.positions_k[1:] > self.positions_k[:-1]).all())
+            if first < 0 or last >= self.entries or not ascending:
+                raise ValueError(
+                    f"positions from {first} to {last} do not ascend within {self.entries} "
+                    "entries; sort them and leave out repeated ones"
+                )
 
     @property
     def entries(self) -> int:
         """All entries of the dense tensor."""
-        return math.prod(self.shape)
+        return self.shape.numel()
 
     @property
     def nonzeros(self) -> int:
         """Entries that are not 0."""
         return self.positions_k.numel()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.positions_k.nbytes + self.negative_k.nbytes
+
     def dense(self) -> Tensor:
         """The tensor itself, fp32 of ``shape``."""
-        entries_n = torch.zeros(self.entries)
-        # numpy scatters 3x faster than torch's index_put on one thread; the memory is shared.
-        entries_n.numpy()[self.positions_k.numpy()] = np.where(
-            self.negative_k.numpy(), np.float32(-self.scale), np.float32(self.scale)
-        )
+        entries_n = torch.empty(self.entries)
+        self.read(0, entries_n)
         return entries_n.reshape(self.shape)
+
+    def read(self, first: int, out_L: Tensor) -> None:
+        """Write the entries from ``first`` on, in row order, into fp32 ``out_L`` [L] on the CPU."""
+        out_L.zero_()
+        ends = torch.tensor([first, first + len(out_L)])
+        low, high = torch.searchsorted(self.positions_k, ends).tolist()
+        # numpy scatters 3x faster than torch's index_put on one thread; the memory is shared.
+        out_L.numpy()[self.positions_k[low:high].numpy() - first] = np.where(
+            self.negative_k[low:high].numpy(), np.float32(-self.scale), np.float32(self.scale)
+        )
+
+    def norm(self) -> float:
+        """‖·‖₂ in fp64, from the count of non-zeros."""
+        return self.scale * math.sqrt(self.nonzeros)
 
 
 def ternarise(x: Tensor, density: float) -> SparseTernary:
@@ -74,12 +114,9 @@ def ternarise(x: Tensor, density: float) -> SparseTernary:
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}; give the share of entries to keep, in (0, 1]")
-    shape = tuple(x.shape)
     bits_n = magnitude_order(x)
     if bits_n.size == 0:
-        return SparseTernary(
-            torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), 0.0, shape
-        )
+        return nothing(x.shape)
     positions_k = top_k_of_bits(bits_n, max(1, round(density * bits_n.size)))
     values_k = bits_n.view(np.float32)[positions_k]
     kept_k = values_k != 0
@@ -88,5 +125,12 @@ def ternarise(x: Tensor, density: float) -> SparseTernary:
     # Summed in fp64, rounded once to the fp32 that travels.
     scale = float(np.float32(np.abs(values_k).mean(dtype=np.float64))) if values_k.size else 0.0
     return SparseTernary(
-        torch.from_numpy(positions_k), torch.from_numpy(values_k < 0), scale, shape
+        torch.from_numpy(positions_k), torch.from_numpy(values_k < 0), scale, x.shape
+    )
+
+
+def nothing(shape: torch.Size) -> SparseTernary:
+    """A tensor of zeros."""
+    return SparseTernary(
+        torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), 0.0, shape
     )

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from anabranch.vectors.sparse import SparseTernary
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -79,13 +81,16 @@ class Stored:
 Held = LowRank | Tensor
 """One module's change in memory: two factors, or the entries themselves."""
 
-Delta = Held | Stored
-"""One module's change: held in memory, or stored."""
+Streamed = Stored | SparseTernary
+"""A change whose entries are written out by ``read``, a stretch at a time: stored, or sparse."""
+
+Delta = Held | Streamed
+"""One module's change: held in memory as it is, or streamed."""
 
 
 def held(delta: Delta) -> Held:
-    """A change in memory; a stored one is read."""
-    return delta.dense() if isinstance(delta, Stored) else delta
+    """A change in memory; a streamed one is read."""
+    return delta.dense() if isinstance(delta, Streamed) else delta
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def stack(parts: list[LowRank]) -> LowRank:
 
 
 def scaled(delta: Delta, factor: float) -> Held:
-    """``factor`` times a change, in the same form; a stored one is read."""
+    """``factor`` times a change, in the same form; a streamed one is read."""
     change = held(delta)
     if isinstance(change, LowRank):
         return LowRank(change.b_mk * factor, change.a_kn)
@@ -130,7 +135,8 @@ def scaled(delta: Delta, factor: float) -> Held:
 
 def norm(delta: Delta) -> float:
     """‖ΔW‖_F in fp64; a stored one is read."""
+    if isinstance(delta, LowRank | SparseTernary):
+        return delta.norm()
     change = held(delta)
-    if isinstance(change, LowRank):
-        return change.norm()
+    assert isinstance(change, Tensor)
     return float(torch.linalg.vector_norm(change, dtype=torch.float64))

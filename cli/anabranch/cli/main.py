@@ -12,6 +12,7 @@ import click
 import typer
 
 from anabranch.cli.inspect import inspect_command
+from anabranch.cli.keys import keys_app
 from anabranch.cli.merge import merge_command
 from anabranch.cli.methods import methods_command
 from anabranch.cli.output import complain
@@ -33,6 +34,7 @@ app.command("simulate")(simulate_command)
 app.command("merge")(merge_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
+app.add_typer(keys_app)
 
 
 @app.callback()

@@ -28,6 +28,7 @@ class _Job:
     dtype: Any
     without: tuple[str, ...]
     budget_bytes: int
+    device: str | None
     warnings: tuple[str, ...]
 
     @property
@@ -80,6 +81,13 @@ def merge_command(
     budget_mb: Annotated[
         int, typer.Option(min=16, help="Working memory of the merge, in MB (10^6 bytes).")
     ] = 2000,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where methods that decide entry by entry do so: cpu, cuda or cuda:N.",
+            show_default="cpu",
+        ),
+    ] = None,
     shard_mb: Annotated[
         int, typer.Option(min=1, help="Largest file of a merged checkpoint, in MB.")
     ] = 5000,
@@ -98,13 +106,16 @@ def merge_command(
     Headers and configurations are checked before any weight is read.
     """
     from anabranch.aggregation import plan_merge
+    from anabranch.aggregation.engine.device import existing_device
     from anabranch.aggregation.engine.shard import joined, ranks_of, started_together
     from anabranch.aggregation.ranks import LostRankError
 
     mine = ranks_of(os.environ)
     if ranks > 1 and mine.count > 1 and ranks != mine.count:
         raise ValueError(f"--ranks: is {ranks}, and {mine.count} were started; leave it out")
-    job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb)
+    if device is not None:
+        existing_device(device)
+    job = _read(recipe, tuple(inputs or ()), base, start, tuple(without or ()), budget_mb, device)
     if not plan:
         _check_out(out)
     try:
@@ -153,6 +164,7 @@ def _read(
     start: Path | None,
     without: tuple[str, ...],
     budget_mb: int,
+    device: str | None,
 ) -> _Job:
     from anabranch.aggregation.mergekit import from_mergekit, is_mergekit
     from anabranch.aggregation.recipe import load_recipe, read_config
@@ -164,7 +176,7 @@ def _read(
         from anabranch.aggregation.registry import named
 
         named(recipe, str(source))
-        return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, ())
+        return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, device, ())
     if inputs or base is not None or start is not None:
         raise ValueError(f"{source}: names its models itself; leave the arguments and --base out")
     theirs = from_mergekit(data, str(source))
@@ -177,6 +189,7 @@ def _read(
         theirs.dtype,
         without,
         budget_bytes,
+        device,
         theirs.warnings,
     )
 
@@ -256,6 +269,7 @@ def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any],
             start=begun,
             names=stay.names,
             budget_bytes=job.budget_bytes,
+            device=job.device,
             progress=progress,
             ranks=ranks,
         )
@@ -283,6 +297,7 @@ def _merge_checkpoints(
             without=job.without,
             dtype=job.dtype,
             budget_bytes=job.budget_bytes,
+            device=job.device,
             shard_bytes=shard_bytes,
             progress=progress,
             ranks=ranks,

@@ -15,13 +15,13 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from anabranch.client.lora import read_adapter, training, write_adapter
+from anabranch.client.lora import read_adapter, training
 from anabranch.client.mods import compress, plan_of, verify_base
 from anabranch.client.records import pack, record_of
 from anabranch.client.session import Session, session_of, site_of
 from anabranch.client.task import TrainPlan
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import decode_update
+from anabranch.wire import decode_adapter
 from anabranch.wire.plan import (
     ADAPTER_KEY,
     ADAPTER_STYPE,
@@ -29,7 +29,6 @@ from anabranch.wire.plan import (
     METRICS_KEY,
     UPDATE_KEY,
     RoundPlan,
-    sent_down,
 )
 
 app = ClientApp(mods=[verify_base, compress])
@@ -72,10 +71,7 @@ def start_of(message: Message, plan: RoundPlan, session: Session) -> Adapter:
             raise ValueError(
                 f"the adapter came as {array.stype!r}, this client reads {ADAPTER_STYPE!r}"
             )
-        mine = start.tensors(sent_down(plan.trains))
-        layout = {name: tuple(tensor.shape) for name, tensor in mine.items()}
-        _, tensors = decode_update(array.data, layout)
-        start = start.with_tensors({**start.tensors(), **tensors})
+        start = decode_adapter(array.data, start, plan.trains)
     digest = start.hash()
     if digest != plan.start_hash:
         raise ValueError(
@@ -99,8 +95,7 @@ def train(message: Message, context: Context) -> Message:
     """Train from the round's start; reply with the difference it made (the mods compress it)."""
     plan, site = plan_of(message), site_of(context.node_config)
     session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
-    start = start_of(message, plan, session)
-    write_adapter(session.model, start)
+    start = session.load(start_of(message, plan, session))
     order = TrainPlan.model_validate(
         {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
     )
@@ -125,7 +120,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the adapter that was sent on this node's data."""
     plan, site = plan_of(message), site_of(context.node_config)
     session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
-    write_adapter(session.model, start_of(message, plan, session))
+    session.load(start_of(message, plan, session))
     started = time.perf_counter()
     metrics = dict(session.task.evaluate(session.model, site.partition, plan.split))
     seconds = time.perf_counter() - started

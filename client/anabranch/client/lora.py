@@ -18,18 +18,21 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from anabranch.vectors import Adapter, LoraFactors, weights_hash
+from anabranch.vectors import Adapter, LoraFactors, LowRank, weights_hash
 from anabranch.vectors.adapter import Trained
 from anabranch.vectors.peft_config import NOT_A_SUM
 
 ADAPTER_NAME = "default"
+FROZEN = "anabranch_frozen"
+"""Attribute of a LoRA layer: the factors that ``keep_frozen`` gave it."""
 PEFT_KEYS = ("task_type", "target_modules", "modules_to_save", "lora_dropout", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """Where a model keeps its adapter: the live parameters, by our names."""
+    """Where a model keeps its adapter: LoRA layers and live parameters, by our names."""
 
+    layers: Mapping[str, Linear]
     lora: Mapping[str, tuple[nn.Parameter, nn.Parameter, float, bool]]
     dense: Mapping[str, nn.Parameter]
     peft: Mapping[str, Any]
@@ -112,6 +115,35 @@ def write_adapter(model: nn.Module, adapter: Adapter) -> None:
             parameter.copy_(value)
 
 
+def keep_frozen(model: nn.Module, frozen: Mapping[str, LowRank]) -> None:
+    """Have a model's modules add frozen factors to what they compute, in place of any before.
+
+    The base is shared by every model on it, and stays as it is.
+
+    Args:
+        model: What ``attach`` returned.
+        frozen: Factors by module, any LoRA scaling folded in; modules left out add nothing.
+    """
+    slots = _slots(model)
+    for name, layer in slots.layers.items():
+        part, like = frozen.get(name), slots.lora[name][0]
+        if not hasattr(layer, FROZEN):
+            if part is None:
+                continue
+            layer.register_forward_hook(_add_frozen)
+        pair = None if part is None else (part.b_mk.to(like), part.a_kn.to(like))
+        setattr(layer, FROZEN, pair)
+
+
+def _add_frozen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The hook of ``keep_frozen``: a function of its module alone, so that copies have it too."""
+    pair: tuple[Tensor, Tensor] | None = getattr(module, FROZEN)
+    if pair is None:
+        return output
+    b_mk, a_kn = pair
+    return output + (inputs[0].to(a_kn.dtype) @ a_kn.T @ b_mk.T).to(output.dtype)
+
+
 def lower_rank(model: nn.Module, template: Adapter) -> None:
     """Give a model's adapter the ranks, alphas and values of another one, in place.
 
@@ -119,17 +151,15 @@ def lower_rank(model: nn.Module, template: Adapter) -> None:
         model: What ``attach`` returned.
         template: What ``Adapter.leading`` makes of this model's own adapter: scalings are the same.
     """
-    assert isinstance(model, PeftModel)
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, Linear):
-            factors = template.lora[name]
-            for layers, value in ((module.lora_A, factors.a_rn), (module.lora_B, factors.b_mr)):
-                layer: Any = layers[ADAPTER_NAME]
-                layer.weight = nn.Parameter(value.to(layer.weight))
-                layer.out_features, layer.in_features = value.shape
-            module.r[ADAPTER_NAME] = factors.rank
-            module.lora_alpha[ADAPTER_NAME] = factors.alpha
-    _SLOTS.pop(model, None)
+    for name, layer in _slots(model).layers.items():
+        factors = template.lora[name]
+        for of_adapter, value in ((layer.lora_A, factors.a_rn), (layer.lora_B, factors.b_mr)):
+            linear: Any = of_adapter[ADAPTER_NAME]
+            linear.weight = nn.Parameter(value.to(linear.weight))
+            linear.out_features, linear.in_features = value.shape
+        layer.r[ADAPTER_NAME] = factors.rank
+        layer.lora_alpha[ADAPTER_NAME] = factors.alpha
+    del _SLOTS[model]
 
 
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -184,6 +214,7 @@ def _slots(model: nn.Module) -> _Slots:
 def _find_slots(model: PeftModel) -> _Slots:
     config = model.peft_config[ADAPTER_NAME]
     assert isinstance(config, LoraConfig)
+    layers: dict[str, Linear] = {}
     lora: dict[str, tuple[nn.Parameter, nn.Parameter, float, bool]] = {}
     dense: dict[str, nn.Parameter] = {}
     for name, module in model.get_base_model().named_modules():
@@ -193,6 +224,7 @@ def _find_slots(model: PeftModel) -> _Slots:
             a_rn: Any = module.lora_A[ADAPTER_NAME].weight
             b_mr: Any = module.lora_B[ADAPTER_NAME].weight
             alpha = float(module.lora_alpha[ADAPTER_NAME])
+            layers[name] = module
             lora[name] = (a_rn, b_mr, alpha, bool(config.use_rslora))
         elif isinstance(module, LoraLayer):
             raise ValueError(
@@ -200,7 +232,8 @@ def _find_slots(model: PeftModel) -> _Slots:
                 "only linear layers merge: leave it out of target_modules"
             )
     peft = {key: _plain(getattr(config, key, None)) for key in PEFT_KEYS}
-    return _Slots(lora, dense, {key: value for key, value in peft.items() if value is not None})
+    peft = {key: value for key, value in peft.items() if value is not None}
+    return _Slots(layers, lora, dense, peft)
 
 
 def _dense_parameters(name: str, module: nn.Module) -> dict[str, nn.Parameter]:

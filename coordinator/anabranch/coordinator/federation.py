@@ -8,7 +8,7 @@ hash, so that the coordinator never loads the base itself.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tomli_w
 from pydantic import (
@@ -58,6 +58,32 @@ def _train_both_factors(ranks: dict[str, int], info: ValidationInfo) -> dict[str
 
 Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_train_both_factors)]
 """Rank by client name. The model it stands in has a field ``trains`` before it."""
+
+
+def _can_be_kept(rest: str, info: ValidationInfo) -> str:
+    """What a rest cannot stand beside."""
+    trains, codec = info.data.get("trains", "both"), info.data.get("codec")
+    problem = ""
+    if rest != "drop" and trains != "both":
+        problem = f'leave it out: with trains = "{trains}" a mean is exact, and has no rest'
+    elif rest == "fedex" and info.data.get("ranks"):
+        problem = 'the means of A and B need one rank of all; set it to "flora"'
+    elif rest == "flora" and isinstance(codec, CodecConfig) and codec.feedback:
+        problem = (
+            "set codec.feedback = 0: clients begin afresh in each round, and what the codec left "
+            "out belongs to factors that are gone"
+        )
+    if problem:
+        raise PydanticCustomError("rest", "{problem}", {"problem": problem})
+    return rest
+
+
+Rest = Annotated[Literal["drop", "fedex", "flora"], AfterValidator(_can_be_kept)]
+"""What becomes of the part of a merge that the clients' rank cannot hold: dropped, by an SVD that
+keeps the best part; or kept beside, frozen, while the clients train on from the means of A and B
+(``fedex``: FedEx-LoRA, 2410.09432) or afresh (``flora``: FLoRA, 2409.05976). What is frozen grows
+up to the rank of the matrices, and travels down whole in every round. The model it stands in has
+fields ``codec``, ``trains`` and ``ranks`` before it."""
 
 
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
@@ -117,6 +143,8 @@ class FederationConfig(BaseModel):
     ranks: Ranks = Field(default_factory=dict)
     """Rank by client name, for clients that train fewer ranks than the start adapter has: each
     starts from the adapter in service at its rank. Clients not named train all."""
+    rest: Rest = "drop"
+    """What becomes of the merge beyond the clients' rank; see ``Rest``."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the clients' ``TrainPlan``."""
 

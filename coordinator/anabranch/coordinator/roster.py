@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Callable
 
@@ -13,10 +12,8 @@ from flwr.serverapp import Grid
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import clients_asked
 from anabranch.wire.errors import one_line
+from anabranch.wire.keys import NAME
 from anabranch.wire.plan import CLIENT_KEY
-
-NAME = re.compile(r"[\w.@:-]{1,100}", re.ASCII)
-"""What a client may call itself: it stands in journals, reports and terminals."""
 
 MEET_S = 60.0
 """Seconds a new node has to say its name; it is asked again after as long."""

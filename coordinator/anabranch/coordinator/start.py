@@ -13,10 +13,11 @@ from functools import cached_property
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from anabranch.aggregation import MergeMethod, truncate
-from anabranch.vectors import Adapter
-from anabranch.wire import Encoded, UpdateMeta, encode_update
-from anabranch.wire.config import CodecConfig, DenseDtype
-from anabranch.wire.plan import ADAPTER_KEY, ADAPTER_STYPE, PLAN_KEY, RoundPlan, sent_down
+from anabranch.vectors import Adapter, LowRank
+from anabranch.vectors.frozen import from_tensors, join, split
+from anabranch.wire import encode_adapter
+from anabranch.wire.config import DenseDtype
+from anabranch.wire.plan import ADAPTER_KEY, ADAPTER_STYPE, PLAN_KEY, RoundPlan
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Start:
 
     Attributes:
         plan: Their order.
-        adapter: What they start from.
-        blob: The same as it is sent; None while the seed alone describes it.
+        adapter: What they train on from.
+        frozen: What is kept beside it, by module.
+        blob: Both as they are sent; None while the seed alone describes them.
     """
 
     plan: RoundPlan
     adapter: Adapter
+    frozen: Mapping[str, LowRank]
     blob: bytes | None
 
     @property
@@ -57,24 +60,6 @@ def adapter_record(blob: bytes | None) -> ArrayRecord:
     return ArrayRecord({ADAPTER_KEY: Array("uint8", (len(blob),), ADAPTER_STYPE, blob)})
 
 
-def encode_adapter(adapter: Adapter, plan: RoundPlan, down: DenseDtype) -> Encoded:
-    """An adapter as it is sent: without the factor that every client draws from the seed."""
-    meta = UpdateMeta(
-        kind="adapter",
-        base_hash=plan.base_hash,
-        start_hash=plan.start_hash,
-        federation=plan.federation,
-        run=plan.run,
-        round=plan.round,
-        client="",
-        nonce=b"",
-        seed=plan.seed,
-        examples=0,
-    )
-    tensors = adapter.tensors(sent_down(plan.trains))
-    return encode_update(tensors, meta, CodecConfig(name="dense", dtype=down))
-
-
 def at_rank(whole: Start, rank: int, method: MergeMethod, down: DenseDtype) -> Start:
     """A round's start for the clients of a lower rank.
 
@@ -87,31 +72,12 @@ def at_rank(whole: Start, rank: int, method: MergeMethod, down: DenseDtype) -> S
         method: How the cohort will be merged.
         down: How the adapter is stored on its way.
     """
-    # Every client draws the leading part of a seeded start by itself.
+    # The leading part of a seeded start every client draws by itself.
     leading = whole.blob is None or method.weigh is not None
     adapter = whole.adapter.leading(rank) if leading else truncate(whole.adapter, rank)
-    blob = None
+    sent, blob = adapter, None
     if whole.blob is not None:
-        encoded = encode_adapter(adapter, whole.plan, down)
-        adapter, blob = adapter.with_tensors(encoded.sent), encoded.blob
-    changes = {"rank": rank, "start_hash": adapter.hash()}
-    return Start(whole.plan.model_copy(update=changes), adapter, blob)
-
-
-def check_ranks(ranks: Mapping[str, int], template: Adapter, method: MergeMethod) -> None:
-    """Refuse ranks that no round could use.
-
-    Raises:
-        ValueError: One above the start adapter's, or a method that needs one rank of all.
-    """
-    own = max((factors.rank for factors in template.lora.values()), default=0)
-    for client, rank in ranks.items():
-        if rank > own:
-            raise ValueError(
-                f"ranks.{client}: {rank} is above {own}, the rank of the adapter; lower it"
-            )
-    if ranks and method.factors and method.merge is not None and method.weigh is None:
-        raise ValueError(
-            f"ranks: {method.name} averages factors of one rank; "
-            "set recipe.method to hetlora, or to one that merges ΔW, such as mean"
-        )
+        encoded = encode_adapter(join(adapter, whole.frozen), whole.plan, down)
+        sent, blob = from_tensors(adapter, encoded.sent), encoded.blob
+    changes = {"rank": rank, "start_hash": sent.hash()}
+    return Start(whole.plan.model_copy(update=changes), *split(sent, adapter), blob)

@@ -18,25 +18,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from anabranch.aggregation import MergeReport, merge, merge_one_factor
+from anabranch.aggregation import MergeReport
 from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.merging import check_method, merge_cohort
 from anabranch.coordinator.roster import Roster
-from anabranch.coordinator.start import (
-    Start,
-    adapter_record,
-    at_rank,
-    check_ranks,
-    encode_adapter,
-)
+from anabranch.coordinator.start import Start, adapter_record, at_rank
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import decode_update
+from anabranch.vectors.frozen import from_tensors, split
+from anabranch.wire import decode_adapter, decode_update, encode_adapter
 from anabranch.wire.errors import one_line
-from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan, sent_down
+from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan
 
 log = logging.getLogger("anabranch.coordinator")
 
@@ -53,7 +49,7 @@ class MergeStrategy(Strategy):
         store: Where rounds are kept; an interrupted run goes on from what it holds.
 
     Raises:
-        ValueError: The template names no base, or the federation's ranks cannot be had.
+        ValueError: The template names no base, or the method cannot merge what is asked.
     """
 
     def __init__(self, config: FederationConfig, template: Adapter, store: Store) -> None:
@@ -61,11 +57,12 @@ class MergeStrategy(Strategy):
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
         self._method = named(config.recipe)
         groups(config.recipe, [*template.lora, *template.dense], config.quorum)
-        check_ranks(config.ranks, template, self._method)
+        check_method(config, template, self._method)
         self.config = config
         self.store = store
         self.base_hash = template.base_hash
-        self.adapter = seeded_start(template, config.seed)
+        self._seeded = seeded_start(template, config.seed)
+        self.adapter = self._seeded
         self.roster = Roster(
             config.poll_s,
             lambda node, why: store.note("meet-failed", {"node": node, "reason": why}),
@@ -76,9 +73,7 @@ class MergeStrategy(Strategy):
         self._decoded: dict[str, Mapping[str, Tensor]] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
-            layout = layout_of(self.adapter, sent_down(config.trains))
-            _, tensors = decode_update(self._blob, layout)
-            self.adapter = self.adapter.with_tensors({**self.adapter.tensors(), **tensors})
+            self.adapter = decode_adapter(self._blob, self._seeded, config.trains)
 
     def summary(self) -> None:
         """Log what will be run."""
@@ -177,7 +172,7 @@ class MergeStrategy(Strategy):
         Each is sent the adapter in service at its rank; ``arrays`` is not used.
         """
         self._plan = self.plan(server_round, config)
-        self._starts = {None: Start(self._plan, self.adapter, self._blob)}
+        self._starts = {None: self._whole(self._plan)}
         self._began = time.monotonic()
         self._decoded.clear()
         done = {row.client for row in self.store.contributions(server_round)}
@@ -212,7 +207,7 @@ class MergeStrategy(Strategy):
             row["client"] for row in self.store.notes("evaluate") if row["round"] == server_round
         }
         self._asked = {node: name for node, name in self.roster.nodes().items() if name not in done}
-        whole = Start(self.plan(server_round), self.adapter, self._blob)
+        whole = self._whole(self.plan(server_round))
         orders = self._orders(dict.fromkeys(self._asked, whole), MessageType.EVALUATE)
         sent = len(orders) * whole.size_bytes
         self.store.note("scoring", {"round": server_round, "bytes_down": sent})
@@ -247,6 +242,10 @@ class MergeStrategy(Strategy):
             self.store.note("evaluate", {**about, **found})
             rows.append(found)
         return _mean_metrics(rows)
+
+    def _whole(self, plan: RoundPlan) -> Start:
+        """The adapter in service with a plan for it."""
+        return Start(plan, *split(self.adapter, self._seeded), self._blob)
 
     def _start(self, client: str) -> Start:
         """What this round hands a client."""
@@ -343,25 +342,20 @@ class MergeStrategy(Strategy):
         starts = [self._start(row.client) for row in cohort]
         ends = [self._end(row, start) for row, start in zip(cohort, starts, strict=True)]
         names = [row.client for row in cohort]
-        recipe, trained, whole = self.config.recipe, self._plan.trained, self.adapter
-        if trained != "both":
-            result = merge_one_factor(ends, recipe, trained, start=whole, names=names)
-        else:
-            theirs = [start.adapter for start in starts] if self.config.ranks else None
-            result = merge(ends, recipe, start=whole, starts=theirs, names=names)
-        encoded = encode_adapter(result.adapter, self._plan, self.config.down)
+        merged, report = merge_cohort(self.config, self._starts[None], starts, ends, names)
+        encoded = encode_adapter(merged, self._plan, self.config.down)
         # What the clients will decode is the adapter in service, to the bit.
-        self.adapter = whole.with_tensors({**whole.tensors(), **encoded.sent})
+        self.adapter = from_tensors(self._seeded, {**merged.tensors(), **encoded.sent})
         self._blob = encoded.blob
         self.store.publish(
             Publication(
                 round=server_round,
                 digest=self.store.put(encoded.blob),
                 adapter_hash=self.adapter.hash(),
-                report=_plain(result.report),
+                report=_plain(report),
             )
         )
-        return result.report
+        return report
 
     def _end(self, row: Contribution, start: Start) -> Adapter:
         """What a client trained: its start and the change it sent.

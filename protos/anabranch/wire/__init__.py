@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anabranch.wire.adapter_message import decode_adapter as decode_adapter
+    from anabranch.wire.adapter_message import encode_adapter as encode_adapter
     from anabranch.wire.config import CodecConfig as CodecConfig
     from anabranch.wire.errors import WireError as WireError
     from anabranch.wire.feedback import compensate as compensate
@@ -30,8 +32,10 @@ _HOMES = {
     "UpdateMeta": "manifest",
     "WireError": "errors",
     "compensate": "feedback",
+    "decode_adapter": "adapter_message",
     "decode_forms": "update",
     "decode_update": "update",
+    "encode_adapter": "adapter_message",
     "encode_update": "update",
     "read_manifest": "header",
     "remainder": "feedback",

@@ -18,7 +18,7 @@ class WireError(ValueError):
     Attributes:
         code: Short name of the reason, stable for machines:
 
-            ============  ==================================================================
+            ============= =================================================================
             truncated     the message ends before what it announces
             trailing      bytes are left over at the end
             too-large     a length is beyond what the receiver expects
@@ -32,7 +32,12 @@ class WireError(ValueError):
             digest        a payload is not the one its manifest names
             payload       a payload cannot be decoded
             values        a scale or a value is NaN, infinite or otherwise impossible
-            ============  ==================================================================
+            unsigned      a signature is asked for, and there is none
+            unknown-key   the key that signed is not enrolled
+            revoked-key   it was, and was revoked
+            wrong-key     it is enrolled as somebody else's
+            bad-signature it did not sign this
+            ============= =================================================================
     """
 
     def __init__(self, code: str, reason: str) -> None:

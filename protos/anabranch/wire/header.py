@@ -12,8 +12,10 @@ from google.protobuf.message import DecodeError
 
 from anabranch.wire import zstd
 from anabranch.wire.errors import WireError
+from anabranch.wire.keys import PrivateKey
 from anabranch.wire.limits import DIGEST_BYTES, KEY_BYTES, RANK, TEXT_BYTES, Limits
 from anabranch.wire.manifest import FrameInfo, Kind, Manifest, TensorInfo, UpdateMeta
+from anabranch.wire.signing import MESSAGE
 from anabranch.wire.v1 import update_pb2 as pb
 
 FORMAT_VERSION = 1
@@ -23,8 +25,13 @@ LENGTH_BYTES = 8
 _KINDS: dict[Kind, pb.Kind.ValueType] = {"update": pb.KIND_UPDATE, "adapter": pb.KIND_ADAPTER}
 
 
-def write_header(manifest: Manifest) -> bytes:
-    """Length, magic and compressed manifest: what a message starts with."""
+def write_header(manifest: Manifest, key: PrivateKey | None = None) -> bytes:
+    """Length, magic and compressed manifest: what a message starts with.
+
+    Args:
+        manifest: What to write; its signature is made here.
+        key: Who signs; None leaves the message unsigned.
+    """
     meta = manifest.meta
     message = pb.Manifest(
         format_version=FORMAT_VERSION,
@@ -41,10 +48,12 @@ def write_header(manifest: Manifest) -> bytes:
         examples=meta.examples,
         codec=manifest.codec,
         frames=[_frame_message(frame) for frame in manifest.frames],
-        key_id=manifest.key_id,
-        signature=manifest.signature,
+        key_id=key.public.id if key else b"",
     )
-    header = MAGIC + zstd.compress_text(message.SerializeToString(deterministic=True))
+    raw = message.SerializeToString(deterministic=True)
+    if key is not None:
+        raw += _signature_field(key.sign(MESSAGE + raw))
+    header = MAGIC + zstd.compress_text(raw)
     return len(header).to_bytes(LENGTH_BYTES, "little") + header
 
 
@@ -87,7 +96,7 @@ def read_manifest(blob: bytes | memoryview, limits: Limits | None = None) -> Man
             f"the message has format version {message.format_version}, "
             f"this release reads {FORMAT_VERSION}; upgrade the older side",
         )
-    manifest = _from_message(message, start)
+    manifest = _from_message(message, start, raw)
     end = start + sum(frame.payload_bytes for frame in manifest.frames)
     if len(blob) < end:
         raise WireError("truncated", f"the message has {len(blob)} of {end} bytes")
@@ -112,7 +121,12 @@ def _frame_message(frame: FrameInfo) -> pb.Frame:
     )
 
 
-def _from_message(message: pb.Manifest, start: int) -> Manifest:
+def _signature_field(signature: bytes) -> bytes:
+    """The field as protobuf writes it. It has the highest number, and so stands last."""
+    return pb.Manifest(signature=signature).SerializeToString()
+
+
+def _from_message(message: pb.Manifest, start: int, raw: bytes) -> Manifest:
     kinds = {number: kind for kind, number in _KINDS.items()}
     if message.kind not in kinds:
         raise WireError("meta", f"the message is of unknown kind {message.kind}")
@@ -138,7 +152,10 @@ def _from_message(message: pb.Manifest, start: int) -> Manifest:
     if len(message.codec.encode()) > TEXT_BYTES:
         raise WireError("meta", f"the codec's name is longer than {TEXT_BYTES} bytes")
     frames = tuple(_frame_info(frame) for frame in message.frames)
-    return Manifest(meta, message.codec, frames, start, message.key_id, message.signature)
+    # A signature that stands elsewhere than at the end covers nothing, and so is a bad one.
+    tail = _signature_field(message.signature)
+    signed = raw.removesuffix(tail) if raw.endswith(tail) else b""
+    return Manifest(meta, message.codec, frames, start, message.key_id, message.signature, signed)
 
 
 def _frame_info(frame: pb.Frame) -> FrameInfo:

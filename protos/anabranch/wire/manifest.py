@@ -114,8 +114,10 @@ class Manifest:
         codec: Name of the codec the sender was configured with.
         frames: What follows, in order.
         payload_start: Bytes before the first payload; 0 in a manifest not yet written.
-        key_id: Names the key that signs; empty until signing exists.
-        signature: Empty until signing exists.
+        key_id: Names the key that signed (``wire.keys``); empty where none did.
+        signature: That key's; empty where none signed.
+        signed: The bytes that were read and that the signature has to cover; empty in a manifest
+            not yet written.
     """
 
     meta: UpdateMeta
@@ -124,6 +126,7 @@ class Manifest:
     payload_start: int = 0
     key_id: bytes = b""
     signature: bytes = b""
+    signed: bytes = b""
 
 
 def _check_hash(field: str, text: str) -> None:

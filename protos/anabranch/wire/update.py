@@ -7,7 +7,7 @@ is bounded by the names and shapes of the local configuration before anything is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,8 +18,12 @@ from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
 from anabranch.wire.frames import plan_frames
 from anabranch.wire.header import read_manifest, write_header
+from anabranch.wire.keys import PrivateKey
 from anabranch.wire.limits import DIGEST_BYTES, RANK, limits_for
 from anabranch.wire.manifest import FrameInfo, Manifest, TensorInfo, UpdateMeta
+
+Check = Callable[[Manifest], None]
+"""Raises a WireError for a message whose manifest is not to be believed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +40,19 @@ class Encoded:
     sent: dict[str, Tensor]
 
 
-def encode_update(tensors: Mapping[str, Tensor], meta: UpdateMeta, codec: CodecConfig) -> Encoded:
+def encode_update(
+    tensors: Mapping[str, Tensor],
+    meta: UpdateMeta,
+    codec: CodecConfig,
+    key: PrivateKey | None = None,
+) -> Encoded:
     """Encode named tensors as one message.
 
     Args:
         tensors: Values by name, of any shape, floating dtype and device; read in fp32.
         meta: Whose update it is.
         codec: How to encode them.
+        key: Who signs; None leaves the message unsigned.
 
     Raises:
         ValueError: There are no tensors, one has more than 8 dimensions, or an entry is NaN,
@@ -80,18 +90,19 @@ def encode_update(tensors: Mapping[str, Tensor], meta: UpdateMeta, codec: CodecC
             )
         )
         payloads.append(packed.payload)
-    header = write_header(Manifest(meta, chosen.name, tuple(frames)))
+    header = write_header(Manifest(meta, chosen.name, tuple(frames)), key)
     return Encoded(b"".join([header, *payloads]), sent)
 
 
 def decode_update(
-    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]]
+    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]], check: Check | None = None
 ) -> tuple[UpdateMeta, dict[str, Tensor]]:
     """Decode a message into dense tensors.
 
     Args:
         blob: The message, as it came.
         layout: Names and shapes expected, from the local configuration.
+        check: Called with the manifest before any payload is touched (``wire.signing``).
 
     Returns:
         What the message says of itself, and fp32 tensors by name, in sorted order.
@@ -99,15 +110,17 @@ def decode_update(
     Raises:
         WireError: The message is not a sound one of exactly this layout; ``code`` says why.
     """
-    meta, forms = decode_forms(blob, layout)
+    meta, forms = decode_forms(blob, layout, check)
     return meta, {name: form.dense() for name, form in forms.items()}
 
 
 def decode_forms(
-    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]]
+    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]], check: Check | None = None
 ) -> tuple[UpdateMeta, dict[str, Form]]:
     """``decode_update``, leaving each tensor in its codec's form: sparse ones stay sparse."""
     manifest = read_manifest(blob, limits_for(layout))
+    if check is not None:
+        check(manifest)
     _check_layout(manifest, layout)
     forms: dict[str, Form] = {}
     start = manifest.payload_start

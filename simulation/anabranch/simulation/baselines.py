@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from anabranch.client.app import client_seed
-from anabranch.client.lora import read_adapter, write_adapter
+from anabranch.client.lora import read_adapter
 from anabranch.client.session import Session, client_name
 from anabranch.client.task import HeldOut, TrainPlan
 from anabranch.simulation.scenario import Scenario
@@ -32,7 +32,7 @@ def score(
     """
     task = session.task
     assert isinstance(task, SimulatedTask)
-    write_adapter(session.model, adapter)
+    session.load(adapter)
     scores: Scores = {"validation": {}, "test": {}}
     groups = task.scored_partitions
     wanted: list[tuple[HeldOut, str]] = [
@@ -55,7 +55,7 @@ def train_alone(scenario: Scenario, session: Session, start: Adapter, partition:
             "seed": client_seed(scenario.seed, 0, client_name(partition)),
         }
     )
-    write_adapter(session.model, start)
+    session.load(start)
     session.task.train(session.model, partition, plan)
     return read_adapter(session.model, session.base_hash)
 
@@ -73,7 +73,7 @@ def oracle(scenario: Scenario, session: Session, start: Adapter) -> Adapter:
     )
     clients = scenario.asked(task.num_partitions)
     plan = plan.model_copy(update={"batch_size": plan.batch_size * clients})
-    write_adapter(session.model, start)
+    session.load(start)
     task.train_all(session.model, plan)
     return read_adapter(session.model, session.base_hash)
 

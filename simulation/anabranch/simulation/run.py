@@ -23,7 +23,7 @@ from anabranch.client.session import Session, client_name, open_session
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
 from anabranch.coordinator.federation import START_FOLDER, write_federation
-from anabranch.coordinator.start import check_ranks
+from anabranch.coordinator.merging import check_method
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
@@ -83,7 +83,7 @@ def prepare(scenario: Scenario) -> Session:
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
     _check_recipe(config.recipe, session.template, config.quorum, scenario.asked(config.clients))
-    check_ranks(config.ranks, session.template, named(config.recipe))
+    check_method(config, session.template, named(config.recipe))
     names = [client_name(partition) for partition in range(config.clients)]
     if strangers := [client for client in config.ranks if client not in names]:
         raise ValueError(
@@ -176,6 +176,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "max_norm": None,
             "trains": "both",
             "ranks": {},
+            "rest": "drop",
             "recipe": Recipe(method="fedit"),
             "codec": CodecConfig(name="dense", feedback=0.0),
             "evaluate_every": 0,
@@ -246,7 +247,7 @@ def simulate(
         scores=scores,
         groups=list(task.groups),
         scored=dict(task.scored_partitions),
-        adapter=merged,
+        start=start,
         phases=seconds.phases,
     )
     summary = summarise(scenario, measured, total_s=time.perf_counter() - began)

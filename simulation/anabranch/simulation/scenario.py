@@ -23,6 +23,7 @@ from anabranch.coordinator.federation import (
     FederationConfig,
     FederationRecipe,
     Ranks,
+    Rest,
     clients_asked,
     keyed_error,
 )
@@ -97,16 +98,19 @@ class Scenario(BaseModel):
     """Score the adapter on the clients' validation data every so many rounds; 0 never."""
     task: TaskConfig = TaskConfig()
     """What is trained, on which data, by which clients."""
+    train: dict[str, Scalar] = Field({"steps": 5})
+    """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
+    codec: CodecConfig = CodecConfig()
+    """How updates are encoded."""
     trains: Trains = "both"
     """Which LoRA factors are trained: ``both``, ``b`` (FFA-LoRA: A stays the seed's, half the
     bytes) or ``alternate`` (RoLoRA: B in odd rounds, A in even ones)."""
     ranks: Ranks = Field(default_factory=dict)
     """Rank by client (``client-0000`` and so on), for clients that train fewer ranks than the
     task's: FlexLoRA, or HetLoRA with the method ``hetlora``. Clients not named train all."""
-    train: dict[str, Scalar] = Field({"steps": 5})
-    """The clients' ``TrainPlan``: steps, batch_size, learning_rate."""
-    codec: CodecConfig = CodecConfig()
-    """How updates are encoded."""
+    rest: Rest = "drop"
+    """What becomes of the merge beyond the clients' rank: ``drop``, or kept frozen while they train
+    on from the means of A and B (``fedex``) or afresh (``flora``)."""
     down: DenseDtype = "fp32"
     """How adapters are stored on their way to the clients."""
     recipe: FederationRecipe = Recipe(method="ties")
@@ -161,6 +165,7 @@ class Scenario(BaseModel):
             recipe=self.recipe,
             trains=self.trains,
             ranks=self.ranks,
+            rest=self.rest,
             train=self.train,
         )
 

@@ -39,7 +39,7 @@ class Measured:
         scores: Scores per adapter: base, merged, fedavg, oracle, local-0, …
         groups: Group of each client.
         scored: The client that stands for each group.
-        adapter: The merged adapter.
+        start: The adapter of the first round: as many entries as a dense update has.
         phases: Seconds per phase.
     """
 
@@ -47,7 +47,7 @@ class Measured:
     scores: dict[str, Scores]
     groups: list[str]
     scored: dict[str, int]
-    adapter: Adapter
+    start: Adapter
     phases: dict[str, float]
 
     def accuracy(self, key: str, group: str, split: str = "test") -> float | None:
@@ -122,7 +122,7 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
         "update_bytes": _update_bytes(measured),
         "rounds": _rounds(store),
         "refused": [row.model_dump() for row in store.refusals()],
-        "adapter_hash": latest.adapter_hash if latest else measured.adapter.hash(),
+        "adapter_hash": latest.adapter_hash if latest else measured.start.hash(),
         "phases": {name: round(value, 3) for name, value in measured.phases.items()},
         "seconds": round(total_s, 3),
         "about": ABOUT,
@@ -143,7 +143,7 @@ def _rounds(store: Store) -> list[dict[str, Any]]:
 def _update_bytes(measured: Measured) -> dict[str, float | None]:
     store = measured.store
     rows = store.notes("admitted")
-    entries = sum(tensor.numel() for tensor in measured.adapter.tensors().values())
+    entries = sum(tensor.numel() for tensor in measured.start.tensors().values())
     sizes = [row["size_bytes"] for row in rows]
     payloads = [
         sum(frame.payload_bytes for frame in read_manifest(store.get(row["digest"])).frames)

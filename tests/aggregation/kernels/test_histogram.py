@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from anabranch.aggregation import magnitude as magnitudes
 from anabranch.aggregation.kernels import histogram
 from anabranch.aggregation.kernels import rows as kernel_rows
 from anabranch.aggregation.magnitude import stream_kth, tensor_kth
@@ -41,6 +42,7 @@ def test_the_kth_is_the_one_a_sort_finds(
     name: str, magnitude: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_rows, "SMALLEST", 1)
+    monkeypatch.setattr(magnitudes, "_COUNTED", 1)
     values_KD = DISTRIBUTIONS[name]()
     compared_KD = values_KD.abs() if magnitude else values_KD
     ordered_KD = compared_KD.sort(dim=1, descending=True).values
@@ -61,14 +63,25 @@ def test_counts_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     bucket_K = torch.tensor([0x3F80, 0x3FC0, 0x4000])
     for magnitude in (True, False):
         for bucket in (None, bucket_K if magnitude else bucket_K + (1 << 15)):
-            monkeypatch.setattr(kernel_rows, "SMALLEST", 1 << 60)
+            monkeypatch.setattr(magnitudes, "_by_kernel", lambda values_KD: False)
             expected_KH = _histogram([values_KD], bucket, magnitude)
-            monkeypatch.setattr(kernel_rows, "SMALLEST", 1)
+            monkeypatch.setattr(magnitudes, "_by_kernel", lambda values_KD: True)
             assert torch.equal(_histogram([values_KD], bucket, magnitude), expected_KH)
             assert bool(expected_KH.any())
 
 
-def test_a_count_beyond_the_entries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_work_is_counted_once_kernels_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    values_KD = torch.randn(1, 1 << 17, generator=_generator())
+    expected_K = values_KD.abs().kthvalue(101).values
+    monkeypatch.setattr(Tensor, "kthvalue", None, raising=False)
+    assert torch.equal(tensor_kth(values_KD, (1 << 17) - 100), expected_K)
+
+
+@pytest.mark.parametrize("counted", [1, 1 << 17])
+def test_a_count_beyond_the_entries_is_refused(
+    counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernel_rows, "SMALLEST", 1)
+    monkeypatch.setattr(magnitudes, "_COUNTED", counted)
     with pytest.raises(ValueError, match="5-th largest of 4 entries"):
         tensor_kth(torch.ones(2, 4), 5)

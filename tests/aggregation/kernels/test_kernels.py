@@ -144,7 +144,8 @@ def test_sums_and_thresholds_run_by_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     load = kernel_rows.load
     for place in ("method", "magnitude", "statistics", "engine.stream"):
         monkeypatch.setattr(
-            f"anabranch.aggregation.{place}.load", lambda name: used.append(name) or load(name)
+            f"anabranch.aggregation.{place}.load",
+            lambda name, device: used.append(name) or load(name, device),
         )
     deltas = draw(4, kernel_rows.SMALLEST // 1024, 256)
     MEAN(deltas)

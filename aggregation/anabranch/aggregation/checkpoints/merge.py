@@ -17,6 +17,7 @@ from torch import Tensor
 from anabranch.aggregation.checkpoints.inputs import Inputs, open_inputs, pieces
 from anabranch.aggregation.checkpoints.merged_rows import check_budget, merged_rows
 from anabranch.aggregation.engine.cohort import Cohort, contribution_names
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
@@ -64,6 +65,7 @@ def merge_checkpoints(
     without: Sequence[str] = (),
     dtype: OutDtype | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -87,6 +89,8 @@ def merge_checkpoints(
         without: Names of contributions to leave out, as if they had never been given.
         dtype: What the result is stored in; None keeps the base's, tensor by tensor.
         budget_bytes: Memory for entries.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
         shard_bytes: Most bytes of tensors in one file.
         progress: Called with the tensors done and all there are, of this rank.
         ranks: Who merges these checkpoints together, each a part of the tensors and of the budget;
@@ -103,7 +107,7 @@ def merge_checkpoints(
     models = [models[index] for index in stay.indices]
     inputs = open_inputs(models, base, stay.names, named(recipe))
     parts = groups(stay.recipe, inputs.cohort.deltas, len(models))
-    warnings = check_groups(parts, inputs.cohort, base, budget_bytes)
+    warnings = check_groups(parts, replace(inputs.cohort, ranks=ranks), base, budget_bytes)
     of = {module: group for group in parts for module in group.modules}
     like = inputs.like.tensors
     stored = None if dtype is None else getattr(torch, dtype)
@@ -112,7 +116,7 @@ def merge_checkpoints(
         for name, tensor in like.items()
     }
     mine = ranks.mine({name: tensor.size_bytes for name, tensor in like.items()})
-    cohort = replace(inputs.cohort.only(mine), ranks=ranks)
+    cohort = replace(placed(inputs.cohort, parts[0].method, device).only(mine), ranks=ranks)
     done = 0
 
     def merged_pieces(name: str) -> Iterator[Tensor]:

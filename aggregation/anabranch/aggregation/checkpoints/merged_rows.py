@@ -66,8 +66,9 @@ def check_budget(cohort: Cohort, method: MergeMethod, budget_bytes: int) -> None
             ModuleRows(cohort, module, budget_bytes, whole_vectors=method.whole_vectors)
         elif (needed := matrix_bytes(cohort, module, method)) > budget_bytes:
             raise ValueError(
-                f"budget_bytes: {budget_bytes} cannot hold {module} of {len(cohort)} contributions "
-                f"as whole matrices, which {method.name} takes; allow at least {needed}"
+                f"budget_bytes: {cohort.ranks.budget_line(budget_bytes)} cannot hold {module} of "
+                f"{len(cohort)} contributions as whole matrices, which {method.name} takes; "
+                f"allow at least {needed * cohort.ranks.local_count}"
             )
 
 

@@ -10,12 +10,15 @@ from typing import TypeVar
 
 from torch import Tensor
 
+import torch
+
 from anabranch.aggregation.engine.cohort import (
     checked,
     common_base,
     contribution_names,
     side_by_side,
 )
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.engine.importance import with_importance
@@ -72,6 +75,7 @@ def merge_adapters(
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> MergeResult:
@@ -92,6 +96,8 @@ def merge_adapters(
             ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
             where it fits half, and is formed again on every read where it does not.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
         progress: Called with the modules done and all there are, of this rank.
         ranks: Who merges these adapters together, each a part of the modules and of the budget. All
             of them get the result.
@@ -115,6 +121,7 @@ def merge_adapters(
     merged = _Merged({}, {}, {}, {})
     for group in parts:
         alike = with_importance(cohort.only(group.modules), vectors, group.method)
+        alike = placed(alike, group.method, device)
         job = AdapterMerge(
             adapters, start, starts, recipe.refactor, group, alike, budget_bytes, tick
         )

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
+from anabranch.aggregation.finite import check_finite, check_floating, largest
 from anabranch.aggregation.ranks import ALONE, Ranks
-from anabranch.vectors.task_vector import Delta, Held, LowRank, Stored, TaskVector
+from anabranch.vectors.task_vector import Delta, Held, LowRank, Streamed, TaskVector
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Cohort:
         base_hash: Hash of the base they belong to, None when none of them says.
         importances: By module, how much each entry matters to its contribution, where the method
             reads it (``engine.importance``).
+        device: Where chunks of entries are merged; None where the first contribution lies.
         ranks: Who merges them together; the modules are then those of this rank.
     """
 
@@ -32,6 +33,7 @@ class Cohort:
     deltas: Mapping[str, tuple[Delta, ...]]
     base_hash: str | None
     importances: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
+    device: torch.device | None = None
     ranks: Ranks = ALONE
 
     def __len__(self) -> int:
@@ -86,9 +88,10 @@ def checked(cohort: Cohort, dense_later: bool = False) -> Cohort:
     deltas = {}
     for module, parts in cohort.deltas.items():
         for name, delta in zip(cohort.names, parts, strict=True):
-            _check_dtype(delta, name, module)
+            of = f"{name}: module {module}"
+            check_floating(delta, of)
             if isinstance(delta, LowRank) or not dense_later:
-                _check_finite(delta, name, module)
+                check_finite(delta, of)
         deltas[module] = tuple(map(_wide, parts))
     return replace(cohort, deltas=deltas)
 
@@ -143,11 +146,11 @@ def check_dense(cohort: Cohort, module: str, coefficients: Sequence[float], merg
     Raises:
         ValueError: Some are not; names the contribution.
     """
-    fine = isinstance(merged, LowRank) or _largest(merged) <= torch.finfo(torch.float32).max
+    fine = isinstance(merged, LowRank) or largest(merged) <= torch.finfo(torch.float32).max
     deltas = cohort.deltas[module]
     for name, delta, coefficient in zip(cohort.names, deltas, coefficients, strict=True):
         if not (fine and coefficient):
-            _check_finite(delta, name, module)
+            check_finite(delta, f"{name}: module {module}")
 
 
 def contribution_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -183,47 +186,4 @@ def _wide(delta: Delta) -> Delta:
     """Factors in fp32, once and not per chunk; other entries stay as they came."""
     if isinstance(delta, LowRank):
         return LowRank(delta.b_mk.detach().float(), delta.a_kn.detach().float())
-    return delta if isinstance(delta, Stored) else delta.detach()
-
-
-def _parts(delta: Delta) -> tuple[Tensor, ...]:
-    """What a change holds in memory.
-
-    What is stored is looked at whenever it is read: a pass over files for this alone may double
-    the time.
-    """
-    if isinstance(delta, Stored):
-        return ()
-    return (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
-
-
-def _check_dtype(delta: Delta, name: str, module: str) -> None:
-    for tensor in _parts(delta):
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{name}: module {module} holds {tensor.dtype}; give floating-point numbers"
-            )
-
-
-def _check_finite(delta: Delta, name: str, module: str) -> None:
-    """One NaN would spread over the whole result."""
-    largest = 1.0
-    for tensor in _parts(delta):
-        largest *= _largest(tensor)
-    if isinstance(delta, LowRank):
-        largest *= delta.rank
-    # A comparison that NaN fails. A product of factors is bounded before it is formed in fp32.
-    if not largest <= torch.finfo(torch.float32).max:
-        raise ValueError(
-            f"{name}: module {module} holds numbers that are not finite in fp32; "
-            "drop that contribution"
-        )
-
-
-def _largest(tensor: Tensor) -> float:
-    """Largest magnitude, NaN where an entry is; in one pass without a temporary."""
-    if not tensor.numel():
-        return 1.0
-    low, high = (abs(float(end)) for end in torch.aminmax(tensor.detach()))
-    # Both are NaN where an entry is.
-    return max(low, high)
+    return delta if isinstance(delta, Streamed) else delta.detach()

@@ -14,7 +14,15 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.importance import normalised_cohort
-from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows, device_of, fill_rows
+from anabranch.aggregation.engine.rows import (
+    FP32_BYTES,
+    ModuleRows,
+    device_of,
+    fill_rows,
+    large_ternary,
+    merged_on,
+)
+from anabranch.aggregation.kernels.rows import has_kernel, load
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Found, gather_statistics
@@ -62,8 +70,13 @@ class EntryMerge:
     def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
         """Merged rows of a module, first to last: index of the first, and entries [R, n] in fp32.
 
+        They lie where the first contribution does, wherever they were merged.
         Calling it again does the work again, except for the statistics.
         """
+        home = device_of(self.cohort.deltas[module][0])
+        if (whole_mn := self._from_ternary(module)) is not None:
+            yield 0, whole_mn.to(home)
+            return
         gathers = bool(self.method.statistics) and module not in self._found
         source = self._sources.get(module)
         if source is None:
@@ -73,7 +86,7 @@ class EntryMerge:
         found = self._found.get(module, {})
         for chunk in source:
             merged_D = self.method.merge_chunk(chunk, self.weights_C, self.config, found)
-            yield chunk.start, merged_D.view(-1, chunk.columns)
+            yield chunk.start, merged_D.view(-1, chunk.columns).to(home)
 
     def dense(self, module: str, scale: float = 1.0, onto: Delta | None = None) -> Tensor:
         """The whole merged module [m, n] in fp32, times ``scale``, added to ``onto``."""
@@ -87,6 +100,19 @@ class EntryMerge:
             view_Rn.add_(rows_Rn, alpha=scale)
         return total_mn
 
+    def _from_ternary(self, module: str) -> Tensor | None:
+        """A merged module [m, n] from sparse task vectors as they are, None where it cannot be."""
+        if self.method.ternary is None or module in self._found:
+            return None
+        deltas = self.cohort.deltas[module]
+        device = merged_on(self.cohort, module)
+        updates = large_ternary(deltas, device)
+        if not updates or not has_kernel(self.method.ternary, device):
+            return None
+        kernel = load(self.method.ternary, device)
+        merged_D: Tensor = kernel(updates, self.weights_C, self.config, device)
+        return merged_D.view(matrix_shape(deltas[0].shape, self.method.whole_vectors))
+
     def _source(self, module: str, keep: bool) -> ModuleRows:
         return ModuleRows(
             self.cohort,
@@ -94,7 +120,7 @@ class EntryMerge:
             self.budget_bytes,
             keep,
             self.method.whole_vectors,
-            fused=self.method.kernel is not None,
+            fused=has_kernel(self.method.kernel, merged_on(self.cohort, module)),
         )
 
     def _gather(self, sources: Sequence[ModuleRows], ranks: Ranks = ALONE) -> Found:

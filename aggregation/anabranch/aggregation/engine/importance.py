@@ -10,7 +10,7 @@ import torch
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.method import MergeMethod
 from anabranch.vectors.importance import Over, normalised
-from anabranch.vectors.task_vector import Delta, LowRank, Stored, TaskVector
+from anabranch.vectors.task_vector import Delta, LowRank, Stored, TaskVector, held
 
 
 def with_importance(cohort: Cohort, vectors: Sequence[TaskVector], method: MergeMethod) -> Cohort:
@@ -71,9 +71,9 @@ def _check(importance: Delta, name: str, module: str) -> None:
     """What is stored is looked at whenever it is read."""
     if isinstance(importance, Stored):
         return
-    held = [importance.b_mk, importance.a_kn] if isinstance(importance, LowRank) else [importance]
+    found = held(importance)
     largest = 1.0
-    for tensor in held:
+    for tensor in [found.b_mk, found.a_kn] if isinstance(found, LowRank) else [found]:
         if not tensor.numel():
             continue
         low, high = (float(end) for end in torch.aminmax(tensor.detach()))

@@ -5,6 +5,7 @@ Shape legend: C contributions, R rows of a chunk, n columns, D = R·n entries of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from anabranch.aggregation.chunk import ROW_BLOCK as ROW_BLOCK
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
-from anabranch.aggregation.kernels.rows import readable, worthwhile
-from anabranch.vectors.task_vector import Delta, LowRank, Stored
+from anabranch.aggregation.kernels.rows import on_gpu, readable, worthwhile
+from anabranch.vectors.sparse import SparseTernary
+from anabranch.vectors.task_vector import Delta, LowRank, Streamed
 
 DEFAULT_BUDGET_BYTES = 2 << 30
 
@@ -58,12 +60,13 @@ class ModuleRows:
     ) -> None:
         self.module = module
         self._deltas = cohort.deltas[module]
+        self._device = merged_on(cohort, module)
         self.rows, self.columns = matrix_shape(self._deltas[0].shape, whole_vectors)
         self._importances = cohort.importances.get(module, ())
-        large = worthwhile(len(cohort), self.rows * self.columns, device_of(self._deltas[0]))
+        large = worthwhile(len(cohort), self.rows * self.columns, self._device)
         self.fused = fused and large and not self._importances
         self._kept: list[Chunk] | None = None
-        if self.fused and all(isinstance(d, Tensor) and readable(d) for d in self._deltas):
+        if self.fused and all(self._lies_there(delta) for delta in self._deltas):
             self.step = self.rows
             where_they_lie = tuple(d.view(-1) for d in self._deltas if isinstance(d, Tensor))
             self._kept = [Chunk(module, 0, self.columns, where_they_lie, True)]
@@ -74,16 +77,16 @@ class ModuleRows:
         block = min(ROW_BLOCK if products else 1, max(1, self.rows))
         blocks = budget_bytes // 2 // (row_bytes * WORKING_COPIES * block)
         if not blocks:
+            needed = 2 * row_bytes * WORKING_COPIES * block
             raise ValueError(
-                f"budget_bytes: {budget_bytes} cannot hold {block} rows of {module} for "
-                f"{len(cohort)} contributions; allow at least "
-                f"{2 * row_bytes * WORKING_COPIES * block}"
+                f"budget_bytes: {cohort.ranks.budget_line(budget_bytes)} cannot hold {block} rows "
+                f"of {module} for {len(cohort)} contributions; allow at least "
+                f"{needed * cohort.ranks.local_count}"
             )
-        if self.fused:
+        if self.fused and not on_gpu(self._device):
             blocks = min(blocks, max(1, FUSED_CHUNK_BYTES // (row_bytes * block)))
         self.step = blocks * block
         result_bytes = self.rows * self.columns * FP32_BYTES
-        self._memory: Tensor | None = None
         self._keep = keep and self.rows * row_bytes + result_bytes <= budget_bytes // 2
 
     def __len__(self) -> int:
@@ -96,24 +99,30 @@ class ModuleRows:
             yield from self._kept
             return
         kept = []
+        # Not a pass longer: sources of all modules live while a statistic runs over the model.
+        memory: Tensor | None = None
         for start in range(0, self.rows, self.step):
-            chunk = self._form(start, min(start + self.step, self.rows))
+            chunk = self._form(start, min(start + self.step, self.rows), memory)
             if self._keep:
                 kept.append(chunk)
+            elif self.fused:
+                # A kernel never returns its inputs, so the next chunk may lie where this one does.
+                # New memory costs as much as what is written to it.
+                memory = chunk.deltas_CD
             yield chunk
         if self._keep:
             self._kept = kept
 
-    def _form(self, start: int, stop: int) -> Chunk:
-        device = device_of(self._deltas[0])
+    def _lies_there(self, delta: Delta) -> bool:
+        """Whether a kernel can read its entries where they lie."""
+        return isinstance(delta, Tensor) and readable(delta) and delta.device == self._device
+
+    def _form(self, start: int, stop: int, memory: Tensor | None) -> Chunk:
         shape = (len(self._deltas), stop - start, self.columns)
-        if self._memory is not None and self._memory.shape == shape:
-            rows_CRn = self._memory
+        if memory is not None and memory.numel() == math.prod(shape):
+            rows_CRn = memory.view(shape)
         else:
-            rows_CRn = torch.empty(shape, dtype=torch.float32, device=device)
-        # A kernel never returns its inputs, so the next chunk may lie where this one did. New
-        # memory costs as much as what is written to it.
-        self._memory = rows_CRn if self.fused and not self._keep else None
+            rows_CRn = torch.empty(shape, dtype=torch.float32, device=self._device)
         _fill(self._deltas, start, rows_CRn)
         importances_CD = None
         if self._importances:
@@ -131,16 +140,25 @@ def _fill(deltas: Sequence[Delta], start: int, out_CRn: Tensor) -> Tensor:
 
 
 def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:
-    """Write the rows of a change from ``start`` on, a multiple of ``ROW_BLOCK``, into [R, n]."""
-    if isinstance(delta, Stored):
-        delta.read(start * out_Rn.shape[1], out_Rn.view(-1))
+    """Write the rows of a change from ``start`` on, a multiple of ``ROW_BLOCK``, into [R, n].
+
+    They may lie on another device than the change.
+    """
+    if isinstance(delta, Streamed):
+        if out_Rn.device.type == "cpu":
+            delta.read(start * out_Rn.shape[1], out_Rn.view(-1))
+            return
+        # Pinned, so that the device fetches them itself.
+        read_Rn = torch.empty(out_Rn.shape, pin_memory=True)
+        delta.read(start * out_Rn.shape[1], read_Rn.view(-1))
+        out_Rn.copy_(read_Rn)
         return
     if not isinstance(delta, LowRank):
         rows_mn = delta.reshape(-1, out_Rn.shape[1])
         out_Rn.copy_(rows_mn[start : start + len(out_Rn)])
         return
-    b_Rk = delta.b_mk[start : start + len(out_Rn)].float()
-    a_kn = delta.a_kn.float()
+    b_Rk = delta.b_mk[start : start + len(out_Rn)].to(out_Rn)
+    a_kn = delta.a_kn.to(out_Rn)
     for first in range(0, len(out_Rn), ROW_BLOCK):
         block = slice(first, first + ROW_BLOCK)
         torch.mm(b_Rk[block], a_kn, out=out_Rn[block])
@@ -148,6 +166,25 @@ def fill_rows(delta: Delta, start: int, out_Rn: Tensor) -> None:
 
 def device_of(delta: Delta) -> torch.device:
     """Where a change lives, or is read to."""
-    if isinstance(delta, Stored):
+    if isinstance(delta, Streamed):
         return torch.device("cpu")
     return delta.b_mk.device if isinstance(delta, LowRank) else delta.device
+
+
+def merged_on(cohort: Cohort, module: str) -> torch.device:
+    """Where a module's chunks are merged."""
+    return cohort.device or device_of(cohort.deltas[module][0])
+
+
+def large_ternary(deltas: Sequence[Delta], device: torch.device) -> list[SparseTernary]:
+    """One module's changes where all are sparse ternary and kernels take them, else none.
+
+    Args:
+        deltas: One change per contribution.
+        device: Where they are merged.
+    """
+    sparse = [delta for delta in deltas if isinstance(delta, SparseTernary)]
+    if len(sparse) < len(deltas) or not sparse:
+        return []
+    size = worthwhile(len(sparse), sparse[0].entries, device)
+    return sparse if size else []

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from torch import distributed
 
 from anabranch.aggregation.ranks import ALONE, LostRankError, Ranks
-from anabranch.vectors.new_folder import new_folder
+from anabranch.vectors.new_folder import hidden_beside, new_folder
 
 _MEETING = "ANABRANCH_MEETING"
 """Where ranks started on one machine meet: a ``file://`` address. torchrun has MASTER_ADDR."""
@@ -36,10 +38,18 @@ def environment_of(ranks: Ranks, meeting: Path) -> dict[str, str]:
     """
     return {
         _MEETING: f"file://{meeting / 'meeting'}",
+        # Ranks believe each other, so nobody else may talk to them.
+        "GLOO_SOCKET_IFNAME": _loopback(),
         "RANK": str(ranks.rank),
+        "LOCAL_RANK": str(ranks.rank),
         "WORLD_SIZE": str(ranks.count),
         "LOCAL_WORLD_SIZE": str(ranks.local_count),
     }
+
+
+def _loopback() -> str:
+    """The interface that only this machine reaches: ``lo``, or ``lo0``."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def started_together(environment: Mapping[str, str]) -> bool:
@@ -83,6 +93,9 @@ def joined(ranks: Ranks) -> Iterator[None]:
         return
     # Whoever started the ranks ends them so; what was begun is then removed.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if torch.cuda.is_available():
+        # ``cuda`` without a number is then another GPU on each of this machine's ranks.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         distributed.init_process_group(
             "gloo",
@@ -116,31 +129,32 @@ def shared_folder(folder: Path, ranks: Ranks) -> Iterator[Path]:
         OSError: The disk refuses.
         LostRankError: A rank is gone, and nothing is left behind.
     """
+    # All know its name before it is made: any of them may have to remove it.
+    partial = ranks.gather(hidden_beside(folder))[0]
     if ranks.rank == 0:
-        with new_folder(folder) as made:
-            ranks.gather(made)
-            with _shared(made, ranks):
-                yield made
-                ranks.wait()
+        with new_folder(folder, partial), _shared(partial, ranks):
+            ranks.wait()
+            yield partial
+            ranks.wait()
     else:
-        made = ranks.gather(folder)[0]
         try:
-            with _shared(made, ranks):
-                yield made
+            with _shared(partial, ranks):
+                ranks.wait()
+                yield partial
                 ranks.wait()
         except (LostRankError, SystemExit, KeyboardInterrupt):
             # Rank 0 removes its folder, unless it is rank 0 that died.
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
     ranks.wait()
 
 
 @contextmanager
-def _shared(made: Path, ranks: Ranks) -> Iterator[None]:
+def _shared(partial: Path, ranks: Ranks) -> Iterator[None]:
     """Who finds the folder gone has lost another rank, which failed first."""
     try:
         yield
     except FileNotFoundError as error:
-        if ranks.count == 1 or made.exists():
+        if ranks.count == 1 or partial.exists():
             raise
         raise ranks.lost() from error

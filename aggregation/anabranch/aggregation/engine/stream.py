@@ -18,12 +18,19 @@ from anabranch.aggregation.engine.cohort import (
     contribution_names,
     side_by_side,
 )
+from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
-from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of
-from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, load, readable
+from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of, large_ternary
+from anabranch.aggregation.kernels.rows import (
+    TERNARY_SUM,
+    WEIGHTED_SUM,
+    all_worthwhile,
+    load,
+    readable,
+)
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.withdrawal import withdraw
@@ -31,8 +38,8 @@ from anabranch.vectors.task_vector import (
     Delta,
     Held,
     LowRank,
-    Stored,
     TaskVector,
+    held,
     scaled,
     stack,
 )
@@ -46,6 +53,7 @@ def merge_task_vectors(
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    device: str | torch.device | None = None,
 ) -> TaskVector:
     """Merge task vectors by a recipe, in bounded memory.
 
@@ -65,6 +73,8 @@ def merge_task_vectors(
         without: Names of contributions to leave out, as if they had never been given; see
             ``withdraw``.
         budget_bytes: Memory for dense entries of the inputs; the result comes on top.
+        device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
+            time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
 
     Returns:
         The merged task vector: factors where a method that is linear or on matrices met factors
@@ -82,6 +92,7 @@ def merge_task_vectors(
     merged: dict[str, Delta] = {}
     for group in parts:
         alike = with_importance(cohort.only(group.modules), vectors, group.method)
+        alike = placed(alike, group.method, device)
         merged.update(_merge_group(alike, group, budget_bytes))
     return TaskVector(merged, cohort.base_hash)
 
@@ -163,16 +174,23 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Held
         return stack(parts)
     dense = [delta.view(-1) for delta, _ in used if isinstance(delta, Tensor) and readable(delta)]
     if dense and len(dense) == len(used) and all_worthwhile(dense):
-        merged_D: Tensor = load(WEIGHTED_SUM)(dense, [coefficient for _, coefficient in used])
+        sum_up = load(WEIGHTED_SUM, dense[0].device)
+        merged_D: Tensor = sum_up(dense, [coefficient for _, coefficient in used])
         return merged_D.view(deltas[0].shape)
+    device = device_of(deltas[0])
+    if ternary := large_ternary([delta for delta, _ in used], device):
+        sum_up = load(TERNARY_SUM, device)
+        total_D: Tensor = sum_up(ternary, [coefficient for _, coefficient in used], device)
+        return total_D.view(deltas[0].shape)
     if not used and isinstance(deltas[0], LowRank):
         return scaled(deltas[0], 0.0)
-    total = torch.zeros(deltas[0].shape, dtype=torch.float32, device=device_of(deltas[0]))
+    total = torch.zeros(deltas[0].shape, dtype=torch.float32, device=device)
     for delta, coefficient in used:
-        if isinstance(delta, LowRank):
-            total.addmm_(delta.b_mk.float(), delta.a_kn.float(), alpha=coefficient)
+        change = held(delta)
+        if isinstance(change, LowRank):
+            total.addmm_(change.b_mk.float(), change.a_kn.float(), alpha=coefficient)
         else:
-            total.add_(_entries(delta).float(), alpha=coefficient)
+            total.add_(change.float(), alpha=coefficient)
     return total
 
 
@@ -197,10 +215,11 @@ def merge_factors(
         flat_CD = torch.stack([tensor.float().flatten() for tensor in tensors])
         return merge(flat_CD, weights_C, config).view(tensors[0].shape)
 
-    dense = [_entries(delta) for delta in deltas if not isinstance(delta, LowRank)]
+    parts = [held(delta) for delta in deltas]
+    dense = [part for part in parts if isinstance(part, Tensor)]
     if len(dense) == len(deltas):
         return apart(dense)
-    factors = [delta for delta in deltas if isinstance(delta, LowRank)]
+    factors = [part for part in parts if isinstance(part, LowRank)]
     if method.weigh is not None and not dense:
         norms_C = torch.tensor([part.norm() for part in factors], dtype=torch.float64)
         weights_C = method.weigh(weights_C, norms_C)
@@ -224,8 +243,3 @@ def _padded(parts: Sequence[LowRank]) -> list[LowRank]:
         )
         for part in parts
     ]
-
-
-def _entries(delta: Stored | Tensor) -> Tensor:
-    """Entries of one module in memory."""
-    return delta.dense() if isinstance(delta, Stored) else delta

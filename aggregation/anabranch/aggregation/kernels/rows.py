@@ -5,9 +5,12 @@ Shape legend: C contributions, D entries of a chunk.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +22,10 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Rows
 
 WEIGHTED_SUM = "anabranch.aggregation.kernels.linear:weighted_sum"
+TERNARY_SUM = "anabranch.aggregation.kernels.ternary:weighted_sum"
 HISTOGRAM = "anabranch.aggregation.kernels.histogram:histogram"
+KTH = "anabranch.aggregation.kernels.histogram:kth"
+"""On a GPU only, where counting 64 Ki buckets costs more than a bracket that narrows."""
 
 SMALLEST = 1 << 22
 """Entries of all contributions together from which a module goes through kernels. Loading them
@@ -43,7 +49,7 @@ def worthwhile(count: int, entries: int, device: torch.device) -> bool:
         entries: Entries of one contribution's whole module.
         device: Where they are.
     """
-    return device.type == "cpu" and count * entries >= SMALLEST
+    return on_gpu(device) or (device.type == "cpu" and count * entries >= SMALLEST)
 
 
 def all_worthwhile(rows: Rows) -> bool:
@@ -53,13 +59,43 @@ def all_worthwhile(rows: Rows) -> bool:
 
 def readable(row_D: Tensor) -> bool:
     """Whether a kernel can read a tensor where it lies."""
-    return row_D.device.type == "cpu" and row_D.dtype == torch.float32 and row_D.is_contiguous()
+    there = row_D.device.type == "cpu" or on_gpu(row_D.device)
+    return there and row_D.dtype == torch.float32 and row_D.is_contiguous()
 
 
-def load(place: str) -> Any:
-    """The function that ``module:function`` names."""
+def in_use(device: torch.device) -> bool:
+    """Whether this process has paid for loading kernels, so that small work may go through them."""
+    return device.type == "cpu" and "anabranch.aggregation.kernels.compiled" in sys.modules
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether the kernels for entries there are Triton's: on a GPU, or where it interprets them."""
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or interprets) and find_spec("triton") is not None
+
+
+def load(place: str, device: torch.device) -> Any:
+    """The function that ``module:function`` names, or on a GPU its namesake in ``gpu`` beside it.
+
+    Returns:
+        None where there is none: torch does it then.
+    """
     module, name = place.split(":")
-    return getattr(import_module(module), name)
+    if not on_gpu(device):
+        return getattr(import_module(module), name)
+    package, _, own = module.rpartition(".")
+    folder = f"{package}.gpu"
+    try:
+        return getattr(import_module(f"{folder}.{own}"), name, None)
+    except ModuleNotFoundError as error:
+        if error.name not in (folder, f"{folder}.{own}"):
+            raise
+        return None
+
+
+def has_kernel(place: str | None, device: torch.device) -> bool:
+    """Whether ``load`` finds a function; what is for the CPU is not loaded to know."""
+    return place is not None and (not on_gpu(device) or load(place, device) is not None)
 
 
 def addresses(rows: Rows) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """SCE: the variance over the contributions, taken again wherever it is needed and never stored.
 
-Shape legend: C contributions, D entries of a chunk, B entries of a block, P blocks of rows.
+Shape legend: C contributions, D entries of a chunk, B entries of a block, P blocks of rows,
+L sums side by side.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from anabranch.aggregation.statistics import Found
 
 _BLOCK = 1024
 
+_LANES = 64
+"""Sums that run side by side: one alone would wait for every addition before the next."""
+
 
 def variance(chunk: Chunk, weights_C: Tensor, config: Any, found: Found) -> Tensor:
     """``methods.sce.variance`` [1, D]."""
@@ -34,7 +38,14 @@ def variance(chunk: Chunk, weights_C: Tensor, config: Any, found: Found) -> Tens
 
 def varying(chunk: Chunk, weights_C: Tensor, config: Any, found: Found) -> Tensor:
     """How many entries of a chunk vary [1, 1], fp64."""
-    return (variance(chunk, weights_C, config, found) > 0).sum(dim=1, keepdim=True).double()
+    addresses_C, inverse = addresses(chunk.rows), np.float32(1 / len(chunk.rows))
+    counts: list[int] = []
+
+    def part(first: int, stop: int) -> None:
+        counts.append(_varying(addresses_C, first, stop, inverse))
+
+    in_parallel(part, len(chunk.rows[0]), _BLOCK)
+    return torch.tensor([[sum(counts)]], dtype=torch.float64)
 
 
 def energies(chunk: Chunk, weights_C: Tensor, config: Any, found: Found) -> Tensor:
@@ -106,6 +117,18 @@ def _variances(
 
 
 @compiled
+def _varying(addresses_C: Int64, first: int, stop: int, inverse: np.float32) -> int:
+    mean_B, variance_B = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    found = 0
+    for start in range(first, stop, _BLOCK):
+        size = min(_BLOCK, stop - start)
+        _variance_of(addresses_C, start, inverse, mean_B, variance_B[:size])
+        for i in range(size):
+            found += variance_B[i] > 0
+    return found
+
+
+@compiled
 def _energies(
     addresses_C: Int64,
     entries: int,
@@ -117,6 +140,7 @@ def _energies(
     sums_CP: NDArray[np.float64],
 ) -> None:
     mean_B, variance_B = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    lane_L = np.empty(_LANES)
     for place in range(first, stop):
         end = min(entries, (place + 1) * piece)
         for start in range(place * piece, end, _BLOCK):
@@ -124,11 +148,28 @@ def _energies(
             _variance_of(addresses_C, start, inverse, mean_B, variance_B[:size])
             for c in range(len(addresses_C)):
                 delta_B = entries_at(addresses_C[c], start, size)
-                total = 0.0
-                for i in range(size):
-                    square = np.float64(delta_B[i]) * np.float64(delta_B[i])
-                    total += square if variance_B[i] >= threshold else 0.0
-                sums_CP[c, place] += total
+                sums_CP[c, place] += _selected_square(delta_B, variance_B, threshold, lane_L)
+
+
+@compiled
+def _selected_square(
+    delta_B: Fp32, variance_B: Fp32, threshold: np.float32, lane_L: NDArray[np.float64]
+) -> float:
+    """Σ τ² of the selected entries of a block, in fp64; ``lane_L`` is written over."""
+    lane_L[:] = 0
+    whole = len(delta_B) // _LANES * _LANES
+    for start in range(0, whole, _LANES):
+        for lane in range(_LANES):
+            delta = np.float64(delta_B[start + lane])
+            selected = variance_B[start + lane] >= threshold
+            lane_L[lane] += delta * delta if selected else 0.0
+    for i in range(whole, len(delta_B)):
+        delta = np.float64(delta_B[i])
+        lane_L[i - whole] += delta * delta if variance_B[i] >= threshold else 0.0
+    total = 0.0
+    for lane in range(_LANES):
+        total += lane_L[lane]
+    return total
 
 
 @compiled

@@ -1,4 +1,7 @@
-"""Sparse ternary updates added up block by block, their positions walked in step.
+"""Sparse ternary task vectors merged as they are, at a cost that follows their non-zeros.
+
+Added up block by block, their positions walked in step. What comes out is, bit for bit, what the
+functions on dense entries make of them.
 
 Shape legend: C contributions, n entries, k kept of one, B entries of a block.
 """
@@ -22,23 +25,50 @@ from anabranch.aggregation.kernels.compiled import (
     pointer,
 )
 from anabranch.aggregation.kernels.rows import fp32, in_parallel
+from anabranch.aggregation.method import MethodConfig
 from anabranch.vectors.sparse import SparseTernary
 
 _BLOCK = 2048
 """Entries whose five sums stay in L1 while all contributions add to them."""
 
 
-def merge(
-    updates: Sequence[SparseTernary], values_C: Tensor, weights_C: Tensor, elects: bool
+def weighted_sum(
+    updates: Sequence[SparseTernary], coefficients: Sequence[float], device: torch.device
 ) -> Tensor:
-    """Σ w τ, or the election of TIES, of updates whose entries are ±value [n]."""
+    """Σ c_i τ_i [n], in fp32, added in the order of the contributions; ``device`` is the CPU."""
+    return _merged(updates, coefficients, elects=False)
+
+
+def ties(
+    updates: Sequence[SparseTernary],
+    weights_C: Tensor,
+    config: MethodConfig,
+    device: torch.device,
+) -> Tensor:
+    """TIES per tensor [n]. It keeps all of an update, at any density.
+
+    What is not zero is of one magnitude, so where it is more than the share to keep, all of it ties
+    with the last entry kept; and a zero that is kept never counts.
+
+    Args:
+        updates: τ_i, one per contribution.
+        weights_C: Weight per contribution [C], zero or more.
+        config: Not read.
+        device: Where to merge: the CPU.
+    """
+    return _merged(updates, weights_C, elects=True)
+
+
+def _merged(
+    updates: Sequence[SparseTernary], weights_C: Tensor | Sequence[float], elects: bool
+) -> Tensor:
     merged_n = torch.empty(updates[0].entries)
     positions = [update.positions_k.contiguous() for update in updates]
     negatives = [update.negative_k.contiguous() for update in updates]
     positions_C = np.array([tensor.data_ptr() for tensor in positions], np.int64)
     negatives_C = np.array([tensor.data_ptr() for tensor in negatives], np.int64)
     counts_C = np.array([len(tensor) for tensor in positions], np.int64)
-    values, weights = fp32(values_C), fp32(weights_C)
+    values, weights = fp32([update.scale for update in updates]), fp32(weights_C)
 
     def part(first: int, stop: int) -> None:
         out = merged_n.data_ptr()

@@ -43,10 +43,9 @@ def iso_c(deltas: Sequence[Held], weights_C: Tensor, config: IsoCConfig) -> Held
     return space.lift(flattened(directions(space.total(weights_C), config.rank)))
 
 
-def flattened(found: Directions) -> Tensor:
-    """The matrix [p, q] with every singular value replaced by their mean; 0 where there is none."""
-    mean = found.s_r.sum() / max(1, len(found.s_r))
-    return mean * (found.u_pr @ found.v_rq)
+def flattened(found: Directions) -> Directions:
+    """The same with every singular value replaced by their mean."""
+    return found._replace(s_r=found.s_r.mean().expand_as(found.s_r))
 
 
 ISO_C = MergeMethod(name="iso_c", config=IsoCConfig, scope="tensor", matrices=iso_c)

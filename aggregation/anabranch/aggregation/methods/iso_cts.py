@@ -64,7 +64,9 @@ def iso_cts(deltas: Sequence[Held], weights_C: Tensor, config: IsoCtsConfig) -> 
         parts.append(directions(_outside(core, basis_pr, weight), specific, of=size))
     u_pK = polar(torch.cat([part.u_pr for part in parts], dim=1))
     v_Kq = polar(torch.cat([part.v_rq for part in parts]))
-    return space.lift(flattened(Directions(u_pK, torch.cat([p.s_r for p in parts]), v_Kq)))
+    together = Directions(u_pK, torch.cat([part.s_r for part in parts]), v_Kq)
+    # Polar factors of fewer directions than columns are no triplets: lift finds them.
+    return space.lift(flattened(together).matrix())
 
 
 def _outside(core: Held, basis_pr: Tensor, weight: float) -> Held:

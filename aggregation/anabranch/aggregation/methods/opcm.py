@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from anabranch.aggregation.core_space import Directions, directions, product_of
+from anabranch.aggregation.finite import check_finite, check_floating
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.vectors.task_vector import Held, LowRank, TaskVector, held, norm, scaled
 
@@ -149,7 +150,9 @@ def merge_next(state: OpcmState, update: TaskVector, weight: float = 1.0) -> Opc
     sums: dict[str, Directions | Tensor] = {}
     for module, change in update.items():
         delta = held(change)
-        _check_finite(module, delta)
+        of = f"the update: module {module}"
+        check_floating(delta, of)
+        check_finite(delta, of)
         before = state.sums[module] if state.sums else _nothing(delta)
         shape = _shape(before)
         if shape != delta.shape:
@@ -186,16 +189,6 @@ def _nothing(delta: Held) -> Directions | Tensor:
     m, n = delta.shape
     none = torch.zeros(0, dtype=torch.float64, device=like.device)
     return Directions(none.new_zeros(m, 0), none, none.new_zeros(0, n))
-
-
-def _check_finite(module: str, delta: Held) -> None:
-    tensors = (delta.b_mk, delta.a_kn) if isinstance(delta, LowRank) else (delta,)
-    for tensor in tensors:
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"module {module} of the update holds {tensor.dtype} numbers that are not finite "
-                "or not floating-point; drop the update"
-            )
 
 
 OPCM = MergeMethod(name="opcm", config=OpcmConfig, scope="model", matrices=opcm, mean_norm=True)

@@ -52,7 +52,8 @@ def _varies(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> 
 
 def _selected_squares(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
     selected_1D = variance(deltas_CD) >= found["threshold_1"].to(deltas_CD.device)
-    return deltas_CD.square().mul_(selected_1D)
+    # In fp64: the square of a finite fp32 number need not be one.
+    return deltas_CD.double().square_().mul_(selected_1D)
 
 
 def _place_of_threshold(config: SceConfig, entries: int, found: Found) -> int:

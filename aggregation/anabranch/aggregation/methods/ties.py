@@ -57,6 +57,7 @@ TIES = MergeMethod(
     scope="tensor",
     merge=ties,
     kernel="anabranch.aggregation.kernels.band:ties",
+    ternary="anabranch.aggregation.kernels.ternary:ties",
     statistics=(
         Statistic(
             "thresholds_C",

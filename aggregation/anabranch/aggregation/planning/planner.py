@@ -16,6 +16,7 @@ from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.planning.adapters import plan_adapters
 from anabranch.aggregation.planning.checkpoints import plan_checkpoints
 from anabranch.aggregation.planning.merge_plan import Kind, MergePlan
+from anabranch.aggregation.ranks import Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
 from anabranch.aggregation.withdrawal import withdraw
@@ -66,7 +67,8 @@ def plan_merge(
             )
         opened = open_inputs(inputs, base, stay.names, method)
         parts = groups(stay.recipe, opened.cohort.deltas, len(inputs))
-        warnings = check_groups(parts, opened.cohort, base, budget_bytes)
+        shared = replace(opened.cohort, ranks=Ranks(0, ranks, ranks))
+        warnings = check_groups(parts, shared, base, budget_bytes)
         plan = plan_checkpoints(opened, parts, dtype, budget_bytes, ranks)
         return replace(plan, warnings=(*warnings, *plan.warnings))
     if base is not None:

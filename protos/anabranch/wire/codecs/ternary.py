@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anabranch.vectors.sparse import SparseTernary, ternarise
+from anabranch.vectors.sparse import SparseTernary, nothing, ternarise
 from anabranch.wire import zstd
 from anabranch.wire.codecs.codec import Codec, Packed
 from anabranch.wire.config import CodecConfig
@@ -88,7 +88,7 @@ def _unpack(payload: memoryview, frame: FrameInfo) -> list[SparseTernary]:
     if len(payload) < sign_bytes or (total == 0 and len(payload) > 0):
         raise WireError("payload", f"{len(payload)} bytes cannot hold {total} signs")
     if total == 0:
-        return [_empty(tensor.shape) for tensor in frame.tensors]
+        return [nothing(torch.Size(tensor.shape)) for tensor in frame.tensors]
     packed_runs = payload[: len(payload) - sign_bytes]
     runs_r = np.frombuffer(zstd.decompress(packed_runs, run_bytes, run_bytes, "payload"), np.uint8)
     positions_k = _positions(runs_r)
@@ -125,12 +125,6 @@ def _rows(frame: FrameInfo) -> tuple[list[int], list[float]]:
     return nonzeros, scales
 
 
-def _empty(shape: tuple[int, ...]) -> SparseTernary:
-    return SparseTernary(
-        torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), 0.0, shape
-    )
-
-
 def _split(
     frame: FrameInfo,
     positions_k: Array,
@@ -153,7 +147,7 @@ def _split(
                 torch.from_numpy(positions),
                 torch.from_numpy(negative_k[kept]),
                 scales[row],
-                tensor.shape,
+                torch.Size(tensor.shape),
             )
         )
     return forms

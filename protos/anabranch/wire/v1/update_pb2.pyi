@@ -118,8 +118,10 @@ class Manifest(_message.Message):
     codec: _builtins.str
     """Name of the codec the sender was configured with, for people and logs."""
     key_id: _builtins.bytes
-    """Reserved for signing. The signature has the last number: what it covers is the serialised
-    manifest up to it, so that a verifier need serialise nothing again.
+    """Which Ed25519 key signed (the first 16 bytes of its sha256), and its signature; empty in an
+    unsigned message. The signature has the last number: what it covers is "anabranch.message/1",
+    a zero byte and the serialised manifest up to it, so that a verifier need serialise nothing
+    again.
     """
     signature: _builtins.bytes
     @_builtins.property

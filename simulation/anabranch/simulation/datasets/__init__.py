@@ -4,9 +4,15 @@ from anabranch.simulation.datasets.bbc import BBC
 from anabranch.simulation.datasets.dataset import DatasetSpec as DatasetSpec
 from anabranch.simulation.datasets.dataset import TextDataset as TextDataset
 from anabranch.simulation.datasets.health import HEALTH
+from anabranch.simulation.datasets.movies import MOVIES
+from anabranch.simulation.datasets.orange import AUTHOR, NEWSGROUP, REUTERS
+from anabranch.simulation.datasets.spam import SPAM
 from anabranch.simulation.datasets.vader import SENTIMENT, TEXT_KIND
 
-DATASETS = {spec.name: spec for spec in (BBC, SENTIMENT, TEXT_KIND, HEALTH)}
+DATASETS = {
+    spec.name: spec
+    for spec in (BBC, SENTIMENT, TEXT_KIND, HEALTH, MOVIES, SPAM, REUTERS, NEWSGROUP, AUTHOR)
+}
 """Every data set, by name."""
 
 

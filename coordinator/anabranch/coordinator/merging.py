@@ -1,0 +1,80 @@
+"""A round's merge: the cohort's ends and the recipe in, the next adapter out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping, merge_one_factor
+from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.start import Start
+from anabranch.vectors import Adapter, seeded_start
+from anabranch.vectors.frozen import join
+
+
+def merge_cohort(
+    config: FederationConfig,
+    whole: Start,
+    starts: Sequence[Start],
+    ends: Sequence[Adapter],
+    names: Sequence[str],
+) -> tuple[Adapter, MergeReport]:
+    """Merge what the clients trained into the next adapter in service.
+
+    Args:
+        config: The federation.
+        whole: The round's start at full rank.
+        starts: What each client started from.
+        ends: What each trained from there.
+        names: The clients.
+
+    Returns:
+        The adapter, frozen ranks after the trained ones, and the report.
+
+    Raises:
+        ValueError: The method cannot merge this cohort.
+    """
+    recipe, start, trained = config.recipe, whole.adapter, whole.plan.trained
+    if trained != "both":
+        result = merge_one_factor(ends, recipe, trained, start=start, names=names)
+        return result.adapter, result.report
+    theirs = [one.adapter for one in starts] if config.ranks else None
+    if config.rest == "drop":
+        result = merge(ends, recipe, start=start, starts=theirs, names=names)
+        return result.adapter, result.report
+    kept = merge_keeping(
+        ends,
+        recipe,
+        config.rest,
+        start=start,
+        starts=theirs,
+        # A draw of its own for each round: one A for all would reach the same directions always.
+        fresh=seeded_start(start, config.seed + whole.plan.round),
+        frozen=whole.frozen,
+        names=names,
+    )
+    return join(kept.trained, kept.frozen), kept.report
+
+
+def check_method(config: FederationConfig, template: Adapter, method: MergeMethod) -> None:
+    """Refuse what no round of a federation could merge.
+
+    Raises:
+        ValueError: A rank above the start adapter's, a method that needs one rank of all, or one
+            that leaves no rest to keep.
+    """
+    own = max((factors.rank for factors in template.lora.values()), default=0)
+    for client, rank in config.ranks.items():
+        if rank > own:
+            raise ValueError(
+                f"ranks.{client}: {rank} is above {own}, the rank of the adapter; lower it"
+            )
+    if config.ranks and method.factors and method.merge is not None and method.weigh is None:
+        raise ValueError(
+            f"ranks: {method.name} averages factors of one rank; "
+            "set recipe.method to hetlora, or to one that merges ΔW, such as mean"
+        )
+    if config.rest != "drop" and method.merge is not None:
+        raise ValueError(
+            f"rest: {method.name} gives no sum of factors whose rest could be kept; "
+            "set recipe.method to a linear or spectral one, such as mean, or leave rest out"
+        )
