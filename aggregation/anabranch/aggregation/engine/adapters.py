@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TypeVar
 
-from torch import Tensor
-
 import torch
+from torch import Tensor
 
 from anabranch.aggregation.engine.cohort import (
     checked,
