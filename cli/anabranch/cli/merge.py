@@ -40,7 +40,7 @@ class _Job:
         places = [*self.names, str(self.source), *(str(p) for p in (self.base, self.start) if p)]
         if any(place in str(error) for place in places):
             return error
-        return ValueError(f"{self.source}: {error}")
+        return ValueError(f"{self.source}: {str(error).removeprefix('recipe: ')}")
 
 
 def merge_command(

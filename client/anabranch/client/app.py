@@ -14,18 +14,22 @@ from contextlib import contextmanager
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
+from anabranch.client.fisher import diagonal_fisher
 from anabranch.client.lora import read_adapter, training
 from anabranch.client.mods import compress, plan_of, verify_base
 from anabranch.client.records import pack, record_of
 from anabranch.client.session import Session, session_of, site_of
-from anabranch.client.task import TrainPlan
+from anabranch.client.task import FisherTask, TrainPlan
 from anabranch.vectors import Adapter, seeded_start
+from anabranch.vectors.importance import flat_importance
 from anabranch.wire import decode_adapter
 from anabranch.wire.plan import (
     ADAPTER_KEY,
     ADAPTER_STYPE,
     CLIENT_KEY,
+    IMPORTANCE_KEY,
     METRICS_KEY,
     UPDATE_KEY,
     RoundPlan,
@@ -103,6 +107,7 @@ def train(message: Message, context: Context) -> Message:
     with training(session.model, plan.trained), global_seed(order.seed):
         metrics = dict(session.task.train(session.model, site.partition, order))
     seconds = time.perf_counter() - started
+    importance = _importance(session, site.partition, plan, order) if plan.importance else {}
     before = start.tensors(plan.trained)
     after = read_adapter(session.model, session.base_hash).tensors(plan.trained)
     differences = {name: after[name].float() - before[name].float() for name in before}
@@ -112,7 +117,27 @@ def train(message: Message, context: Context) -> Message:
             METRICS_KEY: MetricRecord({**metrics, "train-seconds": seconds}),
         }
     )
+    if importance:
+        content[IMPORTANCE_KEY] = pack(importance)
     return Message(content, reply_to=message)
+
+
+def _importance(
+    session: Session, partition: int, plan: RoundPlan, order: TrainPlan
+) -> dict[str, Tensor]:
+    """How much each entry of what was trained matters to this client, in the flat layout.
+
+    Raises:
+        ValueError: The task cannot tell.
+    """
+    task = session.task
+    if not isinstance(task, FisherTask):
+        raise ValueError(
+            f"the round asks for a Fisher, and {type(task).__name__} has no method 'logits'; "
+            "see anabranch.client.task.FisherTask"
+        )
+    logits = task.logits(session.model, partition, order.fisher_examples, order.seed)
+    return flat_importance(diagonal_fisher(session.model, logits, plan.trained, order.seed))
 
 
 @app.evaluate()

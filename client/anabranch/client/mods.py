@@ -26,6 +26,7 @@ from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.feedback import compensate, remainder
 from anabranch.wire.plan import (
     CLIENT_KEY,
+    IMPORTANCE_KEY,
     METRICS_KEY,
     PLAN_KEY,
     UPDATE_KEY,
@@ -103,7 +104,12 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         seed=plan.seed,
         examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
     )
-    encoded = encode_update(wanted, meta, plan.codec)
+    importance = record_of(reply.content, IMPORTANCE_KEY, ArrayRecord)
+    if importance is not None:
+        del reply.content[IMPORTANCE_KEY]
+    encoded = encode_update(
+        wanted, meta, plan.codec, importance=unpack(importance or ArrayRecord())
+    )
     if plan.codec.feedback:
         _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
     blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from anabranch.vectors import Adapter
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
-from anabranch.wire import WireError, decode_update
+from anabranch.vectors.importance import COLUMNS_SUFFIX, ROWS_SUFFIX, importance_layout
+from anabranch.wire import WireError, decode_weighed
 from anabranch.wire.plan import (
     CLIENT_KEY,
     METRICS_KEY,
@@ -49,18 +50,29 @@ class Candidate:
         client: The name its node was met under.
         blob: The encoded update.
         tensors: The same decoded.
+        importance: How much it says its entries matter, in the flat layout of
+            ``vectors.importance``; empty where the plan did not ask.
         metrics: What it claims, as far as it can be true.
     """
 
     client: str
     blob: bytes
     tensors: Mapping[str, Tensor]
+    importance: Mapping[str, Tensor]
     metrics: Mapping[str, float]
 
 
 def layout_of(adapter: Adapter, trained: Trained) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels: the bound on everything a reply may hold."""
     return {name: tuple(tensor.shape) for name, tensor in adapter.tensors(trained).items()}
+
+
+def layouts(
+    start: Adapter, plan: RoundPlan
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Of a round's updates: what travels, and its importance where the plan asks for it."""
+    importance = importance_layout(start, plan.trained) if plan.importance else {}
+    return layout_of(start, plan.trained), importance
 
 
 def claims(record: object, names: tuple[str, ...]) -> dict[str, float]:
@@ -106,7 +118,7 @@ def examine(
     if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
     try:
-        meta, tensors = decode_update(array.data, layout_of(start, plan.trained))
+        meta, tensors, importance = decode_weighed(array.data, *layouts(start, plan))
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
     asked = {
@@ -126,8 +138,9 @@ def examine(
     if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
         raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
     _refuse_overflow(start, tensors)
+    _refuse_importance(start, importance)
     metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
-    return Candidate(client, array.data, tensors, metrics)
+    return Candidate(client, array.data, tensors, importance, metrics)
 
 
 def update_norm(tensors: Mapping[str, Tensor]) -> float:
@@ -149,6 +162,18 @@ def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
     for name in start.dense:
         if not _norm(end[name]) < root:
             raise RefusedError("overflow", f"parameter {name[:100]} would be beyond fp32's range")
+
+
+def _refuse_importance(start: Adapter, importance: Mapping[str, Tensor]) -> None:
+    """Refuse a column and a row whose product leaves fp32: each may fit and the two not."""
+    for name in start.lora:
+        if name + ROWS_SUFFIX in importance:
+            sides = (importance[name + suffix] for suffix in (ROWS_SUFFIX, COLUMNS_SUFFIX))
+            largest = math.prod(float(side.max()) for side in sides)
+            if not largest <= torch.finfo(torch.float32).max:
+                raise RefusedError(
+                    "importance", f"module {name[:100]} would have importance up to {largest:.3g}"
+                )
 
 
 def _norm(tensor: Tensor) -> float:

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from anabranch.aggregation import MergeReport
 from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.registry import named
-from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
+from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layouts
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.merging import check_method, merge_cohort
@@ -30,11 +31,15 @@ from anabranch.coordinator.start import Start, adapter_record, at_rank
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import from_tensors, split
-from anabranch.wire import decode_adapter, decode_update, encode_adapter
+from anabranch.vectors.importance import from_flat_importance
+from anabranch.wire import decode_adapter, decode_weighed, encode_adapter
 from anabranch.wire.errors import one_line
 from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan
 
 log = logging.getLogger("anabranch.coordinator")
+
+Decoded = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""An update's tensors and their importance."""
 
 DECODED_BYTES = 256 << 20
 """Decoded updates kept from admission to the merge; what is beyond is decoded again."""
@@ -70,7 +75,7 @@ class MergeStrategy(Strategy):
         self._blob: bytes | None = None  # the adapter in service as it is sent; None: the seed does
         self._starts: dict[int | None, Start] = {}  # this round's, by rank
         self._asked: dict[int, str] = {}
-        self._decoded: dict[str, Mapping[str, Tensor]] = {}  # this round's, by artifact
+        self._decoded: dict[str, Decoded] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
             self.adapter = decode_adapter(self._blob, self._seeded, config.trains)
@@ -161,6 +166,7 @@ class MergeStrategy(Strategy):
             seed=config.seed,
             codec=config.codec,
             trains=config.trains,
+            importance=self._method.needs_importance,
             train={**config.train, **dict(train or {})},
         )
 
@@ -327,9 +333,9 @@ class MergeStrategy(Strategy):
         )
         if not self.store.admit(contribution):
             raise RefusedError("duplicate", "this client already has an update in this round")
-        size_bytes = sum(tensor.nbytes for tensor in candidate.tensors.values())
-        if (len(self._decoded) + 1) * size_bytes <= DECODED_BYTES:
-            self._decoded[contribution.digest] = candidate.tensors
+        held = [*candidate.tensors.values(), *candidate.importance.values()]
+        if (len(self._decoded) + 1) * sum(tensor.nbytes for tensor in held) <= DECODED_BYTES:
+            self._decoded[contribution.digest] = (candidate.tensors, candidate.importance)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -358,24 +364,30 @@ class MergeStrategy(Strategy):
         return report
 
     def _end(self, row: Contribution, start: Start) -> Adapter:
-        """What a client trained: its start and the change it sent.
+        """What a client trained: its start and the change it sent, and how much that matters to it.
 
         Raises:
             ValueError: It was made from another start.
         """
-        changes = self._decoded.pop(row.digest, None)
-        if changes is None:
-            layout = layout_of(start.adapter, start.plan.trained)
-            meta, changes = decode_update(self.store.get(row.digest), layout)
-            # The SVD of another machine may turn a truncated start differently.
-            if meta.start_hash != start.plan.start_hash:
-                raise ValueError(
-                    f"{row.client} trained from {meta.start_hash[:12]}, which this machine makes "
-                    f"{start.plan.start_hash[:12]}; finish a round where it was begun"
-                )
+        kept = self._decoded.pop(row.digest, None)
+        changes, importance = kept or self._decode(row, start)
         before = start.adapter.tensors()
         moved = {name: before[name] + change for name, change in changes.items()}
-        return start.adapter.with_tensors({**before, **moved})
+        end = start.adapter.with_tensors({**before, **moved})
+        return replace(end, importance=from_flat_importance(importance))
+
+    def _decode(self, row: Contribution, start: Start) -> Decoded:
+        """An update that was not kept in memory, out of its artifact."""
+        meta, changes, importance = decode_weighed(
+            self.store.get(row.digest), *layouts(start.adapter, start.plan)
+        )
+        # The SVD of another machine may turn a truncated start differently.
+        if meta.start_hash != start.plan.start_hash:
+            raise ValueError(
+                f"{row.client} trained from {meta.start_hash[:12]}, which this machine makes "
+                f"{start.plan.start_hash[:12]}; finish a round where it was begun"
+            )
+        return changes, importance
 
 
 def _plain(report: MergeReport) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class WireError(ValueError):
             digest        a payload is not the one its manifest names
             payload       a payload cannot be decoded
             values        a scale or a value is NaN, infinite or otherwise impossible
+            importance    the importance is missing, unasked for, or has impossible values
             unsigned      a signature is asked for, and there is none
             unknown-key   the key that signed is not enrolled
             revoked-key   it was, and was revoked

@@ -19,6 +19,7 @@ ADAPTER_STYPE = "anabranch.adapter/1"
 PLAN_KEY = "plan"
 ADAPTER_KEY = "adapter"
 UPDATE_KEY = "update"
+IMPORTANCE_KEY = "importance"
 METRICS_KEY = "metrics"
 CLIENT_KEY = "client"
 
@@ -60,6 +61,8 @@ class RoundPlan(BaseModel):
     rank: int | None = Field(None, ge=1)
     """Largest rank of a module that this client is to train, and of the adapter it starts from;
     None is the task's own."""
+    importance: bool = False
+    """Whether the merge needs to know how much each entry matters to the client: its Fisher."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the client's ``TrainPlan``, forwarded as they are."""
     split: Literal["validation", "test"] = "validation"

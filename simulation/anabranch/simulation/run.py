@@ -20,6 +20,7 @@ from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
 from anabranch.client.app import app as client_app
 from anabranch.client.session import Session, client_name, open_session
+from anabranch.client.task import FisherTask
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
 from anabranch.coordinator.federation import START_FOLDER, write_federation
@@ -83,7 +84,13 @@ def prepare(scenario: Scenario) -> Session:
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
     _check_recipe(config.recipe, session.template, config.quorum, scenario.asked(config.clients))
-    check_method(config, session.template, named(config.recipe))
+    method = named(config.recipe)
+    if method.needs_importance and not isinstance(session.task, FisherTask):
+        raise ValueError(
+            f"recipe: {method.name} needs the clients' Fisher, and task.kind "
+            f"{scenario.task.kind} has no method 'logits'; see anabranch.client.task.FisherTask"
+        )
+    check_method(config, session.template, method)
     names = [client_name(partition) for partition in range(config.clients)]
     if strangers := [client for client in config.ranks if client not in names]:
         raise ValueError(

@@ -65,7 +65,8 @@ def merge_one_factor(
 
 def _as_parameters(adapter: Adapter, trained: Literal["a", "b"]) -> Adapter:
     """An adapter without factors: what was trained stands among the parameters trained in full."""
-    return Adapter({}, adapter.tensors(trained), adapter.base_hash, adapter.peft)
+    parameters = adapter.tensors(trained)
+    return Adapter({}, parameters, adapter.base_hash, adapter.peft, adapter.importance)
 
 
 def _check_shared(name: str, adapter: Adapter, start: Adapter, trained: Literal["a", "b"]) -> None:
