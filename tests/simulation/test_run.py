@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from anabranch.aggregation import merge, merge_one_factor
+from anabranch.aggregation.engine import groups as engine_groups
 from anabranch.aggregation.methods.tsv_m import TSV_M
 from anabranch.client.lora import read_adapter
 from anabranch.client.session import open_session
@@ -367,6 +368,6 @@ def test_a_method_on_matrices_is_tried_on_matrices(monkeypatch: pytest.MonkeyPat
         raise ValueError(f"too few: {len(deltas)}")
 
     picky = replace(TSV_M, matrices=refuse)
-    monkeypatch.setattr(run, "resolve", lambda *_: (picky, TSV_M.config()))
+    monkeypatch.setattr(engine_groups, "resolve", lambda *_: (picky, TSV_M.config()))
     with pytest.raises(ValueError, match=r"recipe: a round merges .* tsv_m cannot: too few: \d"):
         run.prepare(scenario())

@@ -37,9 +37,12 @@ def _keeps_the_rank(recipe: Recipe) -> Recipe:
         raise keyed_error(("refactor", "kind"), kept)
     if recipe.refactor.rank is not None:
         raise keyed_error(("refactor", "rank"), kept)
+    by_position = "clients come and go, and these weigh them by position; leave it out"
     if recipe.weights is not None:
-        by_position = "clients come and go, and these weigh them by position; leave it out"
         raise keyed_error(("weights",), by_position)
+    for number, rule in enumerate(recipe.modules):
+        if rule.weights is not None:
+            raise keyed_error(("modules", number, "weights"), by_position)
     return recipe
 
 
@@ -84,7 +87,7 @@ up to the rank of the matrices, and travels down whole in every round. The model
 fields ``codec``, ``trains`` and ``ranks`` before it."""
 
 
-def keyed_error(key: tuple[str, ...], reason: str) -> ValidationError:
+def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
     """An error at a key inside a field, for a field's validator to raise."""
     problem = PydanticCustomError("key", "{reason}", {"reason": reason})
     return ValidationError.from_exception_data(

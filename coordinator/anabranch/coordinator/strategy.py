@@ -19,7 +19,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from anabranch.aggregation import MergeReport, resolve
+from anabranch.aggregation import MergeReport
+from anabranch.aggregation.engine.groups import groups
+from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layouts
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
@@ -69,7 +71,8 @@ class MergeStrategy(Strategy):
             raise ValueError(f"signed is {config.signed} in the federation; give trust to match")
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
-        self._method, _ = resolve(config.recipe)
+        self._method = named(config.recipe)
+        groups(config.recipe, [*template.lora, *template.dense], config.quorum)
         check_method(config, template, self._method)
         self.config = config
         self.store = store

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from anabranch.aggregation import MergeMethod, resolve
+from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import named
 from anabranch.client.app import app as client_app
 from anabranch.client.session import Session, client_name, open_session
 from anabranch.client.task import FisherTask
@@ -83,7 +84,8 @@ def prepare(scenario: Scenario) -> Session:
     session = open_task(scenario)
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
-    method = _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
+    _check_recipe(config.recipe, session.template, config.quorum, scenario.asked(config.clients))
+    method = named(config.recipe)
     if method.needs_importance and not isinstance(session.task, FisherTask):
         raise ValueError(
             f"recipe: {method.name} needs the clients' Fisher, and task.kind "
@@ -99,23 +101,23 @@ def prepare(scenario: Scenario) -> Session:
     return session
 
 
-def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> MergeMethod:
-    """The method, tried on as few and on as many updates as a round may merge."""
-    try:
-        method, parameters = resolve(recipe, "recipe")
-    except ValueError as error:
-        raise ValueError(f"recipe.{str(error).removeprefix('recipe: ')}") from error
+def _check_recipe(recipe: Recipe, template: Adapter, quorum: int, asked: int) -> None:
+    """Try the recipe on as few and on as many updates as a round may merge."""
     generator = torch.Generator().manual_seed(0)
     for count in sorted({quorum, asked}):
         try:
-            # Matrices, and not vectors: of those a method on matrices takes the mean.
-            method(torch.randn(count, 4, 4, generator=generator), config=parameters)
+            parts = groups(recipe, [*template.lora, *template.dense], count)
         except ValueError as error:
-            raise ValueError(
-                f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
-                f"{method.name} cannot: {error}"
-            ) from error
-    return method
+            raise ValueError(f"recipe.{str(error).removeprefix('recipe: ')}") from error
+        for group in parts:
+            try:
+                # Matrices, and not vectors: of those a method on matrices takes the mean.
+                group.method(torch.randn(count, 4, 4, generator=generator), config=group.config)
+            except ValueError as error:
+                raise ValueError(
+                    f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
+                    f"{group.method.name} cannot: {error}"
+                ) from error
 
 
 def run_federation(

@@ -37,10 +37,11 @@ def merge_one_factor(
 
     Args:
         adapters: The contributions' adapters, trained from ``start``.
-        recipe: Method and scale.
+        recipe: Method and scale. Its rules go by the names of modules, as ever.
         trained: The factor that differs.
         start: The adapter all of them started from, whose other factor they share.
-        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        weights: Weight per contribution, where no rule of the recipe says otherwise; None takes the
+            recipe's, and without any counts each once.
         names: What to call the contributions in messages and in the report.
         budget_bytes: Memory for dense entries.
 
