@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ LAYOUT = {f"layer.{i}.w": (torch.float32, torch.Size((200, 2000))) for i in rang
 """64 MB a model, in many modules that kernels merge: what each of them held would add up."""
 
 MERGE = """
-import json, sys
+import sys
 from pathlib import Path
 import torch
 from anabranch.aggregation import Recipe, merge_checkpoints, merge_task_vectors
@@ -34,15 +35,16 @@ def status(key):
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
 
-folder, method, params, budget, shard = sys.argv[1:]
+folder, recipe, budget, shard = sys.argv[1:]
+recipe = Recipe.model_validate_json(recipe)
 models = sorted(Path(folder).glob("m*"))
 # Compiled kernels are the interpreter's own.
 small = [TaskVector({"w": torch.full((1, 1 << 21), value)}) for value in (0.5, 1.0)]
-merge_task_vectors(small, Recipe(method=method, params=json.loads(params)))
+merge_task_vectors(small, recipe.model_copy(update={"modules": ()}))
 del small
 before = status("VmRSS")
 merge_checkpoints(
-    models, Recipe(method=method, params=json.loads(params)), Path(folder) / "out",
+    models, recipe, Path(folder) / "out",
     base=Path(folder) / "base", budget_bytes=int(budget), shard_bytes=int(shard),
 )
 print(status("VmHWM") - before)
@@ -66,11 +68,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
 @pytest.mark.parametrize(
-    ("method", "params"),
-    [("mean", {}), ("ties", {"scope": "model"}), ("karcher", {})],
+    "recipe",
+    [
+        {"method": "mean"},
+        {"method": "ties", "params": {"scope": "model"}},
+        {"method": "karcher"},
+        {
+            "method": "ties",
+            "params": {"scope": "model"},
+            "modules": [{"match": f"layer.{layer}.*", "scale": 1 + layer} for layer in range(5)],
+        },
+    ],
 )
-def test_peak_memory_is_the_budget(method: str, params: dict[str, str], folder: Path) -> None:
-    arguments = [folder, method, json.dumps(params), BUDGET_BYTES, SHARD_BYTES]
+def test_peak_memory_is_the_budget(recipe: dict[str, Any], folder: Path) -> None:
+    arguments = [folder, json.dumps(recipe), BUDGET_BYTES, SHARD_BYTES]
     done = subprocess.run(
         [sys.executable, "-c", MERGE, *map(str, arguments)],
         capture_output=True,

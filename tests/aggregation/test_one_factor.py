@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from anabranch.aggregation import Recipe, merge, merge_one_factor
+from anabranch.aggregation.methods.fisher import FisherConfig, fisher
 from anabranch.aggregation.methods.ties import TIES, TiesConfig
 from anabranch.aggregation.recipe import Refactor
 from anabranch.vectors import Adapter, LoraFactors
@@ -73,6 +74,37 @@ def test_any_method_on_entries_sees_the_entries_of_the_factor(make_adapter: Make
         changes = torch.stack([c.lora[name].b_mr - before.b_mr for c in clients]).flatten(1)
         wanted = before.b_mr.flatten() + TIES(changes, config=TiesConfig(density=0.3))
         torch.testing.assert_close(result.adapter.lora[name].b_mr.flatten(), wanted)
+
+
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_fisher_weighs_the_entries_of_the_factor(make_adapter: MakeAdapter, factor: Factor) -> None:
+    start = make_adapter(9, head=True)
+    ends = [trained(start, factor, seed) for seed in range(3)]
+    clients = [
+        replace(
+            end,
+            importance={
+                n: t.square() for n, t in trained(end, factor, 7 + c).tensors(factor).items()
+            },
+        )
+        for c, end in enumerate(ends)
+    ]
+    recipe = Recipe(method="fisher", params={"normalise": "none"})
+    result = merge_one_factor(clients, recipe, factor, start=start)
+    for name, before in start.tensors(factor).items():
+        changes_CD = torch.stack([c.tensors(factor)[name] - before for c in clients]).flatten(1)
+        squares_CD = torch.stack([c.importance[name] for c in clients]).flatten(1)
+        merged_D = fisher(changes_CD, torch.ones(3), FisherConfig(), importances_CD=squares_CD)
+        wanted = before.flatten() + merged_D
+        torch.testing.assert_close(result.adapter.tensors()[name].flatten(), wanted)
+    mean = merge_one_factor(ends, Recipe(method="mean"), factor, start=start)
+    assert mean.adapter.hash() != result.adapter.hash()
+    # An importance of ΔW says nothing of the entries of one factor.
+    module = f"deep.query.lora_{factor.upper()}"
+    of_products = replace(ends[0], importance={name: f.delta() for name, f in start.lora.items()})
+    with pytest.raises(ValueError, match=f"site-b ships no Fisher of module {module}"):
+        merge_one_factor([clients[0], of_products], recipe, factor, start=start,
+                         names=["site-a", "site-b"])  # fmt: skip
 
 
 def test_what_is_not_shared_is_refused_by_name(make_adapter: MakeAdapter) -> None:

@@ -31,6 +31,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("tsv_m", {}),
     ("opcm", {}),
 ]
+RULES = [{"match": "[ab]", "scale": 2}, {"match": "c", "exclude": True}]
 
 
 @pytest.fixture
@@ -63,7 +64,9 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("budget_bytes", [2 << 30, TIGHT])
 @pytest.mark.parametrize(("method", "params"), METHODS)
+@pytest.mark.parametrize("rules", [[], RULES])
 def test_bytes_read_and_written_are_those_planned(
+    rules: list[dict[str, Any]],
     method: str,
     params: dict[str, Any],
     budget_bytes: int,
@@ -71,7 +74,7 @@ def test_bytes_read_and_written_are_those_planned(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = Recipe(method=method, params=params)
+    recipe = Recipe.model_validate({"method": method, "params": params, "modules": rules})
     base, *tuned = models
     if method in ("tsv_m", "opcm"):
         budget_bytes = max(budget_bytes, 300 * 64 * 4 * (3 + 32))
@@ -155,6 +158,23 @@ def test_a_plan_of_checkpoints_reads_headers_only(models: list[Path]) -> None:
 
 
 @pytest.mark.usefixtures("no_reads")
+def test_a_plan_shows_the_groups(models: list[Path], adapters: list[Path]) -> None:
+    base, *tuned = models
+    recipe = Recipe.model_validate({"method": "ties", "modules": RULES})
+    scaled, kept = plan_merge(tuned, recipe, base=base, weights=[1, 2, 3]).groups
+    assert (scaled.modules, scaled.first, scaled.scale, scaled.excluded) == (2, "a", 2, False)
+    assert (kept.modules, kept.first, kept.scale, kept.excluded) == (1, "c", 1, True)
+    assert scaled.params == {"density": 0.2, "scope": "tensor"}
+    assert scaled.weights == (1, 2, 3)
+    mine = Recipe.model_validate({"method": "ties", "modules": [{"match": "*.query", "scale": 2}]})
+    assert [group.first for group in plan_merge(adapters, mine).groups] == [
+        "deep.query",
+        "deep.value",
+    ]
+    refused(r"modules\.0\.match: '\[ab\]' matches none of the 2 modules", adapters, recipe)
+
+
+@pytest.mark.usefixtures("no_reads")
 @pytest.mark.parametrize("kind", ["svd", "stack"])
 def test_a_plan_of_adapters_reads_headers_only(kind: Any, adapters: list[Path]) -> None:
     plan = plan_merge(adapters, Recipe(method="mean", refactor=Refactor(kind=kind)))
@@ -166,7 +186,8 @@ def test_a_plan_of_adapters_reads_headers_only(kind: Any, adapters: list[Path]) 
 
 
 def test_what_is_planned_for_adapters_is_written(adapters: list[Path]) -> None:
-    recipe = Recipe(method="ties")
+    rule = {"match": "*.value", "exclude": True}
+    recipe = Recipe.model_validate({"method": "ties", "modules": [rule]})
     plan = plan_merge(adapters, recipe)
     adapter = merge([read_adapter(folder) for folder in adapters], recipe).adapter
     written = sum(t.numel() * t.element_size() for t in adapter.tensors().values())

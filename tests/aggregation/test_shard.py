@@ -39,6 +39,17 @@ RECIPES = {
     },
     "pcb per tensor": Recipe(method="pcb", params={"scope": "tensor"}),
     "weighed": Recipe(method="mean", weights=(1, 2, 3, 4, 5), scale=0.5),
+    # The group of one module is more ranks than modules.
+    "by module": Recipe.model_validate(
+        {
+            "method": "ties",
+            "params": {"scope": "model", "density": 0.3},
+            "modules": [
+                {"match": "0.q", "params": {"density": 0.6}},
+                {"match": "1.*", "exclude": True},
+            ],
+        }
+    ),
 }
 Merged = Mapping[str, Tensor]
 

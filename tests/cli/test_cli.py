@@ -116,6 +116,12 @@ def test_inspect_shows_a_folder_and_an_update(run: Any, tmp_path: Path) -> None:
     assert (facts["client"], facts["round"], facts["examples"]) == ("site-a", 4, 99)
     assert facts["entries"] == 2 * (4 * 24 + 16 * 4)
     assert facts["size_bytes"] == len(blob)
+    fisher = {"layer.query.importance_rows": torch.ones(100)}
+    weighed = encode_update(adapter(0).tensors(), meta, CodecConfig(), importance=fisher).blob
+    (tmp_path / "weighed").write_bytes(weighed)
+    more = json.loads(run("inspect", tmp_path / "weighed", "--json")[1])
+    assert (facts["importance_bytes"], more["importance_bytes"]) == (0, 100 + 2 * 4)
+    assert more["payload_bytes"] == facts["payload_bytes"] + 108
     code, out, _ = run("inspect", file)
     assert code == 0
     assert "site-a" in out

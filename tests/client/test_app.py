@@ -20,9 +20,19 @@ from anabranch.client.app import app, client_seed
 from anabranch.client.mods import BASE_MISMATCH, RESIDUAL_KEY
 from anabranch.client.records import unpack
 from anabranch.client.session import open_session
+from anabranch.simulation import synthetic
+from anabranch.simulation.synthetic import SyntheticTask
 from anabranch.vectors import Adapter, LowRank, seeded_start
 from anabranch.vectors.frozen import join
-from anabranch.wire import CodecConfig, UpdateMeta, WireError, decode_update, encode_update
+from anabranch.vectors.importance import importance_layout
+from anabranch.wire import (
+    CodecConfig,
+    UpdateMeta,
+    WireError,
+    decode_update,
+    decode_weighed,
+    encode_update,
+)
 from anabranch.wire.plan import ADAPTER_STYPE, PLAN_KEY, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -248,6 +258,61 @@ def test_what_is_owed_of_a_factor_waits_for_its_round() -> None:
     _, fresh = decode_update(blob_of(app(from_adapter(start, dense), context())), {b: LAYOUT[b]})
     torch.testing.assert_close(got[b] + left[b], fresh[b] + owed_b[b])
     assert torch.equal(left[a], owed[a])
+
+
+@pytest.mark.parametrize(
+    ("trains", "names"),
+    [
+        ("both", ["hidden.importance_columns", "hidden.importance_rows"]),
+        ("b", ["hidden.lora_B"]),
+    ],
+)
+def test_the_update_holds_a_fisher_where_the_plan_asks(trains: str, names: list[str]) -> None:
+    asked = plan(importance=True, trains=trains)
+    blobs = [
+        app(order(asked), context()).content.array_records["update"]["update"].data
+        for _ in range(2)
+    ]
+    changes = {n: tuple(t.shape) for n, t in SESSION.template.tensors(asked.trained).items()}
+    layout = importance_layout(SESSION.template, asked.trained)
+    (_, _, first), (_, _, again) = (decode_weighed(blob, changes, layout) for blob in blobs)
+    assert list(first) == names
+    for name in names:
+        assert torch.equal(first[name], again[name])
+        assert bool(first[name].any())
+
+
+def test_a_fisher_changes_nothing_else_that_is_sent_or_kept() -> None:
+    """Two rounds of error feedback, with and without."""
+    sparse = CodecConfig(density=0.1)
+    moved = seeded_start(SESSION.template, 5)
+    moved = moved.with_tensors({name: tensor + 0.01 for name, tensor in moved.tensors().items()})
+    found: dict[bool, list[dict[str, torch.Tensor]]] = {}
+    for importance in (False, True):
+        node = context()
+        replies = [
+            app(order(plan(codec=sparse, importance=importance)), node),
+            app(from_adapter(moved, plan(round=2, codec=sparse, importance=importance)), node),
+        ]
+        layout = importance_layout(SESSION.template) if importance else {}
+        decoded = [decode_weighed(blob_of(reply), LAYOUT, layout) for reply in replies]
+        assert [bool(weights) for _, _, weights in decoded] == 2 * [importance]
+        assert all(sorted(reply.content) == ["client", "metrics", "update"] for reply in replies)
+        residual = unpack(node.state.array_records[RESIDUAL_KEY])
+        found[importance] = [*(tensors for _, tensors, _ in decoded), residual]
+    for plain, weighed in zip(found[False], found[True], strict=True):
+        assert plain.keys() == weighed.keys()
+        assert all(torch.equal(plain[name], weighed[name]) for name in plain)
+
+
+def test_a_task_that_cannot_tell_its_fisher_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(SyntheticTask):
+        logits = None  # type: ignore[assignment]
+
+    monkeypatch.setattr(synthetic, "Silent", Silent, raising=False)
+    silent = context(task="anabranch.simulation.synthetic:Silent")
+    with pytest.raises(ValueError, match=r"Silent has no method 'logits'; see .*FisherTask"):
+        app(order(plan(importance=True)), silent)
 
 
 def test_a_client_of_lower_rank_trains_and_ships_that_rank() -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import PeftModel
 
+from anabranch.client.fisher import diagonal_fisher
 from anabranch.client.lora import attach, read_adapter, write_adapter
 from anabranch.client.models import load_encoder
 from anabranch.client.task import Split, TrainPlan, load_task
 from anabranch.client.text import Examples, TextClassification, TextConfig
 from anabranch.client.text_files import TextFiles, TextFilesSource
-from anabranch.vectors import Adapter, seeded_start
+from anabranch.vectors import Adapter, LowRank, seeded_start
 
 ANIMALS = ("about cats", "about dogs")
 TONES = ("an angry sentence", "a calm sentence", "a sad sentence")
@@ -235,3 +236,19 @@ def test_files_that_do_not_fit(data: Path, name: str, content: str | None, messa
     with pytest.raises(ValueError, match=message) as caught:
         source.examples(0, "train")
     assert "secret" not in str(caught.value)
+
+
+def test_the_fisher_is_taken_of_the_task_s_own_labels(
+    task: TextClassification, model: PeftModel
+) -> None:
+    task.train(model, 1, PLAN)
+    logits = torch.stack(list(task.logits(model, 1, 64, seed=2)))
+    assert logits.shape == (3, 5)
+    # The other task's labels are never predicted, so never drawn.
+    assert bool((logits[:, :2] == -torch.inf).all())
+    importance = diagonal_fisher(model, task.logits(model, 1, 64, seed=2), seed=2)
+    assert importance.keys() == read_adapter(model).lora.keys()
+    for name, part in importance.items():
+        assert isinstance(part, LowRank), name
+        assert part.shape == (384, 384)
+        assert bool(part.b_mk.isfinite().all() and part.b_mk.any() and part.a_kn.any())

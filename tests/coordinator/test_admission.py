@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,9 @@ from anabranch.coordinator.admission import RefusedError, claims, examine
 from anabranch.vectors import Adapter, LoraFactors
 from anabranch.wire import CodecConfig, UpdateMeta, encode_update
 from anabranch.wire.plan import UPDATE_STYPE, RoundPlan
+from anabranch.wire.v1 import update_pb2 as pb
+
+Change = Callable[[pb.Manifest, list[bytes]], object]
 
 LAYOUT = {"layer.lora_A": (2, 8), "layer.lora_B": (6, 2)}
 START = Adapter(
@@ -88,7 +93,8 @@ def test_a_good_reply_is_admitted_with_its_finite_metrics() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"round": 2}, "wrong-round"),
+        ({"round": 2}, "stale-round"),
+        ({"round": 4}, "wrong-round"),
         ({"federation": "g"}, "wrong-federation"),
         ({"run": "s"}, "wrong-run"),
         ({"base_hash": "00" * 32}, "wrong-base-hash"),
@@ -144,6 +150,99 @@ def test_only_the_factor_that_the_round_trains_is_admitted(
         with pytest.raises(RefusedError) as caught:
             examine(update(*wrong), plan, START, "site-a")
         assert caught.value.code in ("layout", "too-large")
+
+
+WEIGHING = PLAN.model_copy(update={"importance": True})
+
+
+def fisher(rows: float = 4.0, columns: float = 9.0) -> dict[str, torch.Tensor]:
+    return {
+        "layer.importance_rows": torch.full((6,), rows),
+        "layer.importance_columns": torch.full((8,), columns),
+    }
+
+
+def weighed(importance: dict[str, torch.Tensor]) -> bytes:
+    return encode_update(tensors(), META, CodecConfig(name="dense"), importance=importance).blob
+
+
+def test_importance_is_admitted_where_it_is_asked_for() -> None:
+    candidate = examine(reply(weighed(fisher())), WEIGHING, START, "site-a")
+    assert list(candidate.importance) == sorted(fisher())
+    for name, part in fisher().items():
+        torch.testing.assert_close(candidate.importance[name], part)
+    plain = examine(reply(), PLAN, START, "site-a")
+    assert plain.importance == {}
+    assert all(torch.equal(candidate.tensors[name], plain.tensors[name]) for name in LAYOUT)
+
+
+def levels(value: int) -> Change:
+    """The importance's last level, of a row, becomes this."""
+
+    def change(manifest: pb.Manifest, payloads: list[bytes]) -> None:
+        payloads[-1] = payloads[-1][:-1] + value.to_bytes(1, "little", signed=True)
+
+    return change
+
+
+def scales(value: float) -> Change:
+    """The scales of both sides, a block each, become this."""
+
+    def change(manifest: pb.Manifest, payloads: list[bytes]) -> None:
+        payloads[-1] = 2 * struct.pack("<f", value) + payloads[-1][8:]
+
+    return change
+
+
+def claim(**fields: Any) -> Change:
+    """The importance's frame claims this."""
+
+    def change(manifest: pb.Manifest, payloads: list[bytes]) -> None:
+        for field, value in fields.items():
+            setattr(manifest.importance[0], field, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("importance", "change", "expected", "reason"),
+    [
+        ({}, None, "importance", "the importance of the update is missing"),
+        ({"layer.importance_rows": torch.ones(6)}, None, "layout", "layer.importance_columns"),
+        ({**fisher(), "other": torch.ones(2)}, None, "layout", "other"),
+        ({**fisher(), "layer.importance_rows": torch.ones(2, 3)}, None, "layout", "(2, 3)"),
+        ({**fisher(), "layer.importance_rows": torch.ones(7)}, None, "layout", "(7,)"),
+        ({"layer.importance_rows": torch.ones(1 << 16)}, None, "too-large", "more than"),
+        (fisher(), levels(-1), "importance", "layer.importance_rows has a root of -"),
+        (fisher(), scales(math.inf), "values", "scale is NaN, negative or too large"),
+        (fisher(), scales(math.nan), "values", "scale is NaN, negative or too large"),
+        (fisher(), scales(1e18), "importance", "squared, is beyond fp32's range"),
+        (fisher(1e20, 1e20), None, "importance", "module layer would have importance up to 1e+40"),
+        (fisher(), claim(codec=pb.CODEC_FP32), "codec", "dense-fp32"),
+        (fisher(), claim(raw_bytes=1 << 40), "counts", "claims 1099511627776 raw"),
+        (fisher(), claim(payload_bytes=1 << 40), "truncated", " of 10995"),
+        (fisher(), claim(digest=bytes(16)), "digest", "does not match its digest"),
+    ],
+)  # fmt: skip
+def test_importance_that_cannot_be_is_refused_with_its_reason(
+    importance: dict[str, torch.Tensor], change: Change | None, expected: str, reason: str,
+    forge: Callable[[bytes, Change], bytes],
+) -> None:  # fmt: skip
+    data = weighed(importance)
+    data = forge(data, change) if change else data
+    with pytest.raises(RefusedError) as caught:
+        examine(reply(data), WEIGHING, START, "site-a")
+    assert caught.value.code == expected
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_importance_that_nobody_asked_for_is_refused() -> None:
+    with pytest.raises(RefusedError, match="importance of the update is not asked for") as caught:
+        examine(reply(weighed(fisher())), PLAN, START, "site-a")
+    assert caught.value.code == "importance"
+    # Beyond any message of this layout without it, nothing of it is read.
+    assert code(reply(weighed({"layer.importance_rows": torch.ones(1 << 16)}))) == "too-large"
 
 
 def test_an_update_of_another_rank_than_asked_is_refused() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.recipe import ModuleRule, Recipe
 from anabranch.coordinator.federation import FederationConfig, load_federation, write_federation
 
 
@@ -14,7 +14,11 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
         name="f",
         run="r",
         quorum=3,
-        recipe=Recipe(method="ties", params={"density": 0.3}),
+        recipe=Recipe(
+            method="ties",
+            params={"density": [0.3, 0.5]},
+            modules=(ModuleRule(match="*.query", exclude=True, scale=(1.0, 0.5)),),
+        ),
         train={"steps": 5, "learning_rate": 2e-3},
     )
     write_federation(config, tmp_path)
@@ -39,6 +43,10 @@ def test_a_recipe_that_changes_the_rank_is_refused(refactor: dict[str, object]) 
         FederationConfig(name="f", run="r", recipe={"method": "mean", "refactor": refactor})  # type: ignore[arg-type]
 
 
-def test_weights_by_position_are_refused() -> None:
+@pytest.mark.parametrize(
+    "fields", [{"weights": [1.0, 2.0]}, {"modules": [{"match": "*", "weights": [1.0, 2.0]}]}]
+)
+def test_weights_by_position_are_refused(fields: dict[str, object]) -> None:
+    recipe = Recipe.model_validate({"method": "mean", **fields})
     with pytest.raises(ValidationError, match="by position"):
-        FederationConfig(name="f", run="r", recipe=Recipe(method="mean", weights=(1.0, 2.0)))
+        FederationConfig(name="f", run="r", recipe=recipe)

@@ -26,12 +26,14 @@ from anabranch.aggregation import truncate
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
 from anabranch.coordinator import strategy as strategy_module
+from anabranch.coordinator.admission import layouts
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.store import FolderStore, Store
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.vectors import Adapter
 from anabranch.vectors.frozen import split
+from anabranch.wire import decode_weighed, encode_update
 from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, UPDATE_STYPE, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -101,7 +103,7 @@ def crash(order: Message, reply: Message) -> Message:
 
 def huge(order: Message, reply: Message) -> Message:
     """The honest reply with every value at 1e30: finite, and ruin for whoever multiplies it."""
-    from anabranch.wire import UpdateMeta, encode_update
+    from anabranch.wire import UpdateMeta
     from anabranch.wire.config import CodecConfig
 
     plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
@@ -243,6 +245,44 @@ def test_with_one_factor_shared_the_mean_is_exact_in_every_round(
     assert again.adapter.hash() == strategy.adapter.hash()
 
 
+def loud(order: Message, reply: Message) -> Message:
+    """The honest reply, which claims that its entries matter a million times as much."""
+    plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
+    expected = layouts(template(), plan)
+    blob = reply.content.array_records[UPDATE_KEY][UPDATE_KEY].data
+    meta, tensors, importance = decode_weighed(blob, *expected)
+    louder = {name: 1e6 * part for name, part in importance.items()}
+    blob = encode_update(tensors, meta, plan.codec, importance=louder).blob
+    reply.content[UPDATE_KEY] = ArrayRecord(
+        {UPDATE_KEY: Array("uint8", (len(blob),), UPDATE_STYPE, blob)}
+    )
+    return reply
+
+
+@pytest.mark.parametrize("trains", ["both", "alternate"])
+@pytest.mark.parametrize("decoded_bytes", [1 << 20, 0])
+def test_clients_ship_the_fisher_that_the_recipe_needs(
+    trains: str, decoded_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategy_module, "DECODED_BYTES", decoded_bytes)
+    cfg = config(recipe={"method": "fisher"}, trains=trains)
+    hashes = []
+    for name, tampers in (("a", {}), ("b", {}), ("loud", {11: loud})):
+        strategy = MergeStrategy(cfg, template(), FolderStore(tmp_path / name))
+        strategy.start(grid(tampers))
+        assert [row["status"] for row in strategy.store.notes("round")] == ["published"] * 2
+        hashes.append(strategy.adapter)
+    assert hashes[0].hash() == hashes[1].hash()
+    # Levels are rounded in another place when all is multiplied; nothing else may change.
+    for name, tensor in hashes[0].tensors().items():
+        torch.testing.assert_close(hashes[2].tensors()[name], tensor, atol=1e-3, rtol=1e-3)
+    mean = MergeStrategy(
+        config(recipe={"method": "mean"}, trains=trains), template(), FolderStore(tmp_path / "mean")
+    )
+    mean.start(grid())
+    assert mean.adapter.hash() != hashes[0].hash()
+
+
 @pytest.mark.parametrize(
     ("rest", "ranks"), [("fedex", {}), ("flora", {}), ("flora", {"client-0001": 1})]
 )
@@ -291,7 +331,7 @@ def test_with_the_rest_kept_nothing_of_a_round_is_lost(
     assert latest.report["overall_truncation"] == 0
 
 
-@pytest.mark.parametrize("method", ["mean", "ties", "hetlora", "lora_lego"])
+@pytest.mark.parametrize("method", ["mean", "ties", "fisher", "hetlora", "lora_lego"])
 def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method: str) -> None:
     ranks = {"client-0000": 1, "client-0002": 2}
     cfg = config(ranks=ranks, rounds=2, recipe={"method": method})

@@ -7,19 +7,27 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from peft import PeftModel
 from torch import Tensor
 
+from anabranch.aggregation import merge, merge_one_factor
+from anabranch.aggregation.engine import groups as engine_groups
 from anabranch.aggregation.methods.tsv_m import TSV_M
 from anabranch.client.lora import read_adapter
 from anabranch.client.session import open_session
 from anabranch.coordinator.flower import FlowerError
-from anabranch.simulation import run
+from anabranch.coordinator.store import FolderStore
+from anabranch.simulation import run, synthetic
 from anabranch.simulation.run import fedavg_of, simulate
 from anabranch.simulation.scenario import Scenario, write_scenario
+from anabranch.simulation.synthetic import SyntheticTask
+from anabranch.vectors import peft_folder
+from anabranch.vectors.fisher_file import read_fisher, write_fisher
+from anabranch.vectors.importance import from_flat_importance, importance_layout
+from anabranch.wire import decode_weighed
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
 
@@ -114,6 +122,67 @@ def test_one_factor_a_round_costs_about_half_the_bytes(tmp_path: Path) -> None:
     assert down["alternate"] == pytest.approx(down["both"], rel=0.01)
 
 
+@pytest.mark.parametrize("trains", ["both", "b"])
+def test_a_federation_by_fisher_gives_what_the_library_gives_offline(
+    tmp_path: Path, trains: Literal["both", "b"]
+) -> None:
+    fisher = scenario(
+        rounds=1,
+        down="fp32",
+        trains=trains,
+        recipe={"method": "fisher"},
+        baselines={"local_only": False, "fedavg": False, "oracle": False},
+    )
+    run_folder = tmp_path / "run"
+    summary = simulate(fisher, run_folder)
+    start, store = peft_folder.read_adapter(run_folder / "start"), FolderStore(run_folder)
+    before = start.tensors()
+    layout = {name: tuple(tensor.shape) for name, tensor in start.tensors(trains).items()}
+    ends = []
+    for row in store.contributions(1):
+        blob = store.get(row.digest)
+        _, changes, weights = decode_weighed(blob, layout, importance_layout(start, trains))
+        moved = {name: before[name] + change for name, change in changes.items()}
+        folder = tmp_path / row.client
+        peft_folder.write_adapter(start.with_tensors({**before, **moved}), folder)
+        write_fisher(from_flat_importance(weights), folder)
+        end = peft_folder.read_adapter(folder)
+        ends.append(replace(end, importance=read_fisher(folder)))
+    assert len(ends) == 4
+
+    def offline(method: str) -> str:
+        recipe = fisher.recipe.model_copy(update={"method": method})
+        if trains == "b":
+            return merge_one_factor(ends, recipe, trains, start=start).adapter.hash()
+        return merge(ends, recipe, start=start).adapter.hash()
+
+    assert summary["adapter_hash"] == offline("fisher")
+    assert summary["adapter_hash"] != offline("mean")
+    assert peft_folder.read_adapter(run_folder / "adapter").hash() == offline("fisher")
+
+
+def test_a_federation_merges_by_the_fishers_of_its_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fisher = scenario(
+        recipe={"method": "fisher"},
+        baselines={"local_only": False, "fedavg": False, "oracle": False},
+    )
+    hashes = [simulate(fisher, tmp_path / name)["adapter_hash"] for name in "ab"]
+    assert hashes[0] == hashes[1]
+
+    class Silent(SyntheticTask):
+        logits = None  # type: ignore[assignment]
+
+    monkeypatch.setattr(synthetic, "Silent", Silent, raising=False)
+    silent = scenario(
+        recipe={"method": "fisher"}, task={"kind": "anabranch.simulation.synthetic:Silent"}
+    )
+    with pytest.raises(ValueError, match=r"recipe: fisher needs the clients' Fisher, and task\."):
+        simulate(silent, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.parametrize("method", ["mean", "hetlora"])
 def test_clients_of_several_ranks_learn_together(tmp_path: Path, method: str) -> None:
     given: dict[str, Any] = {
@@ -155,7 +224,7 @@ def test_peft_loads_an_adapter_with_all_that_was_kept(tmp_path: Path, rest: str)
 def test_both_engines_agree(tmp_path: Path) -> None:
     only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     ours = simulate(scenario(**only), tmp_path / "ours")
-    flower = simulate(scenario(engine="flower", **only), tmp_path / "flower")
+    flower = simulate(scenario(engine="flower", signed=True, **only), tmp_path / "flower")
     assert flower["mean"]["merged"] == pytest.approx(ours["mean"]["merged"], abs=0.02)
     from anabranch.vectors.peft_folder import read_adapter as read
 
@@ -187,7 +256,7 @@ def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
 
 @pytest.mark.parametrize("cut", [("federation", 14), ("oracle", 0), ("local-only", 2)])
 def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> None:
-    dense = scenario(codec={"name": "dense", "feedback": 0.0})
+    dense = scenario(codec={"name": "dense", "feedback": 0.0}, signed=True)
     whole = simulate(dense, tmp_path / "whole")
     with pytest.raises(StopHere):
         simulate(dense, tmp_path / "cut", progress=stop_at(*cut))
@@ -299,6 +368,6 @@ def test_a_method_on_matrices_is_tried_on_matrices(monkeypatch: pytest.MonkeyPat
         raise ValueError(f"too few: {len(deltas)}")
 
     picky = replace(TSV_M, matrices=refuse)
-    monkeypatch.setattr(run, "resolve", lambda *_: (picky, TSV_M.config()))
+    monkeypatch.setattr(engine_groups, "resolve", lambda *_: (picky, TSV_M.config()))
     with pytest.raises(ValueError, match=r"recipe: a round merges .* tsv_m cannot: too few: \d"):
         run.prepare(scenario())

@@ -1,14 +1,10 @@
 import hashlib
-from collections.abc import Callable
-from typing import Protocol
 
 import pytest
 import torch
 from torch import Tensor
 
-from anabranch.wire import UpdateMeta, zstd
-from anabranch.wire.header import LENGTH_BYTES, MAGIC
-from anabranch.wire.v1 import update_pb2 as pb
+from anabranch.wire import UpdateMeta
 
 
 @pytest.fixture
@@ -53,38 +49,3 @@ def small() -> dict[str, Tensor]:
         "c.zero": torch.zeros(4, 5),
         "d.scalar": torch.tensor(-0.5),
     }
-
-
-Change = Callable[[pb.Manifest, list[bytes]], object]
-
-
-class Forge(Protocol):
-    """Rewrites a message as an attacker would: lengths and digests are made to agree again."""
-
-    def __call__(
-        self, blob: bytes, change: Change, damage: Callable[[bytes], bytes] = bytes
-    ) -> bytes:
-        """The message with its manifest and payloads changed, then the manifest's bytes."""
-        ...
-
-
-@pytest.fixture
-def forge() -> Forge:
-    def forged(blob: bytes, change: Change, damage: Callable[[bytes], bytes] = bytes) -> bytes:
-        start = LENGTH_BYTES + int.from_bytes(blob[:LENGTH_BYTES], "little")
-        raw = zstd.decompress(blob[LENGTH_BYTES + len(MAGIC) : start], 1, 1 << 20, "manifest")
-        manifest = pb.Manifest.FromString(raw)
-        payloads = []
-        for frame in manifest.frames:
-            payloads.append(blob[start : start + frame.payload_bytes])
-            start += frame.payload_bytes
-        before = list(payloads)
-        change(manifest, payloads)
-        for frame, old, new in zip(manifest.frames, before, payloads, strict=False):
-            if new != old:
-                frame.payload_bytes = len(new)
-                frame.digest = hashlib.sha256(new).digest()[:16]
-        header = MAGIC + zstd.compress_text(damage(manifest.SerializeToString()))
-        return len(header).to_bytes(LENGTH_BYTES, "little") + header + b"".join(payloads)
-
-    return forged

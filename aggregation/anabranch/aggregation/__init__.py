@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anabranch.aggregation.methods.opcm import OpcmState, merge_next
     from anabranch.aggregation.planning.merge_plan import MergePlan
     from anabranch.aggregation.planning.planner import plan_merge
-    from anabranch.aggregation.recipe import Recipe, load_recipe
+    from anabranch.aggregation.recipe import ModuleRule, Recipe, load_recipe
     from anabranch.aggregation.registry import resolve
 
 _HOMES = {
@@ -30,6 +30,7 @@ _HOMES = {
     "MergeReport": "engine.adapters",
     "MergeResult": "engine.adapters",
     "MethodConfig": "method",
+    "ModuleRule": "recipe",
     "OpcmState": "methods.opcm",
     "Recipe": "recipe",
     "cosine_similarity": "engine.gram",
@@ -53,6 +54,7 @@ __all__ = [
     "MergeReport",
     "MergeResult",
     "MethodConfig",
+    "ModuleRule",
     "OpcmState",
     "Recipe",
     "cosine_similarity",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 
 class Refactor(BaseModel):
@@ -25,8 +25,53 @@ class Refactor(BaseModel):
     error feedback kept in factor space stays pointed the right way."""
 
 
+_KINDS = ("a number", "a gradient")
+"""Tags by which pydantic tells the two apart; messages leave them out."""
+
+
+def _kind(value: Any) -> str:
+    return _KINDS[isinstance(value, list | tuple)]
+
+
+_Above0 = Annotated[float, Field(gt=0)]
+
+Number = Annotated[
+    Annotated[float, Tag(_KINDS[0])]
+    | Annotated[tuple[float, ...], Field(min_length=1), Tag(_KINDS[1])],
+    Discriminator(_kind),
+]
+"""One number in all layers, or a gradient: points from the first layer to the last."""
+
+Scale = Annotated[
+    Annotated[_Above0, Tag(_KINDS[0])]
+    | Annotated[tuple[_Above0, ...], Field(min_length=1), Tag(_KINDS[1])],
+    Discriminator(_kind),
+]
+"""The same, above zero."""
+
+
+class ModuleRule(BaseModel):
+    """What is otherwise in some modules. Later rules win over earlier ones, key by key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    match: str = Field(min_length=1)
+    """Which modules: a glob on their names, such as ``*.mlp.*``; it must match one at least."""
+    exclude: bool | None = None
+    """Leave these modules as the start or the base has them: their merged task vector is zero."""
+    weights: tuple[Number | None, ...] | None = None
+    """Weight per contribution, in order; null (in YAML) leaves one as it was."""
+    scale: Scale | None = None
+    """Factor on the merged task vector."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the method, laid over the recipe's."""
+
+
 class Recipe(BaseModel):
-    """How a cohort is merged: method, scale, and the way back to rank r."""
+    """How a cohort is merged: method, scale, and the way back to rank r.
+
+    A list of numbers for a weight, for the scale or for a parameter is a gradient over the layers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -34,10 +79,13 @@ class Recipe(BaseModel):
     """A registered merge method; ``anabranch methods`` lists them."""
     params: dict[str, Any] = Field(default_factory=dict)
     """The method's own parameters."""
-    scale: float = Field(1.0, gt=0)
+    scale: Scale = 1.0
     """Factor on the merged task vector (λ in the papers)."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Number, ...] | None = None
     """Weight per contribution, in order; None counts each once."""
+    modules: tuple[ModuleRule, ...] = ()
+    """What is otherwise in some modules. Those that are merged alike are merged as a model of their
+    own: a method that looks at the whole model looks at these."""
     refactor: Refactor = Refactor()
 
 
@@ -50,7 +98,7 @@ def validation_line(error: ValidationError, source: str, prefix: str = "") -> st
         prefix: Where inside the source the validated table stands, such as ``recipe``.
     """
     first = error.errors()[0]
-    key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
+    key = ".".join(str(part) for part in (prefix, *first["loc"]) if part not in ("", *_KINDS))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     given = first.get("input")
     shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""

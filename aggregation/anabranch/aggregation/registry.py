@@ -36,15 +36,15 @@ def methods() -> dict[str, MergeMethod]:
     return register([*BUILT_IN, *third_party])
 
 
-def resolve(recipe: Recipe, source: str = "recipe") -> tuple[MergeMethod, MethodConfig]:
-    """The recipe's method with its validated parameters.
+def named(recipe: Recipe, source: str = "recipe") -> MergeMethod:
+    """The recipe's method.
 
     Args:
-        recipe: What to resolve.
+        recipe: What names it.
         source: Where it came from, for messages.
 
     Raises:
-        ValueError: Unknown method or bad parameter, in one line that names the key and the fix.
+        ValueError: There is no such method; lists those there are.
     """
     known = methods()
     if recipe.method not in known:
@@ -52,7 +52,20 @@ def resolve(recipe: Recipe, source: str = "recipe") -> tuple[MergeMethod, Method
             f"{source}: method: {recipe.method!r} is not a merge method; "
             f"choose from {', '.join(sorted(known))}"
         )
-    method = known[recipe.method]
+    return known[recipe.method]
+
+
+def resolve(recipe: Recipe, source: str = "recipe") -> tuple[MergeMethod, MethodConfig]:
+    """The recipe's method with its validated parameters; its rules on modules are not read.
+
+    Args:
+        recipe: What to resolve, without gradients.
+        source: Where it came from, for messages.
+
+    Raises:
+        ValueError: Unknown method or bad parameter, in one line that names the key and the fix.
+    """
+    method = named(recipe, source)
     try:
         return method, method.config.model_validate(recipe.params)
     except ValidationError as error:

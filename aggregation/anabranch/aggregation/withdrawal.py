@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
-from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.recipe import Number, Recipe
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """Who is left, with the weights that go with them.
+    """Who is left, and a recipe for them.
 
     Attributes:
         indices: Places of the contributions that stay, in order.
         names: Their names.
-        weights: Their weights, None where nobody gave any.
+        recipe: The recipe with their weights alone, in its rules too.
     """
 
     indices: tuple[int, ...]
     names: tuple[str, ...]
-    weights: tuple[float, ...] | None
+    recipe: Recipe
 
 
 def withdraw(
@@ -30,7 +31,7 @@ def withdraw(
     recipe: Recipe,
     weights: Sequence[float] | None = None,
 ) -> Remaining:
-    """The contributions that stay, and their weights: the caller's, else the recipe's.
+    """The contributions that stay, and the recipe with their weights: the caller's, else its own.
 
     What is merged then, and which random numbers each contribution draws, depends on those that
     stay alone: the result is that of a merge which never had the others, bit for bit.
@@ -38,8 +39,9 @@ def withdraw(
     Args:
         names: Every contribution's name.
         without: Names to leave out: as given, or the last part where a name is a path.
-        recipe: Its weights, by place, are used where no others are given.
-        weights: Weight per contribution of ``names``.
+        recipe: How they are merged.
+        weights: Weight per contribution of ``names``, in place of the recipe's. Rules on modules
+            win over either.
 
     Raises:
         ValueError: A name that nobody or more than one has, nobody left, or not one weight for
@@ -49,14 +51,23 @@ def withdraw(
     stay = tuple(index for index in range(len(names)) if index not in gone)
     if names and not stay:
         raise ValueError(f"without: leaves none of {', '.join(names)}; keep at least one")
-    given = recipe.weights if weights is None else weights
-    if given is not None and len(given) != len(names):
-        raise ValueError(f"weights: {len(given)} for {len(names)} contributions; give one for each")
-    return Remaining(
-        stay,
-        tuple(names[index] for index in stay),
-        None if given is None else tuple(given[index] for index in stay),
+    given = recipe.weights if weights is None else tuple(weights)
+
+    def kept(weights: tuple[Number | None, ...] | None, key: str) -> tuple[Any, ...] | None:
+        if weights is None:
+            return None
+        if len(weights) != len(names):
+            raise ValueError(
+                f"{key}: {len(weights)} for {len(names)} contributions; give one for each"
+            )
+        return tuple(weights[index] for index in stay)
+
+    rules = tuple(
+        rule.model_copy(update={"weights": kept(rule.weights, f"modules.{number}.weights")})
+        for number, rule in enumerate(recipe.modules)
     )
+    mine = recipe.model_copy(update={"weights": kept(given, "weights"), "modules": rules})
+    return Remaining(stay, tuple(names[index] for index in stay), mine)
 
 
 def _place(wanted: str, names: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anabranch.vectors.adapter import Adapter
+from anabranch.vectors.adapter import Adapter, Trained
 from anabranch.vectors.task_vector import Delta, Held, LowRank, Stored
 
 ROWS_SUFFIX, COLUMNS_SUFFIX = ".importance_rows", ".importance_columns"
@@ -84,11 +84,19 @@ def from_flat_importance(flat: Mapping[str, Tensor]) -> dict[str, Held]:
     return importance
 
 
-def importance_layout(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the flat layout of an adapter's importance."""
+def importance_layout(adapter: Adapter, trained: Trained = "both") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the flat layout of an adapter's importance.
+
+    Args:
+        adapter: Gives names and shapes.
+        trained: A LoRA factor that is trained alone is a parameter trained in full.
+    """
+    full = adapter.dense if trained == "both" else adapter.tensors(trained)
     layout: dict[str, tuple[int, ...]] = {
-        name: tuple(tensor.shape) for name, tensor in adapter.dense.items()
+        name: tuple(tensor.shape) for name, tensor in full.items()
     }
+    if trained != "both":
+        return layout
     for name, factors in adapter.lora.items():
         layout[name + ROWS_SUFFIX] = (factors.b_mr.shape[0],)
         layout[name + COLUMNS_SUFFIX] = (factors.a_rn.shape[1],)

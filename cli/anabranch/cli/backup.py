@@ -19,7 +19,8 @@ def backup_command(
 ) -> None:
     """Write a federation's rounds, updates and adapters to one file.
 
-    The coordinator may go on meanwhile: the backup is of one moment.
+    The coordinator may go on meanwhile: the backup is of one moment. Its own key is not in it: keep
+    a copy of keys/coordinator.key apart.
     """
     from anabranch.coordinator.store.backup import backup
 

@@ -83,7 +83,6 @@ def _blob(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: is no Anabranch update or adapter: {error}") from error
     meta = manifest.meta
     entries = sum(frame.entries for frame in manifest.frames)
-    payload = sum(frame.payload_bytes for frame in manifest.frames)
     return {
         "kind": meta.kind,
         "federation": meta.federation,
@@ -98,7 +97,8 @@ def _blob(file: Path) -> dict[str, Any]:
         "entries": entries,
         "size": human_bytes(len(blob)),
         "size_bytes": len(blob),
-        "payload_bytes": payload,
+        "payload_bytes": manifest.payload_bytes,
+        "importance_bytes": sum(frame.payload_bytes for frame in manifest.importance),
         "ratio_to_fp16": round(2 * entries / len(blob), 2),
         "frames": len(manifest.frames),
         "tensors": [

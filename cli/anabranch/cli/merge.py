@@ -40,7 +40,7 @@ class _Job:
         places = [*self.names, str(self.source), *(str(p) for p in (self.base, self.start) if p)]
         if any(place in str(error) for place in places):
             return error
-        return ValueError(f"{self.source}: {error}")
+        return ValueError(f"{self.source}: {str(error).removeprefix('recipe: ')}")
 
 
 def merge_command(
@@ -173,9 +173,9 @@ def _read(
     data = read_config(source)
     if not is_mergekit(data):
         recipe = load_recipe(source)
-        from anabranch.aggregation import resolve
+        from anabranch.aggregation.registry import named
 
-        resolve(recipe, str(source))
+        named(recipe, str(source))
         return _Job(source, recipe, inputs, base, start, None, without, budget_bytes, device, ())
     if inputs or base is not None or start is not None:
         raise ValueError(f"{source}: names its models itself; leave the arguments and --base out")
@@ -225,6 +225,8 @@ def _show_plan(plan: Any, as_json: bool, warnings: list[str]) -> None:
         stdout.print(f"[dim]{key:>8}[/]  {escape(value)}", soft_wrap=True)
     for number, rank in enumerate(plan.ranks if len(plan.ranks) > 1 else ()):
         stdout.print(f"[dim]{f'rank {number}':>8}[/]  {_rank_line(rank)}", soft_wrap=True)
+    for group in plan.groups if len(plan.groups) > 1 else ():
+        stdout.print(f"[dim]{'group':>8}[/]  {escape(_group_line(group))}", soft_wrap=True)
 
 
 def _rank_line(rank: Any) -> str:
@@ -235,8 +237,18 @@ def _rank_line(rank: Any) -> str:
     )
 
 
+def _group_line(group: Any) -> str:
+    """Modules that are merged alike, and how."""
+    which = f"{group.modules} like {group.first}: "
+    if group.excluded:
+        return which + "left as they are"
+    settings = {"weights": list(group.weights), "scale": group.scale, **group.params}
+    return which + ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
 def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
-    from anabranch.aggregation import merge, resolve
+    from anabranch.aggregation import merge
+    from anabranch.aggregation.registry import named
     from anabranch.aggregation.withdrawal import withdraw
     from anabranch.vectors.fisher_file import read_fisher
     from anabranch.vectors.peft_folder import read_adapter, write_adapter
@@ -244,7 +256,7 @@ def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any],
     stay = withdraw(job.names, job.without, job.recipe)
     with stderr.status(f"reading {len(stay.names)} adapters"):
         contributions = [read_adapter(job.inputs[index]) for index in stay.indices]
-        if resolve(job.recipe)[0].needs_importance:
+        if named(job.recipe).needs_importance:
             contributions = [
                 replace(adapter, importance=read_fisher(job.inputs[index]))
                 for adapter, index in zip(contributions, stay.indices, strict=True)
@@ -253,9 +265,8 @@ def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any],
     with module_bar(job.recipe.method, shown=ranks.rank == 0) as progress:
         result = merge(
             contributions,
-            job.recipe,
+            stay.recipe,
             start=begun,
-            weights=stay.weights,
             names=stay.names,
             budget_bytes=job.budget_bytes,
             device=job.device,

@@ -19,7 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from anabranch.vectors import Adapter, LoraFactors, LowRank, weights_hash
-from anabranch.vectors.adapter import Trained
+from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
 from anabranch.vectors.peft_config import NOT_A_SUM
 
 ADAPTER_NAME = "default"
@@ -167,6 +167,25 @@ def own_parameters(model: nn.Module) -> list[nn.Parameter]:
     slots = _slots(model)
     pairs = [(a_rn, b_mr) for a_rn, b_mr, _, _ in slots.lora.values()]
     return [*(factor for pair in pairs for factor in pair), *slots.dense.values()]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+    """The layers that LoRA adapts, by module name."""
+    assert isinstance(model, PeftModel), "attach() an adapter first"
+    named = model.get_base_model().named_modules()
+    return {name: module for name, module in named if isinstance(module, Linear)}
+
+
+def trained_in_full(model: nn.Module, trained: Trained) -> dict[str, nn.Parameter]:
+    """Live parameters whose every entry is trained for itself: dense ones, and a lone factor."""
+    slots = _slots(model)
+    full = dict(slots.dense)
+    for name, (a_rn, b_mr, _, _) in slots.lora.items():
+        if trained == "a":
+            full[name + A_SUFFIX] = a_rn
+        elif trained == "b":
+            full[name + B_SUFFIX] = b_mr
+    return full
 
 
 @contextmanager

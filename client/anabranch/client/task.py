@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch import nn
+    from torch import Tensor, nn
 
 Split = Literal["train", "validation", "test"]
 """Part of a data set: learn on the first, choose on the second, report on the third."""
@@ -33,6 +33,8 @@ class TrainPlan(BaseModel):
     """Learning rate of the LoRA factors."""
     head_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of parameters trained in full; None means ``learning_rate``."""
+    fisher_examples: int = Field(64, gt=0)
+    """Training examples that the Fisher is taken of, in rounds that ask for one."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the draw, already mixed from the scenario's seed, the round and the client."""
 
@@ -66,6 +68,24 @@ class LoraTask(Protocol):
 
         Returns:
             At least ``num-examples``, ``accuracy`` and ``loss``.
+        """
+        ...
+
+
+@runtime_checkable
+class FisherTask(LoraTask, Protocol):
+    """A task whose clients can say how sure the model is of each entry, for Fisher merging."""
+
+    def logits(
+        self, model: nn.Module, partition: int, examples: int, seed: int
+    ) -> Iterator[Tensor]:
+        """What the adapted model predicts for training examples, drawn by the seed.
+
+        Each is one forward pass of one example, made when it is asked for and not before, with
+        gradients and without dropout.
+
+        Returns:
+            For each of at most ``examples`` examples its logits: [K], or [P, K] for P predictions.
         """
         ...
 

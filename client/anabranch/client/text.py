@@ -5,7 +5,7 @@ Shape legend: N examples, B batch, L tokens, D width of the encoder, K label col
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -163,6 +163,18 @@ class TextClassification:
         """Train on the union of partitions, whose tasks mix in every batch: a central baseline."""
         parts = [self._tokenised(partition, "train") for partition in partitions]
         return self._train(model, concatenate(parts), plan)
+
+    def logits(
+        self, model: nn.Module, partition: int, examples: int, seed: int
+    ) -> Iterator[Tensor]:
+        """Logits [K] of one partition's training texts, drawn by the seed."""
+        tokens = self._tokenised(partition, "train")
+        model.eval()
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(tokens), generator=generator)[:examples]
+        for row in torch.split(drawn, 1):
+            logits_1K, _ = self._logits(model, tokens, row)
+            yield logits_1K[0]
 
     def evaluate(self, model: nn.Module, partition: int, split: HeldOut) -> Mapping[str, float]:
         """Accuracy and mean cross-entropy on one partition's held-out texts."""

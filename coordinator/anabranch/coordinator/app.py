@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from anabranch.coordinator.federation import START_FOLDER, load_federation
 from anabranch.coordinator.store import open_store
 from anabranch.coordinator.strategy import MergeStrategy
+from anabranch.coordinator.trust import trust_of
 from anabranch.vectors import Adapter
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
@@ -29,7 +30,8 @@ def main(grid: Grid, context: Context) -> None:
         config.store, folder, federation=config.name, run=config.run, durable=config.durable
     )
     with closing(opened) as store:
-        strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store)
+        trust = trust_of(folder, config, store) if config.signed else None
+        strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
         strategy.start(grid)
         publish(strategy.adapter, folder / ADAPTER_FOLDER)
 

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,28 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from anabranch.aggregation import MergeReport, resolve
-from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layout_of
+from anabranch.aggregation import MergeReport
+from anabranch.aggregation.engine.groups import groups
+from anabranch.aggregation.registry import named
+from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layouts
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.merging import check_method, merge_cohort
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.start import Start, adapter_record, at_rank
 from anabranch.coordinator.store import Contribution, FullError, Publication, Refusal, Store
+from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import from_tensors, split
-from anabranch.wire import decode_adapter, decode_update, encode_adapter
+from anabranch.vectors.importance import from_flat_importance
+from anabranch.wire import decode_adapter, decode_weighed, encode_adapter
 from anabranch.wire.errors import one_line
 from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan
 
 log = logging.getLogger("anabranch.coordinator")
+
+Decoded = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""An update's tensors and their importance."""
 
 DECODED_BYTES = 256 << 20
 """Decoded updates kept from admission to the merge; what is beyond is decoded again."""
@@ -45,18 +53,31 @@ class MergeStrategy(Strategy):
         config: The federation.
         template: An adapter that gives modules, ranks, dense start values and the base hash.
         store: Where rounds are kept; an interrupted run goes on from what it holds.
+        trust: Keys, where the federation is signed.
 
     Raises:
-        ValueError: The template names no base, or the method cannot merge what is asked.
+        ValueError: The template names no base, the method cannot merge what is asked, or keys are
+            missing.
     """
 
-    def __init__(self, config: FederationConfig, template: Adapter, store: Store) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        template: Adapter,
+        store: Store,
+        trust: Trust | None = None,
+    ) -> None:
+        if config.signed != (trust is not None):
+            raise ValueError(f"signed is {config.signed} in the federation; give trust to match")
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
-        self._method, _ = resolve(config.recipe)
+        self._method = named(config.recipe)
+        groups(config.recipe, [*template.lora, *template.dense], config.quorum)
         check_method(config, template, self._method)
         self.config = config
         self.store = store
+        self._trust = trust
+        self._key = trust.key if trust else None
         self.base_hash = template.base_hash
         self._seeded = seeded_start(template, config.seed)
         self.adapter = self._seeded
@@ -67,7 +88,7 @@ class MergeStrategy(Strategy):
         self._blob: bytes | None = None  # the adapter in service as it is sent; None: the seed does
         self._starts: dict[int | None, Start] = {}  # this round's, by rank
         self._asked: dict[int, str] = {}
-        self._decoded: dict[str, Mapping[str, Tensor]] = {}  # this round's, by artifact
+        self._decoded: dict[str, Decoded] = {}  # this round's, by artifact
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
             self.adapter = decode_adapter(self._blob, self._seeded, config.trains)
@@ -159,6 +180,7 @@ class MergeStrategy(Strategy):
             seed=config.seed,
             codec=config.codec,
             trains=config.trains,
+            importance=self._method.needs_importance,
             train={**config.train, **dict(train or {})},
         )
 
@@ -170,6 +192,8 @@ class MergeStrategy(Strategy):
         Each is sent the adapter in service at its rank; ``arrays`` is not used.
         """
         self._plan = self.plan(server_round, config)
+        if self._trust is not None:
+            self._plan = self._trust.begin_round(self._plan)
         self._starts = {None: self._whole(self._plan)}
         self._began = time.monotonic()
         self._decoded.clear()
@@ -249,7 +273,7 @@ class MergeStrategy(Strategy):
 
     def _whole(self, plan: RoundPlan) -> Start:
         """The adapter in service with a plan for it."""
-        return Start(plan, *split(self.adapter, self._seeded), self._blob)
+        return Start(plan, *split(self.adapter, self._seeded), self._blob, self._key)
 
     def _start(self, client: str) -> Start:
         """What this round hands a client."""
@@ -322,13 +346,16 @@ class MergeStrategy(Strategy):
         if client is None:
             raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
         start = self._start(client)
-        candidate = examine(reply.message, start.plan, start.adapter, client, self.config.max_norm)
+        candidate = examine(
+            reply.message, start.plan, start.adapter, client, self.config.max_norm, self._trust
+        )
         try:
             contribution = Contribution(
                 round=start.plan.round,
                 client=client,
                 digest=self.store.put(candidate.blob),  # the bytes first, the row second
-                size_bytes=len(candidate.blob),
+                size_bytes=candidate.size_bytes,
+                nonce=candidate.meta.nonce.hex(),
                 metrics=dict(candidate.metrics),
             )
             counted = self.store.admit(contribution)
@@ -336,9 +363,11 @@ class MergeStrategy(Strategy):
             raise RefusedError("no-room", str(error)) from error
         if not counted:
             raise RefusedError("duplicate", "this client already has an update in this round")
-        size_bytes = sum(tensor.nbytes for tensor in candidate.tensors.values())
-        if (len(self._decoded) + 1) * size_bytes <= DECODED_BYTES:
-            self._decoded[contribution.digest] = candidate.tensors
+        if self._trust is not None:
+            self._trust.nonces.add(contribution.nonce)
+        held = [*candidate.tensors.values(), *candidate.importance.values()]
+        if (len(self._decoded) + 1) * sum(tensor.nbytes for tensor in held) <= DECODED_BYTES:
+            self._decoded[contribution.digest] = (candidate.tensors, candidate.importance)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -355,7 +384,7 @@ class MergeStrategy(Strategy):
         ends = [self._end(row, start) for row, start in zip(cohort, starts, strict=True)]
         names = [row.client for row in cohort]
         merged, report = merge_cohort(self.config, self._starts[None], starts, ends, names)
-        encoded = encode_adapter(merged, self._plan, self.config.down)
+        encoded = encode_adapter(merged, self._plan, self.config.down, self._key)
         digest = self.store.put(encoded.blob)
         # What the clients will decode is the adapter in service, to the bit.
         self.adapter = from_tensors(self._seeded, {**merged.tensors(), **encoded.sent})
@@ -369,24 +398,30 @@ class MergeStrategy(Strategy):
         return publication, report.overall_truncation
 
     def _end(self, row: Contribution, start: Start) -> Adapter:
-        """What a client trained: its start and the change it sent.
+        """What a client trained: its start and the change it sent, and how much that matters to it.
 
         Raises:
             ValueError: It was made from another start.
         """
-        changes = self._decoded.pop(row.digest, None)
-        if changes is None:
-            layout = layout_of(start.adapter, start.plan.trained)
-            meta, changes = decode_update(self.store.get(row.digest), layout)
-            # The SVD of another machine may turn a truncated start differently.
-            if meta.start_hash != start.plan.start_hash:
-                raise ValueError(
-                    f"{row.client} trained from {meta.start_hash[:12]}, which this machine makes "
-                    f"{start.plan.start_hash[:12]}; finish a round where it was begun"
-                )
+        kept = self._decoded.pop(row.digest, None)
+        changes, importance = kept or self._decode(row, start)
         before = start.adapter.tensors()
         moved = {name: before[name] + change for name, change in changes.items()}
-        return start.adapter.with_tensors({**before, **moved})
+        end = start.adapter.with_tensors({**before, **moved})
+        return replace(end, importance=from_flat_importance(importance))
+
+    def _decode(self, row: Contribution, start: Start) -> Decoded:
+        """An update that was not kept in memory, out of its artifact."""
+        meta, changes, importance = decode_weighed(
+            self.store.get(row.digest), *layouts(start.adapter, start.plan)
+        )
+        # The SVD of another machine may turn a truncated start differently.
+        if meta.start_hash != start.plan.start_hash:
+            raise ValueError(
+                f"{row.client} trained from {meta.start_hash[:12]}, which this machine makes "
+                f"{start.plan.start_hash[:12]}; finish a round where it was begun"
+            )
+        return changes, importance
 
 
 def _plain(report: MergeReport) -> dict[str, Any]:

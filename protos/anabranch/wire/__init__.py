@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from anabranch.wire.update import Encoded as Encoded
     from anabranch.wire.update import decode_forms as decode_forms
     from anabranch.wire.update import decode_update as decode_update
+    from anabranch.wire.update import decode_weighed as decode_weighed
     from anabranch.wire.update import encode_update as encode_update
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "decode_adapter": "adapter_message",
     "decode_forms": "update",
     "decode_update": "update",
+    "decode_weighed": "update",
     "encode_adapter": "adapter_message",
     "encode_update": "update",
     "read_manifest": "header",

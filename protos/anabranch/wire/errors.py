@@ -32,11 +32,17 @@ class WireError(ValueError):
             digest        a payload is not the one its manifest names
             payload       a payload cannot be decoded
             values        a scale or a value is NaN, infinite or otherwise impossible
+            importance    the importance is missing, unasked for, or has impossible values
             unsigned      a signature is asked for, and there is none
             unknown-key   the key that signed is not enrolled
             revoked-key   it was, and was revoked
             wrong-key     it is enrolled as somebody else's
             bad-signature it did not sign this
+            seal          a sealed update is asked for, and this is none that can be opened
+            nonce         a signed update needs 16 bytes of it
+            replay        an update with this nonce was admitted before
+            expired       it was made before its round was planned
+            future        it was made at a time that is yet to come
             ============= =================================================================
     """
 

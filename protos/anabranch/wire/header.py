@@ -48,6 +48,7 @@ def write_header(manifest: Manifest, key: PrivateKey | None = None) -> bytes:
         examples=meta.examples,
         codec=manifest.codec,
         frames=[_frame_message(frame) for frame in manifest.frames],
+        importance=[_frame_message(frame) for frame in manifest.importance],
         key_id=key.public.id if key else b"",
     )
     raw = message.SerializeToString(deterministic=True)
@@ -97,7 +98,7 @@ def read_manifest(blob: bytes | memoryview, limits: Limits | None = None) -> Man
             f"this release reads {FORMAT_VERSION}; upgrade the older side",
         )
     manifest = _from_message(message, start, raw)
-    end = start + sum(frame.payload_bytes for frame in manifest.frames)
+    end = start + manifest.payload_bytes
     if len(blob) < end:
         raise WireError("truncated", f"the message has {len(blob)} of {end} bytes")
     if len(blob) > end:
@@ -152,10 +153,14 @@ def _from_message(message: pb.Manifest, start: int, raw: bytes) -> Manifest:
     if len(message.codec.encode()) > TEXT_BYTES:
         raise WireError("meta", f"the codec's name is longer than {TEXT_BYTES} bytes")
     frames = tuple(_frame_info(frame) for frame in message.frames)
+    importance = tuple(_frame_info(frame) for frame in message.importance)
     # A signature that stands elsewhere than at the end covers nothing, and so is a bad one.
     tail = _signature_field(message.signature)
     signed = raw.removesuffix(tail) if raw.endswith(tail) else b""
-    return Manifest(meta, message.codec, frames, start, message.key_id, message.signature, signed)
+    key_id, signature = message.key_id, message.signature
+    return Manifest(
+        meta, message.codec, frames, start, key_id, signature, signed, importance=importance
+    )
 
 
 def _frame_info(frame: pb.Frame) -> FrameInfo:

@@ -62,15 +62,17 @@ class Limits:
         return self.manifest_bytes + (self.manifest_bytes >> 8) + 256
 
 
-def limits_for(layout: Mapping[str, tuple[int, ...]]) -> Limits:
+def limits_for(*layouts: Mapping[str, tuple[int, ...]]) -> Limits:
     """The tightest caps that every honest message of these tensors keeps.
 
     Args:
-        layout: Names and shapes from the local configuration.
+        layouts: Names and shapes from the local configuration: of the tensors, and of their
+            importance where the message holds it.
     """
-    names_bytes = sum(len(name.encode()) for name in layout)
-    entries = sum(math.prod(shape) for shape in layout.values())
-    manifest = _MANIFEST_FIXED_BYTES + names_bytes + _MANIFEST_TENSOR_BYTES * len(layout)
-    payloads = _PAYLOAD_ENTRY_BYTES * entries + _PAYLOAD_TENSOR_BYTES * len(layout)
+    tensors = [tensor for layout in layouts for tensor in layout.items()]
+    names_bytes = sum(len(name.encode()) for name, _ in tensors)
+    entries = sum(math.prod(shape) for _, shape in tensors)
+    manifest = _MANIFEST_FIXED_BYTES + names_bytes + _MANIFEST_TENSOR_BYTES * len(tensors)
+    payloads = _PAYLOAD_ENTRY_BYTES * entries + _PAYLOAD_TENSOR_BYTES * len(tensors)
     header = Limits(manifest, 0).header_bytes
     return Limits(manifest, 8 + header + payloads)

@@ -113,6 +113,7 @@ class Manifest:
         meta: Whose update it is.
         codec: Name of the codec the sender was configured with.
         frames: What follows, in order.
+        importance: What follows that: square roots of how much entries matter to the client.
         payload_start: Bytes before the first payload; 0 in a manifest not yet written.
         key_id: Names the key that signed (``wire.keys``); empty where none did.
         signature: That key's; empty where none signed.
@@ -127,6 +128,12 @@ class Manifest:
     key_id: bytes = b""
     signature: bytes = b""
     signed: bytes = b""
+    importance: tuple[FrameInfo, ...] = ()
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(frame.payload_bytes for frame in (*self.frames, *self.importance))
 
 
 def _check_hash(field: str, text: str) -> None:

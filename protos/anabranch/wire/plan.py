@@ -19,6 +19,7 @@ ADAPTER_STYPE = "anabranch.adapter/1"
 PLAN_KEY = "plan"
 ADAPTER_KEY = "adapter"
 UPDATE_KEY = "update"
+IMPORTANCE_KEY = "importance"
 METRICS_KEY = "metrics"
 CLIENT_KEY = "client"
 
@@ -60,6 +61,10 @@ class RoundPlan(BaseModel):
     rank: int | None = Field(None, ge=1)
     """Largest rank of a module that this client is to train, and of the adapter it starts from;
     None is the task's own."""
+    importance: bool = False
+    """Whether the merge needs to know how much each entry matters to the client: its Fisher."""
+    seal_to: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """X25519 key of this round, in hexadecimal, that updates are sealed to; None: not sealed."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the client's ``TrainPlan``, forwarded as they are."""
     split: Literal["validation", "test"] = "validation"

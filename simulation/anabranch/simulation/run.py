@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from anabranch.aggregation import MergeMethod, resolve
+from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import named
 from anabranch.client.app import app as client_app
 from anabranch.client.session import Session, client_name, open_session
+from anabranch.client.task import FisherTask
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
 from anabranch.coordinator.federation import START_FOLDER, write_federation
@@ -35,6 +37,7 @@ from anabranch.simulation.folder import (
     SUMMARY_FILE,
     open_folder,
 )
+from anabranch.simulation.keys import write_keys
 from anabranch.simulation.scenario import Baselines, Scenario
 from anabranch.simulation.summary import Measured, summarise
 from anabranch.simulation.task import SimulatedTask
@@ -81,7 +84,13 @@ def prepare(scenario: Scenario) -> Session:
     session = open_task(scenario)
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
-    method = _check_recipe(config.recipe, config.quorum, scenario.asked(config.clients))
+    _check_recipe(config.recipe, session.template, config.quorum, scenario.asked(config.clients))
+    method = named(config.recipe)
+    if method.needs_importance and not isinstance(session.task, FisherTask):
+        raise ValueError(
+            f"recipe: {method.name} needs the clients' Fisher, and task.kind "
+            f"{scenario.task.kind} has no method 'logits'; see anabranch.client.task.FisherTask"
+        )
     check_method(config, session.template, method)
     names = [client_name(partition) for partition in range(config.clients)]
     if strangers := [client for client in config.ranks if client not in names]:
@@ -92,23 +101,23 @@ def prepare(scenario: Scenario) -> Session:
     return session
 
 
-def _check_recipe(recipe: Recipe, quorum: int, asked: int) -> MergeMethod:
-    """The method, tried on as few and on as many updates as a round may merge."""
-    try:
-        method, parameters = resolve(recipe, "recipe")
-    except ValueError as error:
-        raise ValueError(f"recipe.{str(error).removeprefix('recipe: ')}") from error
+def _check_recipe(recipe: Recipe, template: Adapter, quorum: int, asked: int) -> None:
+    """Try the recipe on as few and on as many updates as a round may merge."""
     generator = torch.Generator().manual_seed(0)
     for count in sorted({quorum, asked}):
         try:
-            # Matrices, and not vectors: of those a method on matrices takes the mean.
-            method(torch.randn(count, 4, 4, generator=generator), config=parameters)
+            parts = groups(recipe, [*template.lora, *template.dense], count)
         except ValueError as error:
-            raise ValueError(
-                f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
-                f"{method.name} cannot: {error}"
-            ) from error
-    return method
+            raise ValueError(f"recipe.{str(error).removeprefix('recipe: ')}") from error
+        for group in parts:
+            try:
+                # Matrices, and not vectors: of those a method on matrices takes the mean.
+                group.method(torch.randn(count, 4, 4, generator=generator), config=group.config)
+            except ValueError as error:
+                raise ValueError(
+                    f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "
+                    f"{group.method.name} cannot: {error}"
+                ) from error
 
 
 def run_federation(
@@ -130,6 +139,7 @@ def run_federation(
         write_adapter(seeded_start(session.template, scenario.seed), folder / START_FOLDER)
     if (folder / ADAPTER_FOLDER).exists():
         return
+    keys = write_keys(folder, config) if config.signed else None
     total = config.rounds * scenario.asked(config.clients)
     if config.evaluate_every:
         total += (config.rounds // config.evaluate_every) * config.clients
@@ -153,7 +163,7 @@ def run_federation(
 
     progress("federation", done, total)
     if scenario.engine == "flower":
-        run_in_flower(folder, config.clients, run_config, on_poll=look)
+        run_in_flower(folder, config.clients, run_config, keys=keys, on_poll=look)
     else:
         run_in_process(
             server_app,
@@ -163,6 +173,7 @@ def run_federation(
             run_config,
             one_more,
             at_once(session, scenario.asked(config.clients)),
+            keys,
         )
 
 
@@ -173,6 +184,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "engine": "inprocess",
             "down": "fp32",
             "max_norm": None,
+            "signed": False,
             "trains": "both",
             "ranks": {},
             "rest": "drop",

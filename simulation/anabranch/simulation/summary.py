@@ -145,10 +145,7 @@ def _update_bytes(measured: Measured) -> dict[str, float | None]:
     rows = store.contributions()
     entries = sum(tensor.numel() for tensor in measured.start.tensors().values())
     sizes = [row.size_bytes for row in rows]
-    payloads = [
-        sum(frame.payload_bytes for frame in read_manifest(store.get(row.digest)).frames)
-        for row in rows
-    ]
+    payloads = [read_manifest(store.get(row.digest)).payload_bytes for row in rows]
     ours, payload = (fmean(sizes), fmean(payloads)) if rows else (None, None)
     return {
         "ours": ours,

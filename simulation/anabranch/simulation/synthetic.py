@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft import LoraConfig
@@ -110,6 +110,15 @@ class SyntheticTask:
         inputs_NF = torch.cat([inputs for inputs, _ in parts])
         labels_N = torch.cat([labels for _, labels in parts])
         return self._train(model, inputs_NF, labels_N, plan)
+
+    def logits(
+        self, model: nn.Module, partition: int, examples: int, seed: int
+    ) -> Iterator[Tensor]:
+        """Logits [K] of one client's training examples, drawn by the seed."""
+        inputs_NF, _ = self._examples(partition, "train")
+        generator = torch.Generator().manual_seed(seed)
+        for row in torch.randperm(len(inputs_NF), generator=generator)[:examples].tolist():
+            yield model(inputs_NF[row : row + 1])[0]
 
     def evaluate(self, model: nn.Module, partition: int, split: HeldOut) -> Mapping[str, float]:
         """Accuracy and mean cross-entropy on one client's group's held-out examples."""

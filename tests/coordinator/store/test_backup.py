@@ -13,6 +13,7 @@ from anabranch.coordinator.federation import (
     load_federation,
     write_federation,
 )
+from anabranch.coordinator.registry import KEYS_FOLDER, REVOKED
 from anabranch.coordinator.store import (
     Contribution,
     Publication,
@@ -31,6 +32,9 @@ def make_federation(folder: Path, url: str, **changes: str) -> None:
     write_federation(FederationConfig(name="f", run="r", store=store), folder)
     (folder / START_FOLDER).mkdir()
     (folder / START_FOLDER / "adapter_config.json").write_text(CONTENT)
+    (folder / KEYS_FOLDER).mkdir()
+    for name in (REVOKED, "coordinator.key"):
+        (folder / KEYS_FOLDER / name).write_text(name)
 
 
 def opened(folder: Path) -> Store:
@@ -84,6 +88,8 @@ def test_a_backup_is_restored_whole_into_either_database(
     assert not admit(after, 2, "a")
     assert admit(after, 3, "a")
     assert (tmp_path / "again" / START_FOLDER / "adapter_config.json").read_text() == CONTENT
+    # The list of revoked keys comes back, the coordinator's secret was never in it.
+    assert [path.name for path in (tmp_path / "again" / KEYS_FOLDER).iterdir()] == [REVOKED]
     after.close()
     before.close()
 
@@ -147,7 +153,10 @@ def test_artifacts_move_to_a_bucket(bucket: str, tmp_path: Path) -> None:
         (lambda data: data[: len(data) // 2], "is damaged or no backup"),
         (lambda data: b"", "is damaged or no backup"),
         (lambda data: b"text" * 1000, "is damaged or no backup"),
-        (lambda data: data.replace(b"1 a\0", b"1 x\0"), "artifact [0-9a-f]{64} of the backup is damaged"),
+        (
+            lambda data: data.replace(b"1 a\0", b"1 x\0"),
+            "artifact [0-9a-f]{64} of the backup is damaged",
+        ),
     ],
 )
 def test_a_damaged_backup_leaves_nothing(

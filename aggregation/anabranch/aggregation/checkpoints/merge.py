@@ -16,15 +16,16 @@ from torch import Tensor
 
 from anabranch.aggregation.checkpoints.inputs import Inputs, open_inputs, pieces
 from anabranch.aggregation.checkpoints.merged_rows import check_budget, merged_rows
+from anabranch.aggregation.engine.cohort import Cohort, contribution_names
 from anabranch.aggregation.engine.device import placed
+from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.shard import shared_folder
-from anabranch.aggregation.engine.stream import cohort_weights
-from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.method import MergeMethod
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
-from anabranch.aggregation.registry import resolve
+from anabranch.aggregation.registry import named
 from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.checkpoint import copy_companions, fill_checkpoint, lay_out_checkpoint
 from anabranch.vectors.new_folder import write_text
@@ -82,7 +83,8 @@ def merge_checkpoints(
         out: Folder to write; must not exist, or be empty.
         base: What the models were fine-tuned from. Without it the weights themselves are merged,
             as if the base were zero: for means and for methods on angles.
-        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        weights: Weight per contribution, where no rule of the recipe says otherwise; None takes the
+            recipe's, and without any counts each once.
         names: What to call the contributions; None takes their paths.
         without: Names of contributions to leave out, as if they had never been given.
         dtype: What the result is stored in; None keeps the base's, tensor by tensor.
@@ -100,18 +102,13 @@ def merge_checkpoints(
         LostRankError: Another rank is gone; nothing is left behind.
     """
     budget_bytes //= ranks.local_count
-    method, config = resolve(recipe)
-    warnings = check_method(method, base)
-    if without:
-        stay = withdraw(
-            [str(path) for path in models] if names is None else names, without, recipe, weights
-        )
-        models, names = [models[index] for index in stay.indices], stay.names
-        weights = stay.weights
-    inputs = open_inputs(models, base, names, method)
-    weights_C = cohort_weights(method, recipe, weights, len(models))
-    check_count(method, config, weights_C)
-    check_budget(replace(inputs.cohort, ranks=ranks), method, budget_bytes)
+    paths = [str(path) for path in models] if names is None else names
+    stay = withdraw(contribution_names(paths, len(models)), without, recipe, weights)
+    models = [models[index] for index in stay.indices]
+    inputs = open_inputs(models, base, stay.names, named(recipe))
+    parts = groups(stay.recipe, inputs.cohort.deltas, len(models))
+    warnings = check_groups(parts, replace(inputs.cohort, ranks=ranks), base, budget_bytes)
+    of = {module: group for group in parts for module in group.modules}
     like = inputs.like.tensors
     stored = None if dtype is None else getattr(torch, dtype)
     layout = {
@@ -119,14 +116,14 @@ def merge_checkpoints(
         for name, tensor in like.items()
     }
     mine = ranks.mine({name: tensor.size_bytes for name, tensor in like.items()})
-    cohort = replace(placed(inputs.cohort, method, device).only(mine), ranks=ranks)
+    cohort = replace(placed(inputs.cohort, parts[0].method, device).only(mine), ranks=ranks)
     done = 0
 
     def merged_pieces(name: str) -> Iterator[Tensor]:
         nonlocal done
         if name in inputs.cohort.deltas:
-            for start, rows_Rn in rows.rows(name):
-                yield _onto_base(inputs, name, start, rows_Rn, recipe.scale, layout[name][0])
+            for start, rows_Rn in rows[of[name].modules].rows(name):
+                yield _onto_base(inputs, name, start, rows_Rn, of[name].scale, layout[name][0])
         else:
             yield from pieces(like[name])
         done += 1
@@ -135,7 +132,12 @@ def merge_checkpoints(
 
     with shared_folder(out, ranks) as partial:
         inputs.check_copied(mine)
-        rows = merged_rows(cohort, method, config, weights_C, budget_bytes)
+        rows = {
+            group.modules: merged_rows(
+                cohort.only(group.modules), group, budget_bytes, alone=len(parts) == 1
+            )
+            for group in parts
+        }
         if ranks.rank == 0:
             lay_out_checkpoint(partial, layout, shard_bytes)
             if inputs.like.folder is not None:
@@ -153,7 +155,33 @@ def merge_checkpoints(
     )
 
 
-def check_method(method: MergeMethod, base: Path | None) -> list[str]:
+def check_groups(
+    parts: Sequence[Group], cohort: Cohort, base: Path | None, budget_bytes: int
+) -> list[str]:
+    """Refuse what can be told without numbers: methods, a base that is missing, too few of them.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        ValueError: One of these, in one line.
+    """
+    warnings = []
+    for group in parts:
+        if group.excluded:
+            continue
+        warnings += _check_method(group.method, base)
+        check_count(group)
+        check_budget(cohort.only(group.modules), group.method, budget_bytes)
+    if base is None and any(group.excluded for group in parts):
+        raise ValueError(
+            "modules: exclude keeps modules as the base has them; name it with --base, or give "
+            "weights that take one of the models"
+        )
+    return list(dict.fromkeys(warnings))
+
+
+def _check_method(method: MergeMethod, base: Path | None) -> list[str]:
     """Refuse methods that need factors, or a base that is not given.
 
     Returns:
@@ -179,13 +207,14 @@ def check_method(method: MergeMethod, base: Path | None) -> list[str]:
     return []
 
 
-def check_count(method: MergeMethod, config: MethodConfig, weights_C: Tensor) -> None:
+def check_count(group: Group) -> None:
     """Let a method refuse what it can tell without numbers, such as too few contributions.
 
     Raises:
         ValueError: What the method says to one entry of zero from each.
     """
-    method(torch.zeros(len(weights_C), 1, 1), weights_C, config)
+    zeros = torch.zeros(len(group.weights_C), 1, 1)
+    group.method(zeros, group.weights_C, group.config)
 
 
 def _onto_base(

@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anabranch.aggregation.chunk import matrix_shape
+from anabranch.aggregation.chunk import PIECE, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.entries import EntryMerge
-from anabranch.aggregation.engine.gram import module_grams
+from anabranch.aggregation.engine.groups import Group
 from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows
-from anabranch.aggregation.engine.stream import cohort_coefficients
+from anabranch.aggregation.engine.stream import group_coefficients
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 from anabranch.vectors.task_vector import held, norm
 
@@ -34,21 +34,25 @@ class MergedRows(Protocol):
 
 
 def merged_rows(
-    cohort: Cohort,
-    method: MergeMethod,
-    config: MethodConfig,
-    weights_C: Tensor,
-    budget_bytes: int,
+    cohort: Cohort, group: Group, budget_bytes: int, *, alone: bool = True
 ) -> MergedRows:
-    """The method on a cohort; what it gathers over the whole model is gathered here."""
+    """A group's method on its modules; what it gathers over all of them is gathered here.
+
+    Args:
+        cohort: The contributions, over the group's modules.
+        group: How they are merged.
+        budget_bytes: Memory for entries.
+        alone: Whether no other group is gone through meanwhile, whose entries are held too.
+    """
+    method, config, weights_C = group.method, group.config, group.weights_C
+    if group.excluded:
+        return _Nothing(cohort)
+    if method.coefficients is not None:
+        return _Combined(cohort, group_coefficients(cohort, group, budget_bytes), budget_bytes)
     if method.matrices is not None:
         matrices = _Matrices(cohort, method, config, weights_C)
         return replace(matrices, factor=matrices.to_mean_norm()) if method.mean_norm else matrices
-    if method.coefficients is None:
-        return EntryMerge(cohort, method, config, weights_C, budget_bytes)
-    grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
-    coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
-    return _Combined(cohort, coefficients, budget_bytes)
+    return EntryMerge(cohort, method, config, weights_C, budget_bytes, keep_model=alone)
 
 
 def check_budget(cohort: Cohort, method: MergeMethod, budget_bytes: int) -> None:
@@ -74,6 +78,19 @@ def matrix_bytes(cohort: Cohort, module: str, method: MergeMethod) -> int:
     copies = method.matrix_copies * len(cohort)
     copies += _DECOMPOSITIONS if len(shape) == 2 else 1
     return shape.numel() * FP32_BYTES * copies
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """Zeros, for modules that stay as the base has them; nothing is read."""
+
+    cohort: Cohort
+
+    def rows(self, module: str) -> Iterator[tuple[int, Tensor]]:
+        rows, columns = matrix_shape(self.cohort.deltas[module][0].shape)
+        step = max(1, PIECE // max(1, columns))
+        for start in range(0, rows, step):
+            yield start, torch.zeros(min(step, rows - start), columns)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from anabranch.aggregation.engine.cohort import (
     checked,
@@ -16,17 +19,20 @@ from anabranch.aggregation.engine.cohort import (
 )
 from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.gram import module_grams, total_gram
+from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.job import AdapterMerge, Progress
+from anabranch.aggregation.engine.refactor import Spectrum
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
-from anabranch.aggregation.engine.stream import cohort_coefficients, cohort_weights
+from anabranch.aggregation.engine.stream import group_coefficients
 from anabranch.aggregation.method import MergeMethod, cosines
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
-from anabranch.aggregation.registry import resolve
 from anabranch.aggregation.withdrawal import withdraw
-from anabranch.vectors.adapter import Adapter, task_vector
+from anabranch.vectors.adapter import Adapter, LoraFactors, task_vector
 from anabranch.vectors.task_vector import TaskVector
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ def merge_adapters(
         start: The adapter all of them started from; None stands for the bare base.
         starts: What each of them started from, where that is ``start`` at a lower rank (FlexLoRA,
             2402.11505): what each adds to its own is merged, and added to ``start``.
-        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        weights: Weight per contribution, where no rule of the recipe says otherwise; None takes the
+            recipe's, and without any counts each once.
         names: What to call the contributions in messages and in the report.
         without: Names of contributions to leave out, as if they had never been given; see
             ``withdraw``.
@@ -99,58 +106,102 @@ def merge_adapters(
         LostRankError: Another rank is gone.
     """
     budget_bytes //= ranks.local_count
-    method, config = resolve(recipe)
-    names = contribution_names(names, len(adapters))
-    if without:
-        stay = withdraw(names, without, recipe, weights)
-        adapters, names = [adapters[index] for index in stay.indices], stay.names
-        starts = None if starts is None else [starts[index] for index in stay.indices]
-        weights = stay.weights
-    check_refactor(recipe, method, adapters)
+    stay = withdraw(contribution_names(names, len(adapters)), without, recipe, weights)
+    adapters, names = [adapters[index] for index in stay.indices], stay.names
+    starts = None if starts is None else [starts[index] for index in stay.indices]
     vectors = _task_vectors(adapters, starts or [start] * len(adapters), names)
-    cohort = checked(side_by_side(vectors, names).share_of(ranks))
-    weights_C = cohort_weights(method, recipe, weights, len(cohort))
+    cohort = side_by_side(vectors, names)
+    parts = groups(stay.recipe, cohort.deltas, len(cohort))
+    for group in parts:
+        check_refactor(recipe, group.method, adapters)
+    cohort = checked(cohort.share_of(ranks))
     grams = module_grams(cohort, budget_bytes)
-    job = AdapterMerge(
-        list(adapters),
-        start,
-        starts,
-        recipe,
-        method,
-        config,
-        placed(with_importance(cohort, vectors, method), method, device),
-        weights_C,
-        budget_bytes,
-        progress,
-    )
-    coefficients = None
-    if method.coefficients is not None:
-        coefficients = ranks.union(cohort_coefficients(cohort, method, config, weights_C, grams))
-        lora, spectra = job.linear(coefficients)
-    elif method.matrices is not None:
-        lora, spectra = job.matrices()
-    elif method.factors:
-        lora, spectra = job.factors(), {}
-    else:
-        lora, spectra = job.entries()
-    lora, spectra = ranks.union(lora), ranks.union(spectra)
-    dense = ranks.union(job.dense(coefficients))
+    tick = _counter(progress, sum(module in adapters[0].lora for module in cohort.deltas))
+    merged = _Merged({}, {}, {}, {})
+    for group in parts:
+        alike = with_importance(cohort.only(group.modules), vectors, group.method)
+        alike = placed(alike, group.method, device)
+        job = AdapterMerge(
+            adapters, start, starts, recipe.refactor, group, alike, budget_bytes, tick
+        )
+        merged = merged.joined(_merge_group(job, grams))
+    merged = reduce(_Merged.joined, ranks.gather(merged))
     base_hash = cohort.base_hash
     if start is not None:
         base_hash = common_base([base_hash, start.base_hash], [names[0], "the start"])
-    adapter = Adapter(lora, dense, base_hash, job.reference.peft)
+    like = adapters[0] if start is None else start
+    adapter = Adapter(_sorted(merged.lora), _sorted(merged.dense), base_hash, like.peft)
+    spectra = _sorted(merged.spectra)
     norm, residual = (
         math.hypot(*(getattr(spectrum, part) for spectrum in spectra.values()))
         for part in ("norm", "residual")
     )
     report = MergeReport(
         names=names,
-        coefficients=_shared(coefficients),
+        coefficients=_shared(merged.coefficients),
         truncation={m: s.residual / s.norm if s.norm else 0.0 for m, s in spectra.items()},
         overall_truncation=residual / norm if norm else 0.0,
         cosine=tuple(tuple(row) for row in cosines(total_gram(grams, len(cohort))).tolist()),
     )
     return MergeResult(adapter, report)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What came of some modules; ``coefficients`` is None where one of them has none."""
+
+    lora: Mapping[str, LoraFactors]
+    dense: Mapping[str, Tensor]
+    spectra: Mapping[str, Spectrum]
+    coefficients: Mapping[str, Sequence[float]] | None
+
+    def joined(self, other: _Merged) -> _Merged:
+        coefficients = None
+        if self.coefficients is not None and other.coefficients is not None:
+            coefficients = {**self.coefficients, **other.coefficients}
+        return _Merged(
+            {**self.lora, **other.lora},
+            {**self.dense, **other.dense},
+            {**self.spectra, **other.spectra},
+            coefficients,
+        )
+
+
+def _merge_group(job: AdapterMerge, grams: Mapping[str, Tensor]) -> _Merged:
+    """Merge one group's modules, in the way its method goes through adapters."""
+    method = job.group.method
+    coefficients = None
+    spectra: dict[str, Spectrum] = {}
+    if job.group.excluded or method.coefficients is not None:
+        coefficients = group_coefficients(job.cohort, job.group, job.budget_bytes, grams)
+    if job.group.excluded:
+        lora = job.kept()
+    elif coefficients is not None:
+        lora, spectra = job.linear(coefficients)
+    elif method.matrices is not None:
+        lora, spectra = job.matrices()
+    elif method.factors:
+        lora = job.factors()
+    else:
+        lora, spectra = job.entries()
+    return _Merged(lora, job.dense(coefficients), spectra, coefficients)
+
+
+def _sorted(by_module: Mapping[str, Value]) -> dict[str, Value]:
+    return {module: by_module[module] for module in sorted(by_module)}
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """Says that one more of all modules is done."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return tick
 
 
 def check_refactor(recipe: Recipe, method: MergeMethod, adapters: Sequence[Adapter]) -> None:

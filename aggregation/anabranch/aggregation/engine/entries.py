@@ -38,6 +38,7 @@ class EntryMerge:
         config: Its parameters.
         weights_C: Checked weights [C].
         budget_bytes: Memory for dense entries.
+        keep_model: Whether what the statistics of a whole model read may be kept for the merge.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class EntryMerge:
         config: MethodConfig,
         weights_C: Tensor,
         budget_bytes: int,
+        keep_model: bool = True,
     ) -> None:
         if method.needs_importance:
             cohort = normalised_cohort(cohort, method.normalise_of(config))
@@ -59,7 +61,7 @@ class EntryMerge:
         self._sources: dict[str, ModuleRows] = {}
         if self.method.statistics and self.method.scope_of(config) == "model":
             bytes_held = self.cohort.entries() * (self.cohort.held_per_entry + 1) * FP32_BYTES
-            keep = bytes_held <= self.budget_bytes // 2
+            keep = keep_model and bytes_held <= self.budget_bytes // 2
             sources = {m: self._source(m, keep) for m in self.cohort.deltas}
             found = self._gather(list(sources.values()), cohort.ranks)
             self._found = dict.fromkeys(sources, found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from anabranch.aggregation.engine.align import balanced_factors
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.entries import EntryMerge
+from anabranch.aggregation.engine.groups import Group
 from anabranch.aggregation.engine.refactor import (
     Spectrum,
     low_rank_spectrum,
@@ -24,8 +25,7 @@ from anabranch.aggregation.engine.refactor import (
 )
 from anabranch.aggregation.engine.rows import FP32_BYTES, fill_rows
 from anabranch.aggregation.engine.stream import merge_factors, weighted_sum
-from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.recipe import Refactor
 from anabranch.vectors.adapter import Adapter, LoraFactors
 from anabranch.vectors.task_vector import Delta, Held, LowRank
 
@@ -41,25 +41,22 @@ class AdapterMerge:
         adapters: The contributions' adapters.
         start: What the result is added to, None for the bare base.
         starts: What each of them started from, None where that is ``start``.
-        recipe: The recipe.
-        method: Its method.
-        config: The method's parameters.
-        cohort: The contributions' task vectors against the start, over this rank's modules.
-        weights_C: Checked weights [C].
+        refactor: The way back to rank r.
+        group: Which modules, and how they are merged.
+        cohort: The contributions' task vectors against the start, over those of these modules that
+            are this rank's.
         budget_bytes: Memory for dense entries.
-        progress: Told of every module that is done.
+        progress: Called for every module that is done.
     """
 
     adapters: Sequence[Adapter]
     start: Adapter | None
     starts: Sequence[Adapter] | None
-    recipe: Recipe
-    method: MergeMethod
-    config: MethodConfig
+    refactor: Refactor
+    group: Group
     cohort: Cohort
-    weights_C: Tensor  # noqa: N815
     budget_bytes: int
-    progress: Progress | None = None
+    progress: Callable[[], None]
 
     @property
     def reference(self) -> Adapter:
@@ -69,7 +66,10 @@ class AdapterMerge:
     @cached_property
     def merged(self) -> EntryMerge:
         """The method on entries; made once, for what it gathers over the whole model."""
-        return EntryMerge(self.cohort, self.method, self.config, self.weights_C, self.budget_bytes)
+        group = self.group
+        return EntryMerge(
+            self.cohort, group.method, group.config, group.weights_C, self.budget_bytes
+        )
 
     @property
     def with_factors(self) -> list[str]:
@@ -78,17 +78,24 @@ class AdapterMerge:
 
     def modules(self) -> Iterator[str]:
         """Modules with factors, in order; asking for the next one says that one is done."""
-        modules = self.with_factors
-        for done, module in enumerate(modules, start=1):
+        for module in self.with_factors:
             yield module
-            if self.progress is not None:
-                self.progress(done, len(modules))
+            self.progress()
 
     def rank(self, module: str) -> int:
         """The rank a module goes back to."""
         inputs = self.adapters if self.start is None else (*self.adapters, self.start)
         largest = max(adapter.lora[module].rank for adapter in inputs)
-        return self.recipe.refactor.rank or largest
+        return self.refactor.rank or largest
+
+    def kept(self) -> dict[str, LoraFactors]:
+        """Factors as the start has them; without one, such that add nothing."""
+        kept = {}
+        for module in self.modules():
+            like = self.reference.lora[module]
+            nothing = torch.zeros_like(like.b_mr)
+            kept[module] = like if self.start is not None else replace(like, b_mr=nothing)
+        return kept
 
     def linear(
         self, coefficients: Mapping[str, Sequence[float]]
@@ -104,7 +111,7 @@ class AdapterMerge:
         lora: dict[str, LoraFactors] = {}
         spectra: dict[str, Spectrum] = {}
         for module in self.modules():
-            factors = [c * self.recipe.scale for c in coefficients[module]]
+            factors = [c * self.group.scale for c in coefficients[module]]
             if self.starts is None:
                 parts: list[Delta] = [one.lora[module].delta() for one in self.adapters]
                 rest = 1 - sum(factors)
@@ -122,18 +129,19 @@ class AdapterMerge:
     def merged_matrices(self) -> dict[str, Held]:
         """The method on weight matrices, over the whole model."""
         modules: dict[str, Sequence[Delta]] = dict(self.cohort.deltas)
-        if self.method.factors:
+        if self.group.method.factors:
             for module in self.with_factors:
                 modules[module] = [adapter.lora[module].delta() for adapter in self.adapters]
-        return self.method.merge_modules(modules, self.weights_C, self.config, self.cohort.ranks)
+        group = self.group
+        return group.method.merge_modules(modules, group.weights_C, group.config, self.cohort.ranks)
 
     def matrices(self) -> tuple[dict[str, LoraFactors], dict[str, Spectrum]]:
         """Merged factors, the start's beside them.
 
         Where the method merged whole adapters and not task vectors, start + scale·(merged − start).
         """
-        scale = self.recipe.scale
-        rest = 1 - scale if self.method.factors else 1.0
+        scale = self.group.scale
+        rest = 1 - scale if self.group.method.factors else 1.0
         # Here and not at the first module: a rank that has none is asked for its norms, too.
         merged = self.merged_matrices
         lora: dict[str, LoraFactors] = {}
@@ -157,9 +165,9 @@ class AdapterMerge:
             onto = None if self.start is None else self.start.lora[module].delta()
             m, n = self.cohort.deltas[module][0].shape
             if m * n * FP32_BYTES <= self.budget_bytes // 2:
-                source = matrix_rows(merged.dense(module, self.recipe.scale, onto))
+                source = matrix_rows(merged.dense(module, self.group.scale, onto))
             else:
-                source = _Again(merged, module, self.recipe.scale, onto)
+                source = _Again(merged, module, self.group.scale, onto)
             device = self.reference.lora[module].a_rn.device
             spectra[module] = streamed_spectrum(source, (m, n), self.rank(module), module, device)
             lora[module] = self._refactored(module, spectra[module])
@@ -167,20 +175,20 @@ class AdapterMerge:
 
     def factors(self) -> dict[str, LoraFactors]:
         """A and B merged apart: start + scale·(merged − start) for each of the two."""
-        scale = self.recipe.scale
+        scale = self.group.scale
         lora = {}
         for module in self.modules():
             mine = [adapter.lora[module] for adapter in self.adapters]
             like = self.reference.lora[module]
-            if self.method.weigh is not None and self.start is None:
+            if self.group.method.weigh is not None and self.start is None:
                 like = max(mine, key=lambda factors: factors.rank)
             self._check_alike(module, like)
             merged = merge_factors(
                 module,
                 [LowRank(factors.b_mr, factors.a_rn) for factors in mine],
-                self.method,
-                self.config,
-                self.weights_C,
+                self.group.method,
+                self.group.config,
+                self.group.weights_C,
                 self.cohort.names,
             )
             assert isinstance(merged, LowRank)
@@ -200,28 +208,28 @@ class AdapterMerge:
 
     def _check_alike(self, module: str, like: LoraFactors) -> None:
         """Entries of A and of B compare at one scaling only, and at one rank if none is padded."""
-        wanted = self.recipe.refactor.rank
+        wanted = self.refactor.rank
         problem = None
         if wanted not in (None, like.rank):
             problem = f"keeps rank {like.rank} and cannot go to refactor.rank {wanted}"
         whose = self.cohort.names[0] if self.start is None else "the start"
         for name, adapter in zip(self.cohort.names, self.adapters, strict=True):
             factors = adapter.lora[module]
-            padded = self.method.weigh is not None and factors.rank < like.rank
+            padded = self.group.method.weigh is not None and factors.rank < like.rank
             if factors.rank != like.rank and not padded:
                 problem = f"{name} has rank {factors.rank}, {whose} has rank {like.rank}"
             elif not math.isclose(factors.scaling, like.scaling, rel_tol=1e-9):
                 problem = f"{name} scales by {factors.scaling}, {whose} by {like.scaling}"
         if problem is not None:
             raise ValueError(
-                f"{self.method.name}: module {module}: {problem}; use mean, which merges ΔW"
+                f"{self.group.method.name}: module {module}: {problem}; use mean, which merges ΔW"
             )
 
     def dense(self, coefficients: Mapping[str, Sequence[float]] | None) -> dict[str, Tensor]:
         """Parameters trained in full: start + scale·merged."""
         if self.start is None:
             return {}
-        scale = self.recipe.scale
+        scale = self.group.scale
         merged = {}
         for name in self.cohort.deltas:
             if name not in self.start.dense:
@@ -230,11 +238,16 @@ class AdapterMerge:
             deltas = self.cohort.deltas[name]
             if coefficients is not None:
                 change = weighted_sum(deltas, coefficients[name])
-            elif self.method.matrices is not None:
+            elif self.group.method.matrices is not None:
                 change = self.merged_matrices[name]
-            elif self.method.factors:
+            elif self.group.method.factors:
                 change = merge_factors(
-                    name, deltas, self.method, self.config, self.weights_C, self.cohort.names
+                    name,
+                    deltas,
+                    self.group.method,
+                    self.group.config,
+                    self.group.weights_C,
+                    self.cohort.names,
                 )
             else:
                 change = self.merged.dense(name).view(before.shape)
@@ -246,7 +259,7 @@ class AdapterMerge:
         self, module: str, total: LowRank, spectra: dict[str, Spectrum]
     ) -> LoraFactors:
         """A product as it is, or brought back to rank r and its spectrum noted."""
-        if self.recipe.refactor.kind == "stack":
+        if self.refactor.kind == "stack":
             return _as_factors(total, self.reference.lora[module])
         spectra[module] = low_rank_spectrum(total, self.rank(module))
         return self._refactored(module, spectra[module])
@@ -258,7 +271,7 @@ class AdapterMerge:
             self.reference.lora[module],
             name=module,
             start=None if self.start is None else self.start.lora[module],
-            align=self.recipe.refactor.align,
+            align=self.refactor.align,
         )
 
 

@@ -37,10 +37,11 @@ def merge_one_factor(
 
     Args:
         adapters: The contributions' adapters, trained from ``start``.
-        recipe: Method and scale.
+        recipe: Method and scale. Its rules go by the names of modules, as ever.
         trained: The factor that differs.
         start: The adapter all of them started from, whose other factor they share.
-        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        weights: Weight per contribution, where no rule of the recipe says otherwise; None takes the
+            recipe's, and without any counts each once.
         names: What to call the contributions in messages and in the report.
         budget_bytes: Memory for dense entries.
 
@@ -64,7 +65,8 @@ def merge_one_factor(
 
 def _as_parameters(adapter: Adapter, trained: Literal["a", "b"]) -> Adapter:
     """An adapter without factors: what was trained stands among the parameters trained in full."""
-    return Adapter({}, adapter.tensors(trained), adapter.base_hash, adapter.peft)
+    parameters = adapter.tensors(trained)
+    return Adapter({}, parameters, adapter.base_hash, adapter.peft, adapter.importance)
 
 
 def _check_shared(name: str, adapter: Adapter, start: Adapter, trained: Literal["a", "b"]) -> None:

@@ -14,12 +14,14 @@ from torch.nn import functional
 from anabranch.aggregation.engine.cohort import (
     Cohort,
     check_dense,
+    checked,
     contribution_names,
-    gather,
+    side_by_side,
 )
 from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
+from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of, large_ternary
 from anabranch.aggregation.kernels.rows import (
@@ -31,7 +33,6 @@ from anabranch.aggregation.kernels.rows import (
 )
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
-from anabranch.aggregation.registry import resolve
 from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.task_vector import (
     Delta,
@@ -66,7 +67,8 @@ def merge_task_vectors(
     Args:
         vectors: One task vector per contribution.
         recipe: Method, parameters and scale; its ``refactor`` is not read here.
-        weights: Weight per contribution; None takes the recipe's, and without any counts each once.
+        weights: Weight per contribution, where no rule of the recipe says otherwise; None takes the
+            recipe's, and without any counts each once.
         names: What to call the contributions in messages.
         without: Names of contributions to leave out, as if they had never been given; see
             ``withdraw``.
@@ -81,73 +83,77 @@ def merge_task_vectors(
     Raises:
         ValueError: Bad recipe, weights or task vectors, in one line.
     """
-    method, config = resolve(recipe)
-    if without:
-        stay = withdraw(contribution_names(names, len(vectors)), without, recipe, weights)
-        vectors, names = [vectors[index] for index in stay.indices], stay.names
-        weights = stay.weights
+    stay = withdraw(contribution_names(names, len(vectors)), without, recipe, weights)
+    vectors = [vectors[index] for index in stay.indices]
+    cohort = side_by_side(vectors, stay.names)
+    parts = groups(stay.recipe, cohort.deltas, len(cohort))
     # A number that is not finite makes the sum so; elsewhere a mask or a rank may hide it.
-    linear = method.coefficients is not None and not method.needs_gram
-    cohort = placed(gather(vectors, names, dense_later=linear), method, device)
-    weights_C = cohort_weights(method, recipe, weights, len(cohort))
+    cohort = checked(cohort, dense_later=all(group.linear for group in parts))
     merged: dict[str, Delta] = {}
-    if method.coefficients is not None:
-        grams = module_grams(cohort, budget_bytes) if method.needs_gram else {}
-        coefficients = cohort_coefficients(cohort, method, config, weights_C, grams)
+    for group in parts:
+        alike = with_importance(cohort.only(group.modules), vectors, group.method)
+        alike = placed(alike, group.method, device)
+        merged.update(_merge_group(alike, group, budget_bytes))
+    return TaskVector(merged, cohort.base_hash)
+
+
+def _merge_group(cohort: Cohort, group: Group, budget_bytes: int) -> dict[str, Delta]:
+    """Merged modules of one group."""
+    method, config, weights_C = group.method, group.config, group.weights_C
+    merged: dict[str, Delta] = {}
+    if group.excluded or method.coefficients is not None:
+        coefficients = group_coefficients(cohort, group, budget_bytes)
         for module, deltas in cohort.deltas.items():
-            factors = [c * recipe.scale for c in coefficients[module]]
+            factors = [c * group.scale for c in coefficients[module]]
             total = weighted_sum(deltas, factors)
-            if linear:
+            if group.linear:
                 check_dense(cohort, module, factors, total)
             merged[module] = total
     elif method.matrices is not None:
         for module, delta in method.merge_modules(cohort.deltas, weights_C, config).items():
-            merged[module] = scaled(delta, recipe.scale)
+            merged[module] = scaled(delta, group.scale)
     elif method.factors:
         for module, deltas in cohort.deltas.items():
             average = merge_factors(module, deltas, method, config, weights_C, cohort.names)
-            merged[module] = scaled(average, recipe.scale)
+            merged[module] = scaled(average, group.scale)
     else:
-        weighed = with_importance(cohort, vectors, method)
-        entries = EntryMerge(weighed, method, config, weights_C, budget_bytes)
+        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes)
         for module, deltas in cohort.deltas.items():
-            merged[module] = entries.dense(module, recipe.scale).view(deltas[0].shape)
-    return TaskVector(merged, cohort.base_hash)
+            merged[module] = entries.dense(module, group.scale).view(deltas[0].shape)
+    return merged
 
 
-def cohort_weights(
-    method: MergeMethod, recipe: Recipe, weights: Sequence[float] | None, count: int
-) -> Tensor:
-    """Checked weights [C] in fp64: the caller's, else the recipe's, else one each."""
-    given = recipe.weights if weights is None else weights
-    values = [1.0] * count if given is None else list(given)
-    return method.check_weights(torch.tensor(values, dtype=torch.float64), count)
-
-
-def cohort_coefficients(
+def group_coefficients(
     cohort: Cohort,
-    method: MergeMethod,
-    config: MethodConfig,
-    weights_C: Tensor,
-    grams: Mapping[str, Tensor],
+    group: Group,
+    budget_bytes: int,
+    grams: Mapping[str, Tensor] | None = None,
 ) -> dict[str, list[float]]:
     """c_i per contribution by module: the same in all of them unless they follow from its Gram.
 
     Args:
-        cohort: The contributions.
-        method: One with ``coefficients``.
-        config: Its parameters.
-        weights_C: Checked weights [C].
-        grams: ⟨τ_i, τ_j⟩ by module [C, C]; read only where the method needs them.
+        cohort: The contributions, over the group's modules.
+        group: One that is excluded, or whose method has ``coefficients``.
+        budget_bytes: Memory for dense entries.
+        grams: ⟨τ_i, τ_j⟩ by module [C, C] where they are known; read only where they are needed.
     """
+    if group.excluded:
+        return dict.fromkeys(cohort.deltas, [0.0] * len(cohort))
+    method, weights_C = group.method, group.weights_C
     assert method.coefficients is not None
-    if method.needs_gram and method.scope_of(config) == "tensor":
+    if not method.needs_gram:
+        shared = method.coefficients(weights_C, None, group.config).tolist()
+        return dict.fromkeys(cohort.deltas, shared)
+    if grams is None:
+        grams = module_grams(cohort, budget_bytes)
+    mine = {module: grams[module] for module in group.modules}
+    if method.scope_of(group.config) == "tensor":
         return {
-            module: method.coefficients(weights_C, grams[module], config).tolist()
-            for module in cohort.deltas
+            module: method.coefficients(weights_C, gram_CC, group.config).tolist()
+            for module, gram_CC in mine.items()
         }
-    gram_CC = total_gram(grams, len(cohort)) if method.needs_gram else None
-    shared = method.coefficients(weights_C, gram_CC, config).tolist()
+    gram_CC = total_gram(mine, len(cohort))
+    shared = method.coefficients(weights_C, gram_CC, group.config).tolist()
     return dict.fromkeys(cohort.deltas, shared)
 
 

@@ -8,16 +8,19 @@ from pathlib import Path
 
 from torch import Tensor
 
+from anabranch.aggregation.checkpoints.merge import check_count
 from anabranch.aggregation.compatible import check_tokenizers
 from anabranch.aggregation.engine.adapters import check_refactor
 from anabranch.aggregation.engine.cohort import Cohort, common_base, side_by_side
+from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import FP32_BYTES
-from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.aggregation.planning.cost import Cost, entry_cost
+from anabranch.aggregation.planning.cost import Cost, entry_cost, joined, nothing
+from anabranch.aggregation.planning.groups import planned, widest_scope
 from anabranch.aggregation.planning.merge_plan import MergePlan, PlannedRank
 from anabranch.aggregation.ranks import Ranks
 from anabranch.aggregation.recipe import Recipe
+from anabranch.aggregation.registry import named
 from anabranch.vectors.adapter import Adapter
 from anabranch.vectors.fisher_file import fisher_layout
 from anabranch.vectors.importance import flat_importance
@@ -31,8 +34,6 @@ def plan_adapters(
     names: Sequence[str],
     start: Path | None,
     recipe: Recipe,
-    method: MergeMethod,
-    config: MethodConfig,
     budget_bytes: int,
     count: int,
 ) -> MergePlan:
@@ -42,13 +43,12 @@ def plan_adapters(
         ValueError: Adapters that do not belong together.
     """
     adapters = [adapter_layout(folder) for folder in folders]
-    if method.needs_importance:
+    if named(recipe).needs_importance:
         adapters = [
             replace(adapter, importance=fisher_layout(folder))
             for adapter, folder in zip(adapters, folders, strict=True)
         ]
     begun = None if start is None else adapter_layout(start)
-    check_refactor(recipe, method, adapters)
     warnings = check_tokenizers(list(zip(names, folders, strict=True)))
     everyone = list(zip(names, adapters, strict=True))
     if begun is not None:
@@ -63,17 +63,23 @@ def plan_adapters(
                 "name the adapter they started from with --start"
             )
     alone = {module: parts[: len(adapters)] for module, parts in cohort.deltas.items()}
-    contributions = with_importance(
-        Cohort(tuple(names), alone, cohort.base_hash), [_layout(one) for one in adapters], method
-    )
+    contributions = Cohort(tuple(names), alone, cohort.base_hash)
+    vectors = [_layout(one) for one in adapters]
+    parts = groups(recipe, alone, len(adapters))
+    for group in parts:
+        check_refactor(recipe, group.method, adapters)
     like = adapters[0] if begun is None else begun
     held = sum(tensor.numel() for adapter in adapters for tensor in _tensors(adapter))
     read_bytes = sum(_size_bytes(adapter) for _, adapter in everyone)
-    output_bytes = _output_bytes(recipe, adapters, like)
+    output_bytes = _output_bytes(recipe, parts, adapters, like)
     ranks, passes = [], 0
     for rank in range(count):
         mine = contributions.share_of(Ranks(rank, count, count))
-        cost = _cost(mine, method, config, budget_bytes)
+        costs = []
+        for group in parts:
+            alike = with_importance(mine.only(group.modules), vectors, group.method)
+            costs.append(_cost(alike, group, budget_bytes))
+        cost = joined(costs)
         passes = max(passes, *cost.passes.values(), 0)
         # Every rank reads the adapters, which are small, and the first writes the result.
         memory_bytes = held * FP32_BYTES + cost.memory_bytes
@@ -82,9 +88,10 @@ def plan_adapters(
     return MergePlan(
         kind="adapters",
         names=tuple(names),
-        method=method.name,
-        scope=method.scope_of(config),
+        method=parts[0].method.name,
+        scope=widest_scope(parts),
         modules=len(alone),
+        groups=planned(parts),
         copied=0,
         passes=passes,
         memory_bytes=sum(rank.memory_bytes for rank in ranks),
@@ -95,9 +102,13 @@ def plan_adapters(
     )
 
 
-def _cost(cohort: Cohort, method: MergeMethod, config: MethodConfig, budget_bytes: int) -> Cost:
+def _cost(cohort: Cohort, group: Group, budget_bytes: int) -> Cost:
+    method = group.method
+    if group.excluded:
+        return nothing(cohort)
+    check_count(group)
     if method.merge is not None and not method.factors:
-        return entry_cost(cohort, method, config, budget_bytes, keeps_result=True)
+        return entry_cost(cohort, method, group.config, budget_bytes, keeps_result=True)
     return Cost(dict.fromkeys(cohort.deltas, 1 + method.needs_gram), 0)
 
 
@@ -131,11 +142,19 @@ def _check_named_bases(everyone: Sequence[tuple[str, Adapter]]) -> list[str]:
     return warnings
 
 
-def _output_bytes(recipe: Recipe, adapters: Sequence[Adapter], like: Adapter) -> int:
+def _output_bytes(
+    recipe: Recipe, parts: Sequence[Group], adapters: Sequence[Adapter], like: Adapter
+) -> int:
+    kept = {module for group in parts if group.excluded for module in group.modules}
     total = sum(t.numel() * t.element_size() for t in like.dense.values())
     for module, factors in like.lora.items():
         ranks = [adapter.lora[module].rank for adapter in adapters]
-        rank = sum(ranks) if recipe.refactor.kind == "stack" else recipe.refactor.rank or max(ranks)
+        if module in kept:
+            rank = factors.rank
+        elif recipe.refactor.kind == "stack":
+            rank = sum(ranks)
+        else:
+            rank = recipe.refactor.rank or max(ranks)
         per_rank = len(factors.b_mr) + factors.a_rn.shape[1]
         total += rank * per_rank * factors.a_rn.element_size()
     return total

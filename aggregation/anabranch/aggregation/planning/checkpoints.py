@@ -8,29 +8,24 @@ from dataclasses import replace
 import torch
 
 from anabranch.aggregation.checkpoints.inputs import Inputs
-from anabranch.aggregation.checkpoints.merged_rows import check_budget
 from anabranch.aggregation.engine.cohort import Cohort
-from anabranch.aggregation.method import MergeMethod, MethodConfig
-from anabranch.aggregation.planning.cost import Cost, entry_cost, matrix_cost
+from anabranch.aggregation.engine.groups import Group
+from anabranch.aggregation.planning.cost import Cost, entry_cost, joined, matrix_cost, nothing
+from anabranch.aggregation.planning.groups import planned, widest_scope
 from anabranch.aggregation.planning.merge_plan import MergePlan, PlannedRank
 from anabranch.aggregation.ranks import Ranks, deal
 
 
 def plan_checkpoints(
-    inputs: Inputs,
-    method: MergeMethod,
-    config: MethodConfig,
-    dtype: str | None,
-    budget_bytes: int,
-    count: int,
+    inputs: Inputs, parts: Sequence[Group], dtype: str | None, budget_bytes: int, count: int
 ) -> MergePlan:
     """Plan a merge of checkpoints whose headers are read, by so many ranks with a budget each."""
-    check_budget(replace(inputs.cohort, ranks=Ranks(0, count, count)), method, budget_bytes)
     sizes = {name: tensor.size_bytes for name, tensor in inputs.like.tensors.items()}
     ranks, passes = [], 0
     for rank, names in enumerate(deal(sizes, count)):
         cohort = replace(inputs.cohort.only(names), ranks=Ranks(rank, count, count))
-        cost = _cost(cohort, method, config, budget_bytes)
+        alone = len(parts) == 1
+        cost = joined([_cost(cohort.only(g.modules), g, budget_bytes, alone) for g in parts])
         passes = max(passes, *cost.passes.values(), 0)
         ranks.append(
             PlannedRank(
@@ -43,9 +38,10 @@ def plan_checkpoints(
     return MergePlan(
         kind="checkpoints",
         names=inputs.cohort.names,
-        method=method.name,
-        scope=method.scope_of(config),
+        method=parts[0].method.name,
+        scope=widest_scope(parts),
         modules=len(inputs.cohort.deltas),
+        groups=planned(parts),
         copied=len(inputs.copied),
         passes=passes,
         memory_bytes=sum(rank.memory_bytes for rank in ranks),
@@ -54,12 +50,6 @@ def plan_checkpoints(
         ranks=tuple(ranks),
         warnings=inputs.warnings,
     )
-
-
-def _cost(cohort: Cohort, method: MergeMethod, config: MethodConfig, budget_bytes: int) -> Cost:
-    if method.matrices is not None:
-        return matrix_cost(cohort, method)
-    return entry_cost(cohort, method, config, budget_bytes, keeps_result=False)
 
 
 def _read_bytes(inputs: Inputs, names: Sequence[str], cost: Cost) -> int:
@@ -87,3 +77,13 @@ def _output_bytes(inputs: Inputs, names: Sequence[str], dtype: str | None) -> in
         merged = width if name in inputs.cohort.deltas else None
         total += tensor.shape.numel() * (merged or tensor.dtype.itemsize)
     return total
+
+
+def _cost(cohort: Cohort, group: Group, budget_bytes: int, alone: bool) -> Cost:
+    if group.excluded:
+        return nothing(cohort)
+    if group.method.matrices is not None:
+        return matrix_cost(cohort, group.method)
+    return entry_cost(
+        cohort, group.method, group.config, budget_bytes, keeps_result=False, keep_model=alone
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anabranch.aggregation.checkpoints.merged_rows import matrix_bytes
@@ -23,6 +23,17 @@ class Cost:
     memory_bytes: int
 
 
+def joined(costs: Sequence[Cost]) -> Cost:
+    """What one merge after the other takes: the memory is that of the largest."""
+    passes = {module: count for cost in costs for module, count in cost.passes.items()}
+    return Cost(passes, max(cost.memory_bytes for cost in costs))
+
+
+def nothing(cohort: Cohort) -> Cost:
+    """What modules take that stay as they are."""
+    return Cost(dict.fromkeys(cohort.deltas, 0), 0)
+
+
 def matrix_cost(cohort: Cohort, method: MergeMethod) -> Cost:
     """What whole dense matrices take, one module at a time."""
     # The norms of the task vectors, and a merge for the norm of the result, come first.
@@ -37,13 +48,14 @@ def entry_cost(
     budget_bytes: int,
     *,
     keeps_result: bool,
+    keep_model: bool = True,
 ) -> Cost:
     """What going through dense entries takes, by the rules ``EntryMerge`` and ``gram`` follow."""
     count = len(cohort)
     gathers = bool(method.statistics)
     whole_model = gathers and method.scope_of(config) == "model"
     everything = cohort.entries() * (cohort.held_per_entry + 1) * FP32_BYTES
-    keep_all = whole_model and everything <= budget_bytes // 2
+    keep_all = keep_model and whole_model and everything <= budget_bytes // 2
     passes, working, kept_bytes, counters = {}, 0, everything if keep_all else 0, 0
     for module, parts in cohort.deltas.items():
         rows = ModuleRows(cohort, module, budget_bytes, gathers, method.whole_vectors)

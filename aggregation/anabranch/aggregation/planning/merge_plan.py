@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["adapters", "checkpoints"]
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """Modules that are merged alike.
+
+    Attributes:
+        modules: How many.
+        first: One of them.
+        params: The method's parameters.
+        weights: Weight per contribution.
+        scale: Factor on the merged task vector.
+        excluded: Whether they stay as they were.
+    """
+
+    modules: int
+    first: str
+    params: Mapping[str, Any]
+    weights: tuple[float, ...]
+    scale: float
+    excluded: bool
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,8 @@ class MergePlan:
         method: The merge method.
         scope: What it must see before it can decide an entry.
         modules: How many modules or tensors are merged.
+        groups: Those that are merged alike, as a model of their own; one where the recipe has no
+            rules and no gradients.
         copied: How many tensors are copied.
         passes: Most times a contribution's entries are gone through.
         memory_bytes: What the merge holds at most, on top of the libraries.
@@ -49,6 +73,7 @@ class MergePlan:
     method: str
     scope: str
     modules: int
+    groups: tuple[PlannedGroup, ...]
     copied: int
     passes: int
     memory_bytes: int

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from anabranch.aggregation.checkpoints.inputs import open_inputs
-from anabranch.aggregation.checkpoints.merge import check_count, check_method
+from anabranch.aggregation.checkpoints.merge import check_groups
+from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
-from anabranch.aggregation.engine.stream import cohort_weights
 from anabranch.aggregation.planning.adapters import plan_adapters
 from anabranch.aggregation.planning.checkpoints import plan_checkpoints
 from anabranch.aggregation.planning.merge_plan import Kind, MergePlan
+from anabranch.aggregation.ranks import Ranks
 from anabranch.aggregation.recipe import Recipe
-from anabranch.aggregation.registry import resolve
+from anabranch.aggregation.registry import named
 from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.peft_config import CONFIG_FILE
 
@@ -42,7 +43,7 @@ def plan_merge(
         recipe: How to merge them.
         base: What checkpoints were fine-tuned from.
         start: The adapter that adapters started from.
-        weights: Weight per input; None takes the recipe's.
+        weights: Weight per input, where no rule says otherwise; None takes the recipe's.
         names: What to call the inputs; None takes their paths.
         without: Names of inputs to leave out.
         dtype: What a merged checkpoint is stored in; None keeps the base's.
@@ -53,28 +54,28 @@ def plan_merge(
         ValueError: What the merge would refuse, in one line with the reason and the fix.
     """
     budget_bytes //= ranks
-    method, config = resolve(recipe)
+    method = named(recipe)
     kind = kind_of(inputs)
     stay = withdraw(
         [str(path) for path in inputs] if names is None else names, without, recipe, weights
     )
-    inputs, names = [inputs[index] for index in stay.indices], stay.names
-    weights_C = cohort_weights(method, recipe, stay.weights, len(inputs))
-    check_count(method, config, weights_C)
+    inputs = [inputs[index] for index in stay.indices]
     if kind == "checkpoints":
         if start is not None:
             raise ValueError(
                 f"{start}: --start is for adapters; name what checkpoints share as --base"
             )
-        warnings = check_method(method, base)
-        opened = open_inputs(inputs, base, names, method)
-        plan = plan_checkpoints(opened, method, config, dtype, budget_bytes, ranks)
+        opened = open_inputs(inputs, base, stay.names, method)
+        parts = groups(stay.recipe, opened.cohort.deltas, len(inputs))
+        shared = replace(opened.cohort, ranks=Ranks(0, ranks, ranks))
+        warnings = check_groups(parts, shared, base, budget_bytes)
+        plan = plan_checkpoints(opened, parts, dtype, budget_bytes, ranks)
         return replace(plan, warnings=(*warnings, *plan.warnings))
     if base is not None:
         raise ValueError(
             f"{base}: --base is for checkpoints; adapters say themselves what they add"
         )
-    return plan_adapters(inputs, names, start, recipe, method, config, budget_bytes, ranks)
+    return plan_adapters(inputs, stay.names, start, stay.recipe, budget_bytes, ranks)
 
 
 def kind_of(inputs: Sequence[Path]) -> Kind:

@@ -1,7 +1,8 @@
 """A federation's backup: one tar of its folder, its artifacts and its rows, in this order.
 
 Rows are read in one snapshot, so the coordinator may go on meanwhile. They are plain JSON: what was
-kept in SQLite can be restored into PostgreSQL, and the other way round.
+kept in SQLite can be restored into PostgreSQL, and the other way round. Enrolled and revoked keys are
+in it, the coordinator's own is not: who gets hold of a backup cannot sign.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from anabranch.coordinator.federation import (
     load_federation,
     write_federation,
 )
+from anabranch.coordinator.registry import ENROLLED, KEYS_FOLDER, REVOKED
 from anabranch.coordinator.store.artifacts import DIGEST, Artifacts, flush_folder
 from anabranch.coordinator.store.config import JOURNAL_URL, StoreConfig
 from anabranch.coordinator.store.database import connect, federation_id, place
@@ -124,6 +126,9 @@ def _write(
     tables = _snapshot(engine, config)
     for name in (FEDERATION_FILE, START_FOLDER):
         tar.add(folder / name, f"{FILES}/{name}")
+    for name in (ENROLLED, REVOKED):
+        if (folder / KEYS_FOLDER / name).exists():
+            tar.add(folder / KEYS_FOLDER / name, f"{FILES}/{KEYS_FOLDER}/{name}")
     held, size_bytes = [], 0
     for row in tables[artifacts.name]:
         try:

@@ -75,6 +75,7 @@ contributions = Table(
     Column("time", Float, nullable=False),
     Column("digest", String(64), nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
+    Column("nonce", Text, nullable=False),
     Column("metrics", Facts, nullable=False),
 )
 

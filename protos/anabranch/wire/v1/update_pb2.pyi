@@ -94,6 +94,7 @@ class Manifest(_message.Message):
     EXAMPLES_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     format_version: _builtins.int
@@ -126,6 +127,12 @@ class Manifest(_message.Message):
     signature: _builtins.bytes
     @_builtins.property
     def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___Frame]: ...
+    @_builtins.property
+    def importance(self) -> _containers.RepeatedCompositeFieldContainer[Global___Frame]:
+        """How much each entry of the update matters to the client, where the round asked: square roots,
+        in frames of CODEC_INT8. Their payloads follow those of the frames above.
+        """
+
     def __init__(
         self,
         *,
@@ -143,12 +150,13 @@ class Manifest(_message.Message):
         examples: _builtins.int = ...,
         codec: _builtins.str = ...,
         frames: _abc.Iterable[Global___Frame] | None = ...,
+        importance: _abc.Iterable[Global___Frame] | None = ...,
         key_id: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_a0_seed", b"_a0_seed", "a0_seed", b"a0_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_a0_seed", b"_a0_seed", "a0_seed", b"a0_seed", "base_hash", b"base_hash", "client", b"client", "codec", b"codec", "examples", b"examples", "federation", b"federation", "format_version", b"format_version", "frames", b"frames", "issued_s", b"issued_s", "key_id", b"key_id", "kind", b"kind", "nonce", b"nonce", "round", b"round", "run", b"run", "signature", b"signature", "start_hash", b"start_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_a0_seed", b"_a0_seed", "a0_seed", b"a0_seed", "base_hash", b"base_hash", "client", b"client", "codec", b"codec", "examples", b"examples", "federation", b"federation", "format_version", b"format_version", "frames", b"frames", "importance", b"importance", "issued_s", b"issued_s", "key_id", b"key_id", "kind", b"kind", "nonce", b"nonce", "round", b"round", "run", b"run", "signature", b"signature", "start_hash", b"start_hash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__a0_seed: _TypeAlias = _typing.Literal["a0_seed"]  # noqa: Y015
     _WhichOneofArgType__a0_seed: _TypeAlias = _typing.Literal["_a0_seed", b"_a0_seed"]  # noqa: Y015

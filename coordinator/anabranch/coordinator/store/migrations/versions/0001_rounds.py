@@ -39,6 +39,7 @@ def upgrade() -> None:
         sa.Column("time", sa.Float, nullable=False),
         sa.Column("digest", sa.String(64), nullable=False),
         sa.Column("size_bytes", sa.BigInteger, nullable=False),
+        sa.Column("nonce", sa.Text, nullable=False),
         sa.Column("metrics", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("federation", "round", "client", name="pk_contributions"),
     )
