@@ -35,6 +35,8 @@ TWO_DENSITIES = (
     "models: [{model: a, parameters: {weight: 1, density: 0.1}},"
     " {model: b, parameters: {weight: 1, density: 0.2}}]\n"
 )
+FILTERED_SWITCH = "{rescale: [{filter: mlp, value: false}, {value: true}]}"
+ONLY_FILTERED = "{t: [{filter: mlp, value: 1}]}"
 BASE = "base_model: base\n"
 
 
@@ -159,12 +161,11 @@ def test_every_method_resolves() -> None:
         (f"merge_method: ties\n{AB}{BASE}parameters: {{density: [{{filter: mlp}}]}}",
          "density: .* give value, and filter"),
         (f"merge_method: ties\n{AB}{BASE}parameters: {{rescale: [true, true]}}", "is no gradient"),
-        (f"merge_method: ties\n{AB}{BASE}parameters: {{rescale: [{{filter: a, value: false}}, "
-         "{value: true}]}", "rescale: is by filter or a gradient over layers; give one value"),
-        (f"merge_method: slerp\nmodels: [{{model: a}}]\n{BASE}"
-         "parameters: {t: [{filter: mlp, value: 1}]}", "t: has values by filter only"),
-        (f"merge_method: breadcrumbs\n{AB}{BASE}parameters: {{weight: [1, 2]}}"
-         .replace("parameters: {weight: 1}", "parameters: {weight: [1, 2]}"),
+        (f"merge_method: ties\n{AB}{BASE}parameters: {FILTERED_SWITCH}",
+         "rescale: is by filter or a gradient over layers; give one value"),
+        (f"merge_method: slerp\nmodels: [{{model: a}}]\n{BASE}parameters: {ONLY_FILTERED}",
+         "t: has values by filter only"),
+        (f"merge_method: breadcrumbs\n{PLAIN}{BASE}parameters: {{weight: [1, 2]}}",
          "sums by a factor of all weights together, which cannot go by filter or layer"),
         (f"merge_method: ties\n{AB}{BASE}parameters: {{density: much}}", "'much' is no number"),
         (f"merge_method: ties\n{AB}{BASE}parameters: {{normalize: false}}", "set normalize: true"),
