@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +23,30 @@ def test_a_name_that_is_none_is_one_line(run: Any, tmp_path: Path) -> None:
     code, _, err = run("keys", "new", "../a", "--out", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert "is no name" in err
+
+
+def test_keys_are_enrolled_listed_and_revoked(run: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("keys", "new", name, "--out", tmp_path / "new")[0] == 0
+    files = [tmp_path / "new" / f"{name}.pub" for name in ("a", "b")]
+    ids = [read_public(path)[0].id.hex() for path in files]
+    assert run("keys", "enrol", tmp_path, *files)[0] == 0
+    assert run("keys", "revoke", tmp_path, ids[1])[0] == 0
+    code, out, _ = run("keys", "list", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out) == [
+        {"id": ids[0], "client": "a", "state": "enrolled"},
+        {"id": ids[1], "client": "b", "state": "revoked"},
+    ]
+    assert ids[0] in run("keys", "list", tmp_path)[1]
+    for arguments, reason in (
+        (("enrol", tmp_path, files[0]), "is enrolled already, as a's"),
+        (("enrol", tmp_path, files[1]), "was revoked; make a new one"),
+        (("enrol", tmp_path, tmp_path / "c.pub"), "no such list of public keys"),
+        (("revoke", tmp_path, ids[1]), "is revoked already"),
+        (("revoke", tmp_path, "00"), "no key 00 is enrolled"),
+        (("list", tmp_path / "none"), "there is no such folder"),
+    ):
+        code, _, err = run("keys", *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert reason in err

@@ -93,7 +93,8 @@ def test_a_good_reply_is_admitted_with_its_finite_metrics() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"round": 2}, "wrong-round"),
+        ({"round": 2}, "stale-round"),
+        ({"round": 4}, "wrong-round"),
         ({"federation": "g"}, "wrong-federation"),
         ({"run": "s"}, "wrong-run"),
         ({"base_hash": "00" * 32}, "wrong-base-hash"),

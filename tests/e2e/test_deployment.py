@@ -1,4 +1,4 @@
-"""A deployed federation: SuperLink and three SuperNodes as processes, TLS and node keys on."""
+"""A deployed federation: SuperLink and three SuperNodes as processes; TLS, signed and sealed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ from anabranch.coordinator.flower import (
     wait_for_run,
     write_bundle,
 )
+from anabranch.coordinator.registry import KEYS_FOLDER, client_keys, enrol
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.partitioned_text import PartitionedText
 from anabranch.vectors import seeded_start
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
+from anabranch.wire import read_manifest
+from anabranch.wire.keys import new_key, read_public, write_key
+from anabranch.wire.signing import check_message
 
 NODES = 3
 TASK = "anabranch.simulation.partitioned_text:PartitionedText"
@@ -122,11 +126,20 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
         deadline_s=240,
         join_timeout_s=120,
         evaluate_every=2,
+        signed=True,
+        sealed=True,
         train={"steps": 8, "batch_size": 16, "learning_rate": 2e-3},
         recipe={"method": "ties", "params": {"density": 0.3}, "scale": 1.5},
     )
     write_federation(config, federation)
     write_adapter(seeded_start(session.template, config.seed), federation / START_FOLDER)
+
+    _, coordinator = write_key(new_key("coordinator"), federation / KEYS_FOLDER)
+    for index in range(NODES):
+        # What a hospital does at home; only the .pub travels to the coordinator, and back.
+        _, public = write_key(new_key(f"site-{index}"), tmp_path / f"keys-{index}")
+        enrol(federation, read_public(public))
+        (tmp_path / f"keys-{index}" / "coordinator.pub").write_bytes(coordinator.read_bytes())
 
     home = tmp_path / "flower"
     home.mkdir()
@@ -160,6 +173,7 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
         def start_node(index: int, private: Path) -> Path:
             node_log = tmp_path / f"node-{index}.log"
             settings = f'partition-id={index} num-partitions={NODES} client="site-{index}"'
+            settings += f' keys="{tmp_path}/keys-{index}"'
             running.enter_context(
                 process(
                     [
@@ -201,8 +215,11 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
 
     store = FolderStore(federation)
     for server_round in (1, 2):
-        clients = [row.client for row in store.contributions(server_round)]
-        assert clients == ["site-0", "site-1", "site-2"]
+        rows = store.contributions(server_round)
+        assert [row.client for row in rows] == ["site-0", "site-1", "site-2"]
+        for row in rows:
+            manifest = read_manifest(store.get(row.digest))
+            check_message(manifest, client_keys(federation), row.client)
     assert store.refusals() == []
 
     adapter = read_adapter(federation / ADAPTER_FOLDER)

@@ -224,7 +224,7 @@ def test_peft_loads_an_adapter_with_all_that_was_kept(tmp_path: Path, rest: str)
 def test_both_engines_agree(tmp_path: Path) -> None:
     only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     ours = simulate(scenario(**only), tmp_path / "ours")
-    flower = simulate(scenario(engine="flower", **only), tmp_path / "flower")
+    flower = simulate(scenario(engine="flower", signed=True, **only), tmp_path / "flower")
     assert flower["mean"]["merged"] == pytest.approx(ours["mean"]["merged"], abs=0.02)
     from anabranch.vectors.peft_folder import read_adapter as read
 
@@ -256,7 +256,7 @@ def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
 
 @pytest.mark.parametrize("cut", [("federation", 14), ("oracle", 0), ("local-only", 2)])
 def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> None:
-    dense = scenario(codec={"name": "dense", "feedback": 0.0})
+    dense = scenario(codec={"name": "dense", "feedback": 0.0}, signed=True)
     whole = simulate(dense, tmp_path / "whole")
     with pytest.raises(StopHere):
         simulate(dense, tmp_path / "cut", progress=stop_at(*cut))

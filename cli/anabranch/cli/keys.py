@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.output import stdout
+from anabranch.cli.output import print_json, stdout
 
 keys_app = typer.Typer(
     name="keys", help="Make the keys that sign updates, plans and adapters.", no_args_is_help=True
@@ -33,3 +33,65 @@ def new_command(
         f"{private}  keep this one here: whoever reads it can sign as {name}", soft_wrap=True
     )
     stdout.print(f"{public}  give this one away; its id is {key.public.id.hex()}", soft_wrap=True)
+
+
+Federation = Annotated[
+    Path, typer.Argument(metavar="FEDERATION", help="The federation's folder, at the coordinator.")
+]
+
+
+@keys_app.command("enrol")
+def enrol_command(
+    federation: Federation,
+    public: Annotated[list[Path], typer.Argument(metavar="PUB...", help="Clients' .pub files.")],
+) -> None:
+    """Let clients' keys sign updates; a client may have several while one replaces another."""
+    from anabranch.coordinator.registry import enrol
+    from anabranch.wire.keys import read_public
+
+    keys = [key for path in public for key in read_public(path)]
+    enrol(_existing(federation), keys)
+    for key in keys:
+        stdout.print(f"enrolled {key.id.hex()} of {key.name}", soft_wrap=True)
+
+
+@keys_app.command("revoke")
+def revoke_command(
+    federation: Federation,
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as list shows it.")],
+) -> None:
+    """Refuse what a key signs, from the next update on."""
+    from anabranch.coordinator.registry import revoke
+
+    key = revoke(_existing(federation), key_id)
+    stdout.print(f"revoked {key.id.hex()} of {key.name}", soft_wrap=True)
+
+
+@keys_app.command("list")
+def list_command(
+    federation: Federation,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which keys are enrolled and which of them are revoked."""
+    from anabranch.coordinator.registry import client_keys
+
+    ring = client_keys(_existing(federation))
+    rows = [
+        {
+            "id": key.id.hex(),
+            "client": key.name,
+            "state": "revoked" if key.id in ring.revoked else "enrolled",
+        }
+        for key in sorted(ring.enrolled.values(), key=lambda key: (key.name, key.id))
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        stdout.print(f"{row['id']}  {row['state']:<8}  {row['client']}", soft_wrap=True)
+
+
+def _existing(federation: Path) -> Path:
+    if not federation.is_dir():
+        raise ValueError(f"{federation}: there is no such folder; name the federation's own")
+    return federation

@@ -22,6 +22,7 @@ from anabranch.client.mods import compress, plan_of, verify_base
 from anabranch.client.records import pack, record_of
 from anabranch.client.session import Session, session_of, site_of
 from anabranch.client.task import FisherTask, TrainPlan
+from anabranch.client.trust import NodeKeys, keys_of, verify_plan
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.importance import flat_importance
 from anabranch.wire import decode_adapter
@@ -35,7 +36,7 @@ from anabranch.wire.plan import (
     RoundPlan,
 )
 
-app = ClientApp(mods=[verify_base, compress])
+app = ClientApp(mods=[verify_plan, verify_base, compress])
 
 
 def client_seed(seed: int, round_number: int, client: str) -> int:
@@ -59,11 +60,11 @@ def global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-def start_of(message: Message, plan: RoundPlan, session: Session) -> Adapter:
+def start_of(message: Message, plan: RoundPlan, session: Session, keys: NodeKeys | None) -> Adapter:
     """The adapter the round starts from: the one sent, or the seeded draw when none was.
 
     Raises:
-        ValueError: It is not the adapter the plan names.
+        ValueError: It is not the adapter the plan names, or not one the coordinator signed.
     """
     if session.start is not None and session.start[0] == plan.start_hash:
         return session.start[1]
@@ -75,7 +76,7 @@ def start_of(message: Message, plan: RoundPlan, session: Session) -> Adapter:
             raise ValueError(
                 f"the adapter came as {array.stype!r}, this client reads {ADAPTER_STYPE!r}"
             )
-        start = decode_adapter(array.data, start, plan.trains)
+        start = decode_adapter(array.data, start, plan.trains, keys.check_adapter if keys else None)
     digest = start.hash()
     if digest != plan.start_hash:
         raise ValueError(
@@ -99,7 +100,8 @@ def train(message: Message, context: Context) -> Message:
     """Train from the round's start; reply with the difference it made (the mods compress it)."""
     plan, site = plan_of(message), site_of(context.node_config)
     session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
-    start = session.load(start_of(message, plan, session))
+    keys = keys_of(context.node_config)
+    start = session.load(start_of(message, plan, session, keys))
     order = TrainPlan.model_validate(
         {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
     )
@@ -145,7 +147,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the adapter that was sent on this node's data."""
     plan, site = plan_of(message), site_of(context.node_config)
     session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
-    session.load(start_of(message, plan, session))
+    session.load(start_of(message, plan, session, keys_of(context.node_config)))
     started = time.perf_counter()
     metrics = dict(session.task.evaluate(session.model, site.partition, plan.split))
     seconds = time.perf_counter() - started

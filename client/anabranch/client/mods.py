@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anabranch.client.records import pack, record_of, unpack
 from anabranch.client.session import session_of, site_of
+from anabranch.client.trust import keys_of
 from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.feedback import compensate, remainder
 from anabranch.wire.plan import (
@@ -33,6 +34,7 @@ from anabranch.wire.plan import (
     UPDATE_STYPE,
     RoundPlan,
 )
+from anabranch.wire.sealing import SEALED_STYPE, seal
 
 BASE_MISMATCH = 1001
 """``Error.code`` of a reply: this node holds another base than the plan names."""
@@ -103,17 +105,25 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         nonce=secrets.token_bytes(16),
         seed=plan.seed,
         examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
+        issued_s=int(time.time()),
     )
     importance = record_of(reply.content, IMPORTANCE_KEY, ArrayRecord)
     if importance is not None:
         del reply.content[IMPORTANCE_KEY]
+    keys = keys_of(context.node_config)
     encoded = encode_update(
-        wanted, meta, plan.codec, importance=unpack(importance or ArrayRecord())
+        wanted,
+        meta,
+        plan.codec,
+        keys.own if keys else None,
+        unpack(importance or ArrayRecord()),
     )
     if plan.codec.feedback:
         _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
-    blob = Array("uint8", (len(encoded.blob),), UPDATE_STYPE, encoded.blob)
-    reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: blob})
+    stype, blob = UPDATE_STYPE, encoded.blob
+    if plan.seal_to is not None:
+        stype, blob = SEALED_STYPE, seal(blob, bytes.fromhex(plan.seal_to))
+    reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: Array("uint8", (len(blob),), stype, blob)})
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
     metrics["encode-seconds"] = time.perf_counter() - started
     return reply

@@ -10,10 +10,12 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
+from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
 from anabranch.vectors.importance import COLUMNS_SUFFIX, ROWS_SUFFIX, importance_layout
-from anabranch.wire import WireError, decode_weighed
+from anabranch.wire import Manifest, UpdateMeta, WireError, decode_weighed
+from anabranch.wire.limits import limits_for
 from anabranch.wire.plan import (
     CLIENT_KEY,
     METRICS_KEY,
@@ -21,6 +23,7 @@ from anabranch.wire.plan import (
     UPDATE_STYPE,
     RoundPlan,
 )
+from anabranch.wire.sealing import SEALED_STYPE
 
 TRAIN_METRICS = ("num-examples", "train-loss", "train-seconds", "encode-seconds")
 """What a client may claim of its training."""
@@ -48,7 +51,9 @@ class Candidate:
 
     Attributes:
         client: The name its node was met under.
-        blob: The encoded update.
+        blob: The encoded update, opened if it was sealed.
+        size_bytes: Bytes in which it came.
+        meta: What it says of itself.
         tensors: The same decoded.
         importance: How much it says its entries matter, in the flat layout of
             ``vectors.importance``; empty where the plan did not ask.
@@ -57,6 +62,8 @@ class Candidate:
 
     client: str
     blob: bytes
+    size_bytes: int
+    meta: UpdateMeta
     tensors: Mapping[str, Tensor]
     importance: Mapping[str, Tensor]
     metrics: Mapping[str, float]
@@ -94,8 +101,9 @@ def examine(
     start: Adapter,
     client: str,
     max_norm: float | None = None,
+    trust: Trust | None = None,
 ) -> Candidate:
-    """Check one reply: form, bounds, round, base, start, size of what it would make.
+    """Check one reply: form, signature, round, base, start, bounds, size of what it would make.
 
     Args:
         message: The reply as it arrived; nothing in it is trusted.
@@ -103,6 +111,7 @@ def examine(
         start: The round's start: gives the layout the update must have.
         client: The name its node was met under.
         max_norm: Largest ‖update‖₂ admitted; None sets no cap.
+        trust: Says who may sign; None takes unsigned updates.
 
     Raises:
         RefusedError: With the first reason found.
@@ -113,14 +122,40 @@ def examine(
     if not isinstance(record, ArrayRecord) or list(record) != [UPDATE_KEY]:
         raise RefusedError("no-update", "the reply holds no update record")
     array = record[UPDATE_KEY]
-    if array.stype != UPDATE_STYPE:
-        raise RefusedError("wrong-format", f"the update came as {array.stype[:60]!r}")
+    seal = trust.seal if trust else None
+    asked = SEALED_STYPE if seal else UPDATE_STYPE
+    if array.stype != asked:
+        raise RefusedError(
+            "wrong-format", f"the update came as {array.stype[:60]!r}, asked for {asked!r}"
+        )
     if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
+
+    def check(manifest: Manifest) -> None:
+        if trust is not None:
+            trust.signed_by(manifest, client)
+        _refuse_unasked(manifest.meta, plan, client)
+        if trust is not None:
+            trust.fresh(manifest.meta)
+
+    expected = layouts(start, plan)
     try:
-        meta, tensors, importance = decode_weighed(array.data, *layouts(start, plan))
+        blob = seal.open(array.data, limits_for(*expected).message_bytes) if seal else array.data
+        meta, tensors, importance = decode_weighed(blob, *expected, check)
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
+    if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
+        raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
+    _refuse_overflow(start, tensors)
+    _refuse_importance(start, importance)
+    metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
+    return Candidate(client, blob, len(array.data), meta, tensors, importance, metrics)
+
+
+def _refuse_unasked(meta: UpdateMeta, plan: RoundPlan, client: str) -> None:
+    """Refuse an update that was made for something else than the plan."""
+    if meta.round < plan.round:
+        raise RefusedError("stale-round", f"it was made in round {meta.round}, now {plan.round}")
     asked = {
         "federation": plan.federation,
         "run": plan.run,
@@ -135,12 +170,6 @@ def examine(
         if got != wanted:
             code = f"wrong-{field.replace('_', '-')}"
             raise RefusedError(code, f"{field} is {str(got)[:60]!r}, asked for {wanted!r}")
-    if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
-        raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
-    _refuse_overflow(start, tensors)
-    _refuse_importance(start, importance)
-    metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
-    return Candidate(client, array.data, tensors, importance, metrics)
 
 
 def update_norm(tensors: Mapping[str, Tensor]) -> float:

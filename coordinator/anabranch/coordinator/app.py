@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from anabranch.coordinator.federation import START_FOLDER, load_federation
 from anabranch.coordinator.store import FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
+from anabranch.coordinator.trust import trust_of
 from anabranch.vectors import Adapter
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
@@ -25,7 +26,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.run_config["federation"]))
     config = load_federation(folder)
     store = FolderStore(folder, durable=config.durable)
-    strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store)
+    trust = trust_of(folder, config, store) if config.signed else None
+    strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
     strategy.start(grid)
     publish(strategy.adapter, folder / ADAPTER_FOLDER)
 

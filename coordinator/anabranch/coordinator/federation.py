@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    field_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -130,6 +131,14 @@ class FederationConfig(BaseModel):
     """Flush every admitted update to the disk itself before it counts."""
     max_norm: float | None = Field(None, gt=0)
     """Largest ‖update‖₂ admitted; None sets no cap."""
+    signed: bool = False
+    """Plans and adapters are signed by the key in ``keys/``, an update must be, by an enrolled
+    key of its client (``coordinator.registry``)."""
+    sealed: bool = False
+    """Updates are sealed to a key that the coordinator makes for each round and signs, so that what
+    carries them (SuperLink, relays) sees ciphertext. Needs ``signed``."""
+    clock_skew_s: float = Field(300.0, ge=0)
+    """Seconds by which the clock of a client that signs may differ from the coordinator's."""
     evaluate_every: int = Field(1, ge=0)
     """Ask the clients to score the adapter every so many rounds; 0 never."""
     codec: CodecConfig = CodecConfig()
@@ -147,6 +156,15 @@ class FederationConfig(BaseModel):
     """What becomes of the merge beyond the clients' rank; see ``Rest``."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the clients' ``TrainPlan``."""
+
+    @field_validator("sealed")
+    @classmethod
+    def _to_a_signed_key(cls, sealed: bool, info: ValidationInfo) -> bool:
+        if sealed and not info.data.get("signed"):
+            raise PydanticCustomError(
+                "sealed", "set signed = true: without, a relay could have them sealed to itself"
+            )
+        return sealed
 
 
 def write_federation(config: FederationConfig, folder: Path) -> Path:

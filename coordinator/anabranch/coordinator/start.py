@@ -17,7 +17,9 @@ from anabranch.vectors import Adapter, LowRank
 from anabranch.vectors.frozen import from_tensors, join, split
 from anabranch.wire import encode_adapter
 from anabranch.wire.config import DenseDtype
+from anabranch.wire.keys import PrivateKey
 from anabranch.wire.plan import ADAPTER_KEY, ADAPTER_STYPE, PLAN_KEY, RoundPlan
+from anabranch.wire.signing import PLAN_SIGNATURE_KEY, PLAN_SIGNER_KEY, sign_plan
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Start:
         adapter: What they train on from.
         frozen: What is kept beside it, by module.
         blob: Both as they are sent; None while the seed alone describes them.
+        key: Who signs; None leaves all unsigned.
     """
 
     plan: RoundPlan
     adapter: Adapter
     frozen: Mapping[str, LowRank]
     blob: bytes | None
+    key: PrivateKey | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -44,9 +48,11 @@ class Start:
     @cached_property
     def content(self) -> RecordDict:
         """The message to each of them."""
-        plan = ConfigRecord(
-            {PLAN_KEY: self.plan.model_dump_json(), "server-round": self.plan.round}
-        )
+        text = self.plan.model_dump_json()
+        plan = ConfigRecord({PLAN_KEY: text, "server-round": self.plan.round})
+        if self.key is not None:
+            plan[PLAN_SIGNER_KEY] = self.key.public.id
+            plan[PLAN_SIGNATURE_KEY] = sign_plan(text, self.key)
         content = RecordDict({PLAN_KEY: plan})
         if self.blob is not None:
             content[ADAPTER_KEY] = adapter_record(self.blob)
@@ -77,7 +83,7 @@ def at_rank(whole: Start, rank: int, method: MergeMethod, down: DenseDtype) -> S
     adapter = whole.adapter.leading(rank) if leading else truncate(whole.adapter, rank)
     sent, blob = adapter, None
     if whole.blob is not None:
-        encoded = encode_adapter(join(adapter, whole.frozen), whole.plan, down)
+        encoded = encode_adapter(join(adapter, whole.frozen), whole.plan, down, whole.key)
         sent, blob = from_tensors(adapter, encoded.sent), encoded.blob
     changes = {"rank": rank, "start_hash": sent.hash()}
-    return Start(whole.plan.model_copy(update=changes), *split(sent, adapter), blob)
+    return Start(whole.plan.model_copy(update=changes), *split(sent, adapter), blob, whole.key)

@@ -29,6 +29,7 @@ from anabranch.coordinator.merging import check_method, merge_cohort
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.start import Start, adapter_record, at_rank
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
+from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import from_tensors, split
 from anabranch.vectors.importance import from_flat_importance
@@ -52,12 +53,22 @@ class MergeStrategy(Strategy):
         config: The federation.
         template: An adapter that gives modules, ranks, dense start values and the base hash.
         store: Where rounds are kept; an interrupted run goes on from what it holds.
+        trust: Keys, where the federation is signed.
 
     Raises:
-        ValueError: The template names no base, or the method cannot merge what is asked.
+        ValueError: The template names no base, the method cannot merge what is asked, or keys are
+            missing.
     """
 
-    def __init__(self, config: FederationConfig, template: Adapter, store: Store) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        template: Adapter,
+        store: Store,
+        trust: Trust | None = None,
+    ) -> None:
+        if config.signed != (trust is not None):
+            raise ValueError(f"signed is {config.signed} in the federation; give trust to match")
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
         self._method = named(config.recipe)
@@ -65,6 +76,8 @@ class MergeStrategy(Strategy):
         check_method(config, template, self._method)
         self.config = config
         self.store = store
+        self._trust = trust
+        self._key = trust.key if trust else None
         self.base_hash = template.base_hash
         self._seeded = seeded_start(template, config.seed)
         self.adapter = self._seeded
@@ -178,6 +191,8 @@ class MergeStrategy(Strategy):
         Each is sent the adapter in service at its rank; ``arrays`` is not used.
         """
         self._plan = self.plan(server_round, config)
+        if self._trust is not None:
+            self._plan = self._trust.begin_round(self._plan)
         self._starts = {None: self._whole(self._plan)}
         self._began = time.monotonic()
         self._decoded.clear()
@@ -251,7 +266,7 @@ class MergeStrategy(Strategy):
 
     def _whole(self, plan: RoundPlan) -> Start:
         """The adapter in service with a plan for it."""
-        return Start(plan, *split(self.adapter, self._seeded), self._blob)
+        return Start(plan, *split(self.adapter, self._seeded), self._blob, self._key)
 
     def _start(self, client: str) -> Start:
         """What this round hands a client."""
@@ -323,16 +338,21 @@ class MergeStrategy(Strategy):
         if client is None:
             raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
         start = self._start(client)
-        candidate = examine(reply.message, start.plan, start.adapter, client, self.config.max_norm)
+        candidate = examine(
+            reply.message, start.plan, start.adapter, client, self.config.max_norm, self._trust
+        )
         contribution = Contribution(
             round=start.plan.round,
             client=client,
             digest=self.store.put(candidate.blob),  # the bytes first, the row second
-            size_bytes=len(candidate.blob),
+            size_bytes=candidate.size_bytes,
+            nonce=candidate.meta.nonce.hex(),
             metrics=dict(candidate.metrics),
         )
         if not self.store.admit(contribution):
             raise RefusedError("duplicate", "this client already has an update in this round")
+        if self._trust is not None:
+            self._trust.nonces.add(contribution.nonce)
         held = [*candidate.tensors.values(), *candidate.importance.values()]
         if (len(self._decoded) + 1) * sum(tensor.nbytes for tensor in held) <= DECODED_BYTES:
             self._decoded[contribution.digest] = (candidate.tensors, candidate.importance)
@@ -349,7 +369,7 @@ class MergeStrategy(Strategy):
         ends = [self._end(row, start) for row, start in zip(cohort, starts, strict=True)]
         names = [row.client for row in cohort]
         merged, report = merge_cohort(self.config, self._starts[None], starts, ends, names)
-        encoded = encode_adapter(merged, self._plan, self.config.down)
+        encoded = encode_adapter(merged, self._plan, self.config.down, self._key)
         # What the clients will decode is the adapter in service, to the bit.
         self.adapter = from_tensors(self._seeded, {**merged.tensors(), **encoded.sent})
         self._blob = encoded.blob

@@ -38,6 +38,11 @@ class WireError(ValueError):
             revoked-key   it was, and was revoked
             wrong-key     it is enrolled as somebody else's
             bad-signature it did not sign this
+            seal          a sealed update is asked for, and this is none that can be opened
+            nonce         a signed update needs 16 bytes of it
+            replay        an update with this nonce was admitted before
+            expired       it was made before its round was planned
+            future        it was made at a time that is yet to come
             ============= =================================================================
     """
 

@@ -63,6 +63,8 @@ class RoundPlan(BaseModel):
     None is the task's own."""
     importance: bool = False
     """Whether the merge needs to know how much each entry matters to the client: its Fisher."""
+    seal_to: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """X25519 key of this round, in hexadecimal, that updates are sealed to; None: not sealed."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the client's ``TrainPlan``, forwarded as they are."""
     split: Literal["validation", "test"] = "validation"

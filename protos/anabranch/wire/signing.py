@@ -19,6 +19,10 @@ from anabranch.wire.manifest import Manifest
 MESSAGE = b"anabranch.message/1\0"
 PLAN = b"anabranch.plan/1\0"
 
+PLAN_SIGNER_KEY = "plan-key-id"
+PLAN_SIGNATURE_KEY = "plan-signature"
+"""Under which a plan's signature travels beside it in a Flower message."""
+
 
 @dataclass(frozen=True)
 class KeyRing:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.federation import FEDERATION_FILE, START_FOLDER
+from anabranch.coordinator.registry import KEYS_FOLDER
 from anabranch.coordinator.store import FolderStore
 from anabranch.coordinator.store.folder import ARTIFACTS, JOURNAL
 from anabranch.simulation.scenario import Scenario, load_scenario, write_scenario
@@ -23,7 +24,7 @@ FEDAVG_FOLDER = "fedavg"
 RUN_NAMES = frozenset(
     {
         CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE, FEDAVG_FOLDER, ADAPTER_FOLDER,
-        START_FOLDER, FEDERATION_FILE, JOURNAL, ARTIFACTS, "flower",
+        START_FOLDER, FEDERATION_FILE, KEYS_FOLDER, JOURNAL, ARTIFACTS, "flower",
         f"{ADAPTER_FOLDER}.new", f"{ADAPTER_FOLDER}.old", "scores.partial",
     }
 )  # fmt: skip

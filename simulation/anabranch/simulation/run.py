@@ -37,6 +37,7 @@ from anabranch.simulation.folder import (
     SUMMARY_FILE,
     open_folder,
 )
+from anabranch.simulation.keys import write_keys
 from anabranch.simulation.scenario import Baselines, Scenario
 from anabranch.simulation.summary import Measured, summarise
 from anabranch.simulation.task import SimulatedTask
@@ -138,6 +139,7 @@ def run_federation(
         write_adapter(seeded_start(session.template, scenario.seed), folder / START_FOLDER)
     if (folder / ADAPTER_FOLDER).exists():
         return
+    keys = write_keys(folder, config) if config.signed else None
     total = config.rounds * scenario.asked(config.clients)
     if config.evaluate_every:
         total += (config.rounds // config.evaluate_every) * config.clients
@@ -161,7 +163,7 @@ def run_federation(
 
     progress("federation", done, total)
     if scenario.engine == "flower":
-        run_in_flower(folder, config.clients, run_config, on_poll=look)
+        run_in_flower(folder, config.clients, run_config, keys=keys, on_poll=look)
     else:
         run_in_process(
             server_app,
@@ -171,6 +173,7 @@ def run_federation(
             run_config,
             one_more,
             at_once(session, scenario.asked(config.clients)),
+            keys,
         )
 
 
@@ -181,6 +184,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "engine": "inprocess",
             "down": "fp32",
             "max_norm": None,
+            "signed": False,
             "trains": "both",
             "ranks": {},
             "rest": "drop",

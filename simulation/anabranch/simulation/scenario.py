@@ -94,6 +94,8 @@ class Scenario(BaseModel):
     """Seconds a round waits for updates."""
     max_norm: float | None = Field(None, gt=0)
     """Largest ‖update‖₂ admitted; None sets no cap."""
+    signed: bool = False
+    """Everybody signs, with keys drawn from the seed; what is not signed is refused."""
     evaluate_every: int = Field(1, ge=0)
     """Score the adapter on the clients' validation data every so many rounds; 0 never."""
     task: TaskConfig = TaskConfig()
@@ -159,6 +161,7 @@ class Scenario(BaseModel):
             poll_s=0.0 if self.engine == "inprocess" else 0.1,
             durable=False,  # a simulation that lost power is run again
             max_norm=self.max_norm,
+            signed=self.signed,
             evaluate_every=self.evaluate_every,
             codec=self.codec,
             down=self.down,

@@ -18,6 +18,8 @@ class Contribution(BaseModel):
     digest: str
     """Artifact that holds the update's bytes."""
     size_bytes: int
+    nonce: str = ""
+    """The update's nonce, in hexadecimal: it is not taken twice."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """What the client claims of its training."""
 

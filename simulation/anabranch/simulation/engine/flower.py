@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tomli_w
 
+from anabranch.client.trust import KEYS_VARIABLE
 from anabranch.coordinator.flower import (
     CLIENT_APP,
     SERVER_APP,
@@ -32,6 +33,7 @@ def run_in_flower(
     client_app: str = CLIENT_APP,
     cpus_per_client: int = 1,
     timeout_s: float = 7 * 24 * 3600,
+    keys: Path | None = None,
     on_poll: Callable[[], None] = lambda: None,
 ) -> float:
     """Run a prepared federation folder under Flower's Ray simulation.
@@ -45,6 +47,7 @@ def run_in_flower(
         cpus_per_client: Processors Ray reserves for a client. Clients side by side on a core each
             are faster than one after the other on all cores (Flower's default is 2).
         timeout_s: Seconds after which the run is given up; each round has its own deadline.
+        keys: Folder of every client's keys; None where nobody signs.
         on_poll: Called about five times a second.
 
     Returns:
@@ -57,6 +60,9 @@ def run_in_flower(
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     env = environment(home, port)
+    if keys is not None:
+        # Ray's nodes take no configuration of their own; they inherit this.
+        env[KEYS_VARIABLE] = str(keys.resolve())
     config = {**run_config, "federation": str(folder.resolve())}
     bundle = write_bundle(home / "bundle", config, server_app, client_app)
     link = {"superlink": {"link": {"address": f"127.0.0.1:{port}", "insecure": True}}}

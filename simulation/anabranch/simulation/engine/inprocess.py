@@ -114,6 +114,7 @@ def run_in_process(
     run_config: dict[str, Scalar],
     on_reply: Callable[[str, int], None] = lambda kind, partition: None,
     side_by_side: int = 1,
+    keys: Path | None = None,
 ) -> None:
     """Run a prepared federation folder to its end.
 
@@ -125,14 +126,18 @@ def run_in_process(
         run_config: What a Flower run configuration would hold for both apps.
         on_reply: Called after each client with the message type and its partition.
         side_by_side: How many clients train at once.
+        keys: Folder of every client's keys; None where nobody signs.
     """
     config = {**run_config, "federation": str(folder)}
     first = SERVER_NODE_ID + 1
+    node: dict[str, Scalar] = {"num-partitions": clients}
+    if keys is not None:
+        node["keys"] = str(keys)
     contexts = {
         first + partition: Context(
             run_id=RUN_ID,
             node_id=first + partition,
-            node_config={"partition-id": partition, "num-partitions": clients},
+            node_config={"partition-id": partition, **node},
             state=RecordDict(),
             run_config=config,
         )

@@ -1,0 +1,93 @@
+"""What a signed federation asks of an update: an enrolled key, a fresh time, a nonce of its own."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.registry import changed, client_keys, coordinator_key
+from anabranch.coordinator.store import Store
+from anabranch.wire.errors import WireError
+from anabranch.wire.keys import PrivateKey
+from anabranch.wire.manifest import Manifest, UpdateMeta
+from anabranch.wire.plan import RoundPlan
+from anabranch.wire.sealing import SealKey, new_seal_key
+from anabranch.wire.signing import KeyRing, check_message
+
+NONCE_BYTES = 16
+"""Fewest bytes of a nonce: that many random ones do not come twice."""
+
+
+@dataclass
+class Trust:
+    """Keys and memory of one signed federation.
+
+    Attributes:
+        folder: The federation's; its lists of keys are looked at for every update, so that a
+            revocation counts at once.
+        key: The coordinator's own.
+        skew_s: Seconds by which a client's clock may differ from this one's.
+        sealed: Whether updates are sealed.
+        planned_s: When the round was planned, in Unix seconds.
+        seal: This round's key for updates that are sealed; None where they are not.
+        nonces: Those of every update that was admitted.
+    """
+
+    folder: Path
+    key: PrivateKey
+    skew_s: float
+    sealed: bool = False
+    planned_s: int = 0
+    seal: SealKey | None = None
+    nonces: set[str] = field(default_factory=set)
+    _ring: KeyRing = field(default_factory=lambda: KeyRing({}), init=False)
+    _stamp: tuple[tuple[int, int], ...] = field(default=(), init=False)
+
+    def begin_round(self, plan: RoundPlan) -> RoundPlan:
+        """Note the time; where updates are sealed, the plan gets a fresh key to seal them to."""
+        self.planned_s = int(time.time())
+        if not self.sealed:
+            return plan
+        self.seal = new_seal_key()
+        return plan.model_copy(update={"seal_to": self.seal.public.hex()})
+
+    def signed_by(self, manifest: Manifest, client: str) -> None:
+        """Check who signed an update.
+
+        Raises:
+            WireError: Not an enrolled key of this client.
+        """
+        stamp = changed(self.folder)
+        if stamp != self._stamp:
+            self._ring, self._stamp = client_keys(self.folder), stamp
+        check_message(manifest, self._ring, client)
+
+    def fresh(self, meta: UpdateMeta) -> None:
+        """Check that an update was made for this round, and not seen before.
+
+        Raises:
+            WireError: ``nonce``, ``replay``, ``expired`` or ``future``.
+        """
+        if len(meta.nonce) < NONCE_BYTES:
+            raise WireError("nonce", f"the nonce has {len(meta.nonce)} bytes, not {NONCE_BYTES}")
+        if meta.nonce.hex() in self.nonces:
+            raise WireError("replay", "an update with this nonce was admitted before")
+        early_s = self.planned_s - meta.issued_s
+        if early_s > self.skew_s:
+            raise WireError("expired", f"it was made {early_s} s before its round was planned")
+        late_s = meta.issued_s - time.time()
+        if late_s > self.skew_s:
+            raise WireError("future", f"it was made {late_s:.0f} s from now; set the node's clock")
+
+
+def trust_of(folder: Path, config: FederationConfig, store: Store) -> Trust:
+    """The keys in a federation's folder, and the nonces its journal holds.
+
+    Raises:
+        ValueError: The coordinator has no key, or a list is damaged.
+    """
+    client_keys(folder)
+    nonces = {row["nonce"] for row in store.notes("admitted")}
+    return Trust(folder, coordinator_key(folder), config.clock_skew_s, config.sealed, nonces=nonces)
