@@ -19,6 +19,7 @@ from anabranch.aggregation import (
     merge_task_vectors,
 )
 from anabranch.aggregation.methods import BUILT_IN
+from anabranch.aggregation.recipe import load_recipe
 from anabranch.vectors import Adapter, LowRank, TaskVector
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -28,6 +29,15 @@ SHAPES = {
     for part, shape in (("q", (12, 9)), ("up", (20, 12)), ("norm", (12,)))
 }
 METHODS = [m for m in BUILT_IN if not m.needs_importance and m.name != "slerp"]
+WITH_SCOPES: list[tuple[str, dict[str, str]]] = [
+    (method.name, params)
+    for method in METHODS
+    for params in (
+        [{"scope": scope} for scope in ("tensor", "model")]
+        if "scope" in method.config.model_fields
+        else [{}]
+    )
+]
 
 
 def recipe(method: str, **fields: Any) -> Recipe:
@@ -57,13 +67,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("method", [m.name for m in METHODS])
-@pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_a_group_is_merged_as_a_model_of_its_own(method: str, scope: str) -> None:
-    config = next(m.config for m in METHODS if m.name == method)
-    if scope == "model" and "scope" not in config.model_fields:
-        pytest.skip("has one scope")
-    params = {"scope": scope} if "scope" in config.model_fields else {}
+@pytest.mark.parametrize(("method", "params"), WITH_SCOPES)
+def test_a_group_is_merged_as_a_model_of_its_own(method: str, params: dict[str, str]) -> None:
     rule = {"match": "*.up", "weights": [1, 2, 3, 1, 2], "scale": 0.5}
     found = entries(merge_task_vectors(VECTORS, recipe(method, params=params, modules=[rule])))
     for end, plain in (
@@ -96,6 +101,22 @@ SWAP = recipe(
         {"match": "layer.0.*", "scale": 0.5},
     ],
 )
+
+
+def test_layers_are_swapped_by_the_example() -> None:
+    layers = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(4)]
+    ends = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    sources = [
+        TaskVector({name: torch.full((2, 3), value) for name in [*layers, *ends]})
+        for value in (1.0, 2.0)
+    ]
+    swapped = load_recipe(Path(__file__).parents[2] / "examples" / "layer_swapping.yaml")
+    merged = entries(merge_task_vectors(sources, swapped))
+    from_first = [*layers[:2], *ends[:2]]
+    expected = {**dict.fromkeys(layers, 2.0), **dict.fromkeys(from_first, 1.0), ends[2]: 1.5}
+    assert {name: tensor.unique().tolist() for name, tensor in merged.items()} == {
+        name: [value] for name, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize("budget_bytes", [1 << 30, 40_000])

@@ -35,6 +35,8 @@ TWO_DENSITIES = (
     "models: [{model: a, parameters: {weight: 1, density: 0.1}},"
     " {model: b, parameters: {weight: 1, density: 0.2}}]\n"
 )
+FILTERED_SWITCH = "{rescale: [{filter: mlp, value: false}, {value: true}]}"
+ONLY_FILTERED = "{t: [{filter: mlp, value: 1}]}"
 BASE = "base_model: base\n"
 
 
@@ -86,6 +88,34 @@ def test_a_base_among_the_models_is_no_contribution() -> None:
     assert (job.models, job.recipe.weights) == ((Path("a"),), (2,))
 
 
+def test_filters_and_gradients_are_rules_of_which_the_last_counts() -> None:
+    job = of(
+        "ties",
+        "parameters:\n"
+        "  density: [{filter: mlp, value: [0.2, 0.4]}, {filter: 'q[0]', value: 0.9}, 0.5]\n"
+        "  weight: [{filter: attn, value: 7}]\n"
+        "  lambda: [1, '5e-1']\n".replace(", 0.5]", ", {value: 0.5}]"),
+        "models: [{model: a, parameters: {weight: [{filter: mlp, value: 2}, {value: 1}]}},"
+        " {model: b, parameters: {weight: 3}}]\n",
+    )
+    assert job.recipe == Recipe.model_validate(
+        {
+            "method": "ties",
+            "params": {"density": 0.5},
+            "weights": [1, 3],
+            "scale": [1, 0.5],
+            "modules": [
+                {"match": "*q[[]0]*", "params": {"density": 0.9}},
+                {"match": "*mlp*", "params": {"density": [0.2, 0.4]}},
+                {"match": "*mlp*", "weights": [2, None]},
+            ],
+        }
+    )
+    summed = of("breadcrumbs", "parameters: {lambda: [{filter: mlp, value: 2}, {value: [1, 2]}]}")
+    assert summed.recipe.scale == (4, 8)
+    assert summed.recipe.modules[0].scale == 8
+
+
 def test_what_differs_is_said() -> None:
     assert of("ties", "dtype: bfloat16").dtype == "bfloat16"
     assert (
@@ -127,9 +157,16 @@ def test_every_method_resolves() -> None:
         (f"merge_method: ties\nmodels: [{{model: a}}]\n{BASE}", "weight: is missing"),
         (f"merge_method: ties\n{AB}{BASE}parameters: [1]", "parameters: must be a table"),
         (f"merge_method: ties\n{AB}{BASE}parameters: {{gamma: 1}}", "gamma: is no param"),
-        (f"merge_method: ties\n{AB}{BASE}parameters: {{density: [0.1, 0.9]}}", "density: grad"),
-        (f"merge_method: ties\n{AB}{BASE}parameters: {{density: [{{filter: mlp, value: 1}}]}}",
-         "density: gradients over layers and filters are not supported; give one number"),
+        (f"merge_method: ties\n{AB}{BASE}parameters: {{density: [true, 0.9]}}", "is no gradient"),
+        (f"merge_method: ties\n{AB}{BASE}parameters: {{density: [{{filter: mlp}}]}}",
+         "density: .* give value, and filter"),
+        (f"merge_method: ties\n{AB}{BASE}parameters: {{rescale: [true, true]}}", "is no gradient"),
+        (f"merge_method: ties\n{AB}{BASE}parameters: {FILTERED_SWITCH}",
+         "rescale: is by filter or a gradient over layers; give one value"),
+        (f"merge_method: slerp\nmodels: [{{model: a}}]\n{BASE}parameters: {ONLY_FILTERED}",
+         "t: has values by filter only"),
+        (f"merge_method: breadcrumbs\n{PLAIN}{BASE}parameters: {{weight: [1, 2]}}",
+         "sums by a factor of all weights together, which cannot go by filter or layer"),
         (f"merge_method: ties\n{AB}{BASE}parameters: {{density: much}}", "'much' is no number"),
         (f"merge_method: ties\n{AB}{BASE}parameters: {{normalize: false}}", "set normalize: true"),
         (f"merge_method: ties\n{AB}{BASE}parameters: {{rescale: false}}", "rescale: ties has it"),

@@ -145,7 +145,7 @@ BAD = {
         "a has shape (9, 4), in the base",
     ),
     "arguments of mergekit": ("{yaml} {north} -o {out}", "m.yml: names its models itself"),
-    "mergekit's gradient": ("{odd} -o {out}", "odd.yml: density: gradients over layers"),
+    "mergekit's filter": ("{odd} -o {out}", "is no value with a filter; give value, and filter"),
     "mixed": ("{recipe} {north} {lora} -o {out}", "not both at once"),
     "base for adapters": ("{recipe} {lora} --base {base} -o {out}", "--base is for checkpoints"),
     "not finite": ("{recipe} {nan} -o {out}", "nan/model.safetensors: a holds numbers"),
@@ -162,7 +162,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     places = {name: str(path) for name, path in models.items()}
     places |= {"recipe": str(recipe), "out": str(tmp / "out"), "lora": str(tmp / "lora")}
     places["yaml"] = str(mergekit(tmp / "m.yml", models))
-    places["odd"] = str(mergekit(tmp / "odd.yml", models, parameters={"density": [0.1, 1]}))
+    filtered = {"density": [{"filter": "mlp"}]}
+    places["odd"] = str(mergekit(tmp / "odd.yml", models, parameters=filtered))
     places["wide"] = str(save_model("wide", {**TENSORS, "a": torch.ones(9, 4)}))
     places["nan"] = str(save_model("nan", {"a": torch.full((3,), torch.nan)}))
     places["long"] = str(save_model("long", {"a": torch.ones(1, 200_000)}))

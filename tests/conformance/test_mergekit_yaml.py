@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=False,
@@ -113,6 +113,47 @@ CASES: dict[str, dict[str, Any]] = {
     "model_stock": {"models": PLAIN, "base_model": "base"},
     "slerp": {"models": PLAIN[:1], "base_model": "base", "parameters": {"t": 0.3}},
     "multislerp": {"models": WEIGHTS, "base_model": "base"},
+    "ties by filters and layers": {
+        "merge_method": "ties",
+        "models": [
+            {"model": "a", "parameters": {"weight": [0.2, 1.0, 0.5]}},
+            {
+                "model": "b",
+                "parameters": {"weight": [{"filter": "mlp", "value": 0.1}, {"value": 0.9}]},
+            },
+            {"model": "c"},
+        ],
+        "base_model": "base",
+        "parameters": {
+            "normalize": True,
+            "weight": [{"filter": "self_attn", "value": [1.0, 0.1]}, {"value": 0.4}],
+            "density": [
+                {"filter": "q_proj", "value": 0.9},
+                {"filter": "self_attn", "value": [0.2, 0.8]},
+                {"filter": "*", "value": 0.5},
+                {"filter": "mlp", "value": 0.01},
+            ],
+            "lambda": [0.5, 1.5],
+        },
+    },
+    "slerp by filters and layers": {
+        "merge_method": "slerp",
+        "models": PLAIN[:1],
+        "base_model": "base",
+        "parameters": {
+            "t": [
+                {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+                {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+                {"value": 0.5},
+            ]
+        },
+    },
+    "breadcrumbs, summed, with a gradient of lambda": {
+        "merge_method": "breadcrumbs",
+        "models": WEIGHTS,
+        "base_model": "base",
+        "parameters": {"density": 0.5, "lambda": [1.0, 0.2]},
+    },
     "karcher": {"models": PLAIN, "parameters": {"max_iter": 8}},
 }
 

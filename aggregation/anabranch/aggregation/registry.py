@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 from pydantic import ValidationError
 
+from anabranch.aggregation.composition import composed, is_composition
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.methods import BUILT_IN
 from anabranch.aggregation.recipe import Recipe, validation_line
@@ -37,7 +38,7 @@ def methods() -> dict[str, MergeMethod]:
 
 
 def named(recipe: Recipe, source: str = "recipe") -> MergeMethod:
-    """The recipe's method.
+    """The recipe's method: a registered one, or a composition.
 
     Args:
         recipe: What names it.
@@ -46,11 +47,16 @@ def named(recipe: Recipe, source: str = "recipe") -> MergeMethod:
     Raises:
         ValueError: There is no such method; lists those there are.
     """
+    if is_composition(recipe.method):
+        try:
+            return composed(recipe.method)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     known = methods()
     if recipe.method not in known:
         raise ValueError(
             f"{source}: method: {recipe.method!r} is not a merge method; "
-            f"choose from {', '.join(sorted(known))}"
+            f"choose from {', '.join(sorted(known))}, or compose one, such as trim + sign + mean"
         )
     return known[recipe.method]
 

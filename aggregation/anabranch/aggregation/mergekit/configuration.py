@@ -21,6 +21,7 @@ from anabranch.aggregation.mergekit.methods import (
     METHODS,
     MergekitMethod,
 )
+from anabranch.aggregation.mergekit.settings import Setting, plain, rules, setting_of
 from anabranch.aggregation.recipe import Recipe, validation_line
 
 _KEYS = ("models", "merge_method", "base_model", "parameters", "dtype", "out_dtype")
@@ -155,34 +156,58 @@ class _Reader:
                 if key in IGNORED:
                     self.warnings.append(f"{key}: is ignored, {IGNORED[key]}")
         for key, value in AS_HERE.items():
-            if self._one(key, entries, value) != value:
+            if self._plain(key, entries, value) != value:
                 raise ValueError(
                     f"{self.source}: {key}: {method.name} has it {str(value).lower()} here; "
                     "remove it"
                 )
-        params = {
-            ours: self._one(theirs, entries, DEFAULTS.get(theirs))
-            for theirs, ours in method.parameters.items()
-        }
+        params: dict[str, Any] = {}
+        modules: list[dict[str, Any]] = []
+        for theirs, ours in method.parameters.items():
+            setting = self._one(theirs, entries, DEFAULTS.get(theirs))
+            params[ours] = setting[-1][1]
+            modules += [{"match": glob, "params": {ours: value}} for glob, value in rules(setting)]
         if "iterations" in params:
-            params["iterations"] = int(params["iterations"])
+            params["iterations"] = int(self._plain("max_iter", entries, DEFAULTS["max_iter"]))
         recipe: dict[str, Any] = {"method": method.name, "params": params}
-        if not method.weighted:
-            return recipe
-        weights = [self._value("weight", own, None) for _, own in entries]
-        recipe["weights"] = tuple(weights)
-        recipe["scale"] = self._one("lambda", entries, 1.0)
-        normalize = method.normalize is None or self._one("normalize", entries, method.normalize)
+        if method.weighted:
+            recipe |= self._weighed(method, entries, modules)
+        return {**recipe, "modules": modules}
+
+    def _weighed(
+        self, method: MergekitMethod, entries: Sequence[_Entry], modules: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Weights and scale, and the method where it follows from them; adds to the rules."""
+        weights = [self._setting("weight", own, None) for _, own in entries]
+        for place, weight in enumerate(weights):
+            alone: list[Any] = [None] * len(weights)
+            for glob, alone[place] in rules(weight):
+                modules.append({"match": glob, "weights": tuple(alone)})
+        scale = self._one("lambda", entries, 1.0)
+        normalize = method.normalize is None or self._plain("normalize", entries, method.normalize)
+        recipe: dict[str, Any] = {}
         if not normalize and method.summed == "task_arithmetic":
             recipe["method"] = method.summed
         elif not normalize and method.summed == "scale":
-            recipe["scale"] *= sum(weights)
+            try:
+                total = sum(plain("weight", weight) for weight in weights)
+            except ValueError:
+                raise ValueError(
+                    f"{self.source}: parameters.normalize: {method.name} sums by a factor of all "
+                    "weights together, which cannot go by filter or layer; set normalize: true"
+                ) from None
+            scale = tuple((part, _times(value, total)) for part, value in scale)
         elif not normalize:
             raise ValueError(
                 f"{self.source}: parameters.normalize: {method.name} divides by the weights that "
                 "agree here, mergekit does not unless told; set normalize: true"
             )
-        return recipe
+        modules += [{"match": glob, "scale": value} for glob, value in rules(scale)]
+        return {
+            **recipe,
+            "weights": tuple(weight[-1][1] for weight in weights),
+            "scale": scale[-1][1],
+        }
 
     def dtype(self) -> Literal["float32", "float16", "bfloat16"] | None:
         """What the result is stored in."""
@@ -194,36 +219,30 @@ class _Reader:
             )
         return cast(Literal["float32", "float16", "bfloat16"] | None, given)
 
-    def _one(self, key: str, entries: Sequence[_Entry], default: Any) -> Any:
+    def _one(self, key: str, entries: Sequence[_Entry], default: Any) -> Setting:
         """A parameter that all models have in common."""
-        values = [self._value(key, own, default) for _, own in entries]
-        if any(value != values[0] for value in values):
+        settings = [self._setting(key, own, default) for _, own in entries]
+        if any(setting != settings[0] for setting in settings):
+            values = [setting[-1][1] if len(setting) == 1 else "filtered" for setting in settings]
             raise ValueError(
-                f"{self.source}: {key}: is {values} for the models; one number for all of them is "
+                f"{self.source}: {key}: is {values} for the models; one setting for all of them is "
                 "supported"
             )
-        return values[0]
+        return settings[0]
 
-    def _value(self, key: str, own: Mapping[str, Any], default: Any) -> Any:
-        value = own.get(key, self.shared.get(key, default))
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, dict) and not value.keys() - {"value"}:
-            value = value.get("value")
-        if isinstance(value, list | dict):
-            raise ValueError(
-                f"{self.source}: {key}: gradients over layers and filters are not supported; give "
-                "one number"
-            )
-        if value is None:
-            raise ValueError(f"{self.source}: {key}: is missing; give one to every model")
-        if isinstance(value, str):
-            # YAML takes 1e-3 for a word.
-            try:
-                return float(value)
-            except ValueError:
-                raise ValueError(f"{self.source}: {key}: {value!r} is no number") from None
-        return value
+    def _plain(self, key: str, entries: Sequence[_Entry], default: Any) -> Any:
+        """The same, of one value for all names and layers."""
+        setting = self._one(key, entries, default)
+        try:
+            return plain(key, setting)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
+
+    def _setting(self, key: str, own: Mapping[str, Any], default: Any) -> Setting:
+        try:
+            return setting_of(key, [own.get(key), self.shared.get(key), default])
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
 
     def _path(self, given: Any, key: str) -> Path:
         if not isinstance(given, str) or not given:
@@ -243,3 +262,8 @@ class _Reader:
         if not isinstance(given, dict):
             raise ValueError(f"{self.source}: {key}: must be a table of keys")
         return given
+
+
+def _times(value: Any, factor: float) -> Any:
+    """A number, or every point of a gradient, times a factor."""
+    return [point * factor for point in value] if isinstance(value, list) else value * factor

@@ -52,6 +52,11 @@ def consensus(deltas_CD: Tensor, weights_C: Tensor, config: ConsensusConfig) -> 
     Raises:
         ValueError: More votes asked for than there are contributions.
     """
+    return combine(deltas_CD, weights_C).mul_(agreed(deltas_CD, weights_C, config))
+
+
+def agreed(deltas_CD: Tensor, weights_C: Tensor, config: ConsensusConfig) -> Tensor:
+    """Whether at least ``votes`` masks agree, boolean [D]; see ``consensus``."""
     config.check(len(deltas_CD))
     total_D = combine(deltas_CD, weights_C)
     votes_D = torch.zeros_like(total_D)
@@ -59,7 +64,7 @@ def consensus(deltas_CD: Tensor, weights_C: Tensor, config: ConsensusConfig) -> 
         part_D = delta_D * weight
         others_D = (total_D - part_D).abs_().mul_(config.mask_scale)
         votes_D += part_D.abs_() > others_D
-    return total_D.mul_(votes_D >= config.votes)
+    return votes_D >= config.votes
 
 
 CONSENSUS = MergeMethod(
