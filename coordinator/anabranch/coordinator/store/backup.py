@@ -1,8 +1,8 @@
 """A federation's backup: one tar of its folder, its artifacts and its rows, in this order.
 
 Rows are read in one snapshot, so the coordinator may go on meanwhile. They are plain JSON: what was
-kept in SQLite can be restored into PostgreSQL, and the other way round. Enrolled and revoked keys are
-in it, the coordinator's own is not: who gets hold of a backup cannot sign.
+kept in SQLite can be restored into PostgreSQL, and the other way round. Enrolled and revoked keys
+are in it, the coordinator's own is not: who gets hold of a backup cannot sign.
 """
 
 from __future__ import annotations
