@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test check bench quality gpu clean
+.PHONY: install demo test check bench quality gpu fuzz clean
 
 install: $(STAMP)
 
@@ -28,7 +28,7 @@ test: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy aggregation/anabranch protos/anabranch client/anabranch coordinator/anabranch simulation/anabranch cli/anabranch benchmarks
+	$(BIN)/mypy aggregation/anabranch protos/anabranch client/anabranch coordinator/anabranch simulation/anabranch cli/anabranch benchmarks fuzz
 	$(BIN)/lint-imports
 	$(BIN)/python -m anabranch.wire.generate --check
 
@@ -43,6 +43,11 @@ quality: install
 gpu: install
 	$(BIN)/python -m pytest -rs tests/gpu
 	$(BIN)/python -m benchmarks.gpu
+
+# What it finds new stays in runs/fuzz; a crash is written beside it.
+fuzz: install
+	mkdir -p runs/fuzz
+	$(BIN)/python -m fuzz runs/fuzz tests/fuzz/corpus -max_total_time=600 -max_len=2048 -artifact_prefix=runs/
 
 clean:
 	rm -rf $(VENV) runs

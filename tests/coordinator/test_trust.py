@@ -246,6 +246,13 @@ def test_a_signed_federation_without_keys_does_not_start(tmp_path: Path) -> None
         MergeStrategy(config(), template, store)
 
 
+def test_a_journal_from_before_nonces_were_kept_is_read(tmp_path: Path) -> None:
+    write_keys(tmp_path, config())
+    store = FolderStore(tmp_path)
+    store.note("admitted", {"round": 1, "client": "a", "digest": "00", "size_bytes": 1})
+    assert trust_of(tmp_path, config(), store).nonces == {""}
+
+
 def test_a_node_with_keys_needs_all_of_them(tmp_path: Path) -> None:
     from anabranch.client.trust import keys_of
 

@@ -89,5 +89,6 @@ def trust_of(folder: Path, config: FederationConfig, store: Store) -> Trust:
         ValueError: The coordinator has no key, or a list is damaged.
     """
     client_keys(folder)
-    nonces = {row["nonce"] for row in store.notes("admitted")}
+    # A journal begun before nonces were kept has rows without.
+    nonces = {row.get("nonce", "") for row in store.notes("admitted")}
     return Trust(folder, coordinator_key(folder), config.clock_skew_s, config.sealed, nonces=nonces)
