@@ -58,6 +58,7 @@ def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
         "opcm": tuple({"alpha": share} for share in (0.5, 0.2)),
         "pcb": tuple({"ratio": ratio} for ratio in (0.1, 0.2)),
         "sce": tuple({"select": fraction} for fraction in (1.0, 0.5)),
+        "sign_vote": once,
         "task_arithmetic": once,
         "ties": tuple({"density": density} for density in (0.2, 0.1, 0.5)),
         "trimmed_mean": tuple({"trim": trim} for trim in (1, 2)),

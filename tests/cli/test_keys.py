@@ -4,7 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anabranch.wire.keys import read_private, read_public
+import torch
+
+from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.published import sign_folder
+from anabranch.vectors import Adapter, LoraFactors
+from anabranch.vectors.peft_folder import write_adapter
+from anabranch.wire.keys import new_key, read_private, read_public, write_key
 
 
 def test_new_makes_a_key_once(run: Any, tmp_path: Path) -> None:
@@ -50,3 +56,19 @@ def test_keys_are_enrolled_listed_and_revoked(run: Any, tmp_path: Path) -> None:
         code, _, err = run("keys", *arguments)
         assert (code, err.count("\n")) == (2, 1)
         assert reason in err
+
+
+def test_verify_says_what_a_published_adapter_is(run: Any, tmp_path: Path) -> None:
+    factors = LoraFactors(torch.ones(2, 8), torch.ones(6, 2), 4.0)
+    adapter = Adapter({"layer": factors}, base_hash="ab" * 32)
+    key = new_key("coordinator")
+    _, public = write_key(key, tmp_path)
+    write_adapter(adapter, tmp_path / "adapter")
+    sign_folder(tmp_path / "adapter", adapter, FederationConfig(name="f", run="r"), key)
+    code, out, _ = run("keys", "verify", tmp_path / "adapter", public)
+    assert code == 0
+    assert adapter.hash() in out
+    write_key(new_key("other"), tmp_path)
+    code, _, err = run("keys", "verify", tmp_path / "adapter", tmp_path / "other.pub")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unknown-key" in err

@@ -122,6 +122,7 @@ LOOPS = {
     "multi_krum": "test_methods.py",
     "geometric_median": "test_methods.py",
     "hetlora": "test_mixed_ranks.py",
+    "sign_vote": "test_sign_vote.py",
     "lora_lego": "test_lora_lego.py",
 }
 """In tests/aggregation, by method that no package has."""

@@ -19,6 +19,7 @@ from anabranch.aggregation.methods.tsv_m import TSV_M
 from anabranch.client.lora import read_adapter
 from anabranch.client.session import open_session
 from anabranch.coordinator.flower import FlowerError
+from anabranch.coordinator.published import check_folder
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation import run, synthetic
 from anabranch.simulation.run import fedavg_of, simulate
@@ -28,6 +29,8 @@ from anabranch.vectors import peft_folder
 from anabranch.vectors.fisher_file import read_fisher, write_fisher
 from anabranch.vectors.importance import from_flat_importance, importance_layout
 from anabranch.wire import decode_weighed
+from anabranch.wire.keys import by_id, seeded_key
+from anabranch.wire.signing import KeyRing
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
 
@@ -266,6 +269,8 @@ def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> Non
     assert (whole["resumed"], resumed["resumed"]) == (False, True)
     assert resumed["adapter_hash"] == whole["adapter_hash"]
     assert resumed["mean"] == whole["mean"]
+    ring = KeyRing(by_id([seeded_key("coordinator", dense.seed).public]))
+    assert check_folder(tmp_path / "cut" / "adapter", ring)["federation"] == dense.name
 
 
 ONLY = {"rounds": 1, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}

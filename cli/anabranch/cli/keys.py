@@ -91,6 +91,21 @@ def list_command(
         stdout.print(f"{row['id']}  {row['state']:<8}  {row['client']}", soft_wrap=True)
 
 
+@keys_app.command("verify")
+def verify_command(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder that a federation published.")],
+    public: Annotated[Path, typer.Argument(metavar="PUB", help="The coordinator's .pub file.")],
+) -> None:
+    """Check that a coordinator signed exactly this adapter, and say of what it is."""
+    from anabranch.coordinator.published import check_folder
+    from anabranch.wire.keys import by_id, read_public
+    from anabranch.wire.signing import KeyRing
+
+    statement = check_folder(adapter, KeyRing(by_id(read_public(public))))
+    for key, value in statement.items():
+        stdout.print(f"{key.replace('_', ' '):>12}  {value}", soft_wrap=True, markup=False)
+
+
 def _existing(federation: Path) -> Path:
     if not federation.is_dir():
         raise ValueError(f"{federation}: there is no such folder; name the federation's own")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
+from anabranch.coordinator.published import sign_folder
 from anabranch.coordinator.store import open_store
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.coordinator.trust import trust_of
@@ -33,15 +36,20 @@ def main(grid: Grid, context: Context) -> None:
         trust = trust_of(folder, config, store) if config.signed else None
         strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
         strategy.start(grid)
-        publish(strategy.adapter, folder / ADAPTER_FOLDER)
+        sign = partial(sign_folder, config=config, key=trust.key) if trust else None
+        publish(strategy.adapter, folder / ADAPTER_FOLDER, sign)
 
 
-def publish(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter's PEFT folder, in place of an earlier round's."""
+def publish(
+    adapter: Adapter, folder: Path, sign: Callable[[Path, Adapter], None] | None = None
+) -> None:
+    """Write an adapter's PEFT folder, in place of an earlier round's; signed before it appears."""
     fresh, old = (folder.with_name(f"{folder.name}.{word}") for word in ("new", "old"))
     for left in (fresh, old):
         shutil.rmtree(left, ignore_errors=True)
     write_adapter(adapter, fresh)
+    if sign is not None:
+        sign(fresh, adapter)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)

@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mean": {},
     "task_arithmetic": {},
     "ties": {"density": 0.03},
+    "sign_vote": {},
     "multi_krum": {"f": 0},
 }
 """Methods that go sparse; TIES at a density below that of the updates."""

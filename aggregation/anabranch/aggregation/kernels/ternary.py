@@ -9,6 +9,7 @@ Shape legend: C contributions, n entries, k kept of one, B entries of a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from anabranch.aggregation.kernels.compiled import (
 )
 from anabranch.aggregation.kernels.rows import fp32, in_parallel
 from anabranch.aggregation.method import MethodConfig
+from anabranch.aggregation.methods.sign_vote import step
 from anabranch.vectors.sparse import SparseTernary
 
 _BLOCK = 2048
@@ -57,6 +59,20 @@ def ties(
         device: Where to merge: the CPU.
     """
     return _merged(updates, weights_C, elects=True)
+
+
+def sign_vote(
+    updates: Sequence[SparseTernary],
+    weights_C: Tensor,
+    config: MethodConfig,
+    device: torch.device,
+) -> Tensor:
+    """``methods.sign_vote`` per tensor [n]; arguments as in ``ties``."""
+    votes = [replace(update, scale=1.0) if update.nonzeros else update for update in updates]
+    counts_C = torch.tensor([update.nonzeros for update in updates], dtype=torch.float64)
+    sums_C = counts_C * torch.tensor([update.scale for update in updates], dtype=torch.float64)
+    total_n = _merged(votes, weights_C, elects=False)
+    return total_n.sign_().mul_(step(sums_C, counts_C, weights_C))
 
 
 def _merged(

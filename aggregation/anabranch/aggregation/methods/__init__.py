@@ -26,6 +26,7 @@ from anabranch.aggregation.methods.multi_slerp import MULTI_SLERP
 from anabranch.aggregation.methods.opcm import OPCM
 from anabranch.aggregation.methods.pcb import PCB
 from anabranch.aggregation.methods.sce import SCE
+from anabranch.aggregation.methods.sign_vote import SIGN_VOTE
 from anabranch.aggregation.methods.slerp import SLERP
 from anabranch.aggregation.methods.task_arithmetic import TASK_ARITHMETIC
 from anabranch.aggregation.methods.ties import TIES
@@ -47,6 +48,7 @@ BUILT_IN: tuple[MergeMethod, ...] = (
     CONSENSUS,
     SCE,
     MAGMAX,
+    SIGN_VOTE,
     MODEL_STOCK,
     SLERP,
     MULTI_SLERP,
