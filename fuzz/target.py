@@ -20,6 +20,7 @@ from anabranch.wire import (
     UpdateMeta,
     WireError,
     decode_adapter,
+    decode_forms,
     decode_update,
     encode_update,
     zstd,
@@ -28,7 +29,6 @@ from anabranch.wire.header import LENGTH_BYTES, MAGIC, read_manifest
 from anabranch.wire.keys import by_id, seeded_key
 from anabranch.wire.sealing import new_seal_key, seal
 from anabranch.wire.signing import KeyRing, check_message
-from anabranch.wire.update import decode_weighed
 from anabranch.wire.v1 import update_pb2 as pb
 
 KNOWN = seeded_start(
@@ -80,7 +80,8 @@ def _forged(data: bytes) -> Decoded:
 
 
 def _weighed(data: bytes) -> Decoded:
-    _, tensors, importance = decode_weighed(message_of(data), LAYOUT, IMPORTANCE)
+    _, forms, importance = decode_forms(message_of(data), LAYOUT, IMPORTANCE)
+    tensors = {name: form.dense() for name, form in forms.items()}
     assert all(bool((tensor >= 0).all()) for tensor in importance.values())
     return {**tensors, **importance}, {**LAYOUT, **IMPORTANCE}
 

@@ -29,8 +29,8 @@ from anabranch.wire import (
     CodecConfig,
     UpdateMeta,
     WireError,
+    decode_forms,
     decode_update,
-    decode_weighed,
     encode_update,
 )
 from anabranch.wire.plan import ADAPTER_STYPE, PLAN_KEY, RoundPlan
@@ -275,7 +275,7 @@ def test_the_update_holds_a_fisher_where_the_plan_asks(trains: str, names: list[
     ]
     changes = {n: tuple(t.shape) for n, t in SESSION.template.tensors(asked.trained).items()}
     layout = importance_layout(SESSION.template, asked.trained)
-    (_, _, first), (_, _, again) = (decode_weighed(blob, changes, layout) for blob in blobs)
+    (_, _, first), (_, _, again) = (decode_forms(blob, changes, layout) for blob in blobs)
     assert list(first) == names
     for name in names:
         assert torch.equal(first[name], again[name])
@@ -295,11 +295,14 @@ def test_a_fisher_changes_nothing_else_that_is_sent_or_kept() -> None:
             app(from_adapter(moved, plan(round=2, codec=sparse, importance=importance)), node),
         ]
         layout = importance_layout(SESSION.template) if importance else {}
-        decoded = [decode_weighed(blob_of(reply), LAYOUT, layout) for reply in replies]
+        decoded = [decode_forms(blob_of(reply), LAYOUT, layout) for reply in replies]
         assert [bool(weights) for _, _, weights in decoded] == 2 * [importance]
         assert all(sorted(reply.content) == ["client", "metrics", "update"] for reply in replies)
         residual = unpack(node.state.array_records[RESIDUAL_KEY])
-        found[importance] = [*(tensors for _, tensors, _ in decoded), residual]
+        found[importance] = [
+            *({name: form.dense() for name, form in forms.items()} for _, forms, _ in decoded),
+            residual,
+        ]
     for plain, weighed in zip(found[False], found[True], strict=True):
         assert plain.keys() == weighed.keys()
         assert all(torch.equal(plain[name], weighed[name]) for name in plain)

@@ -19,6 +19,7 @@ from flwr.app import (
 )
 
 from anabranch.coordinator.admission import RefusedError, claims, examine
+from anabranch.coordinator.start import Start
 from anabranch.vectors import Adapter, LoraFactors
 from anabranch.wire import CodecConfig, UpdateMeta, encode_update
 from anabranch.wire.plan import UPDATE_STYPE, RoundPlan
@@ -31,6 +32,7 @@ START = Adapter(
     {"layer": LoraFactors(torch.zeros(2, 8), torch.zeros(6, 2), 4.0)}, base_hash="ab" * 32
 )
 PLAN = RoundPlan(
+    codec=CodecConfig(name="dense"),
     federation="f",
     run="r",
     round=3,
@@ -51,6 +53,8 @@ META = UpdateMeta(
     examples=10,
 )
 pytestmark = pytest.mark.usefixtures("flower_identity")
+
+ASKED = Start(PLAN, START, {}, None)
 
 
 def tensors(value: float = 0.5) -> dict[str, torch.Tensor]:
@@ -78,14 +82,14 @@ def reply(
 
 def code(message: Message, **limits: float) -> str:
     with pytest.raises(RefusedError) as caught:
-        examine(message, PLAN, START, "site-a", **limits)
+        examine(message, ASKED, "site-a", **limits)
     assert "\n" not in str(caught.value)
     return caught.value.code
 
 
 def test_a_good_reply_is_admitted_with_its_finite_metrics() -> None:
     message = reply(**{"num-examples": 10, "train-loss": float("nan")})
-    candidate = examine(message, PLAN, START, "site-a", max_norm=100)
+    candidate = examine(message, ASKED, "site-a", max_norm=100)
     assert candidate.blob == blob()
     assert candidate.metrics == {"num-examples": 10.0}
 
@@ -145,14 +149,14 @@ def test_only_the_factor_that_the_round_trains_is_admitted(
         return reply(encode_update(part, meta, CodecConfig(name="dense")).blob)
 
     asked, kept = f"layer.lora_{factor}", f"layer.lora_{'AB'.replace(factor, '')}"
-    assert list(examine(update(asked), plan, START, "site-a").tensors) == [asked]
+    assert list(examine(update(asked), Start(plan, START, {}, None), "site-a").changes) == [asked]
     for wrong in ((kept,), (kept, asked)):
         with pytest.raises(RefusedError) as caught:
-            examine(update(*wrong), plan, START, "site-a")
+            examine(update(*wrong), Start(plan, START, {}, None), "site-a")
         assert caught.value.code in ("layout", "too-large")
 
 
-WEIGHING = PLAN.model_copy(update={"importance": True})
+WEIGHED = Start(PLAN.model_copy(update={"importance": True}), START, {}, None)
 
 
 def fisher(rows: float = 4.0, columns: float = 9.0) -> dict[str, torch.Tensor]:
@@ -167,13 +171,15 @@ def weighed(importance: dict[str, torch.Tensor]) -> bytes:
 
 
 def test_importance_is_admitted_where_it_is_asked_for() -> None:
-    candidate = examine(reply(weighed(fisher())), WEIGHING, START, "site-a")
+    candidate = examine(reply(weighed(fisher())), WEIGHED, "site-a")
     assert list(candidate.importance) == sorted(fisher())
     for name, part in fisher().items():
         torch.testing.assert_close(candidate.importance[name], part)
-    plain = examine(reply(), PLAN, START, "site-a")
+    plain = examine(reply(), ASKED, "site-a")
     assert plain.importance == {}
-    assert all(torch.equal(candidate.tensors[name], plain.tensors[name]) for name in LAYOUT)
+    assert all(
+        torch.equal(candidate.changes[name].dense(), plain.changes[name].dense()) for name in LAYOUT
+    )
 
 
 def levels(value: int) -> Change:
@@ -231,7 +237,7 @@ def test_importance_that_cannot_be_is_refused_with_its_reason(
     data = weighed(importance)
     data = forge(data, change) if change else data
     with pytest.raises(RefusedError) as caught:
-        examine(reply(data), WEIGHING, START, "site-a")
+        examine(reply(data), WEIGHED, "site-a")
     assert caught.value.code == expected
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -239,7 +245,7 @@ def test_importance_that_cannot_be_is_refused_with_its_reason(
 
 def test_importance_that_nobody_asked_for_is_refused() -> None:
     with pytest.raises(RefusedError, match="importance of the update is not asked for") as caught:
-        examine(reply(weighed(fisher())), PLAN, START, "site-a")
+        examine(reply(weighed(fisher())), ASKED, "site-a")
     assert caught.value.code == "importance"
     # Beyond any message of this layout without it, nothing of it is read.
     assert code(reply(weighed({"layer.importance_rows": torch.ones(1 << 16)}))) == "too-large"
@@ -250,16 +256,17 @@ def test_an_update_of_another_rank_than_asked_is_refused() -> None:
     plan = PLAN.model_copy(update={"rank": 1})
     part = {name: torch.ones(tensor.shape) for name, tensor in low.tensors().items()}
     update = reply(encode_update(part, META, CodecConfig(name="dense")).blob)
-    assert examine(update, plan, low, "site-a").tensors["layer.lora_A"].shape == (1, 8)
+    asked = Start(plan, low, {}, None)
+    assert examine(update, asked, "site-a").changes["layer.lora_A"].dense().shape == (1, 8)
     with pytest.raises(RefusedError) as caught:
-        examine(reply(), plan, low, "site-a")
+        examine(reply(), asked, "site-a")
     assert caught.value.code in ("layout", "too-large")
     assert code(update) == "layout"
 
 
 def test_an_oversized_norm_is_refused() -> None:
     assert code(reply(blob(value=5.0)), max_norm=10.0) == "norm"
-    assert examine(reply(blob(value=5.0)), PLAN, START, "site-a", max_norm=30.0).client == "site-a"
+    assert examine(reply(blob(value=5.0)), ASKED, "site-a", max_norm=30.0).client == "site-a"
 
 
 def test_finite_factors_whose_product_is_not_are_refused() -> None:

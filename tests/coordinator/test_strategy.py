@@ -33,7 +33,7 @@ from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.vectors import Adapter
 from anabranch.vectors.frozen import split
-from anabranch.wire import decode_weighed, encode_update
+from anabranch.wire import decode_forms, encode_update
 from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, UPDATE_STYPE, RoundPlan
 
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
@@ -250,7 +250,8 @@ def loud(order: Message, reply: Message) -> Message:
     plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
     expected = layouts(template(), plan)
     blob = reply.content.array_records[UPDATE_KEY][UPDATE_KEY].data
-    meta, tensors, importance = decode_weighed(blob, *expected)
+    meta, forms, importance = decode_forms(blob, *expected)
+    tensors = {name: form.dense() for name, form in forms.items()}
     louder = {name: 1e6 * part for name, part in importance.items()}
     blob = encode_update(tensors, meta, plan.codec, importance=louder).blob
     reply.content[UPDATE_KEY] = ArrayRecord(

@@ -28,7 +28,7 @@ from anabranch.simulation.synthetic import SyntheticTask
 from anabranch.vectors import peft_folder
 from anabranch.vectors.fisher_file import read_fisher, write_fisher
 from anabranch.vectors.importance import from_flat_importance, importance_layout
-from anabranch.wire import decode_weighed
+from anabranch.wire import decode_forms
 from anabranch.wire.keys import by_id, seeded_key
 from anabranch.wire.signing import KeyRing
 
@@ -144,8 +144,8 @@ def test_a_federation_by_fisher_gives_what_the_library_gives_offline(
     ends = []
     for row in store.contributions(1):
         blob = store.get(row.digest)
-        _, changes, weights = decode_weighed(blob, layout, importance_layout(start, trains))
-        moved = {name: before[name] + change for name, change in changes.items()}
+        _, changes, weights = decode_forms(blob, layout, importance_layout(start, trains))
+        moved = {name: before[name] + change.dense() for name, change in changes.items()}
         folder = tmp_path / row.client
         peft_folder.write_adapter(start.with_tensors({**before, **moved}), folder)
         write_fisher(from_flat_importance(weights), folder)

@@ -1,25 +1,27 @@
 import pytest
 import torch
 
-from anabranch.vectors.quantised import BLOCK, Int8Blocks, quantise
+from anabranch.vectors.quantised import BLOCK, INT4, INT8, Blocks, quantise
 
 
 def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.parametrize("largest", [INT8, INT4])
 @pytest.mark.parametrize("shape", [(1,), (), (63,), (64,), (65,), (3, 50), (2, 3, 64)])
-def test_levels_equal_a_loop_over_blocks(shape: tuple[int, ...]) -> None:
+def test_levels_equal_a_loop_over_blocks(shape: tuple[int, ...], largest: int) -> None:
     x = _normal(*shape)
-    form = quantise(x)
+    form = quantise(x, largest)
     entries = x.flatten()
     for block, start in enumerate(range(0, x.numel(), BLOCK)):
         part = entries[start : start + BLOCK]
-        scale = part.abs().max() / 127
+        scale = part.abs().max() / largest
         assert form.scales_g[block] == scale
         assert form.levels_n[start : start + BLOCK].tolist() == (part / scale).round().tolist()
     assert form.dense().shape == x.shape
-    assert (form.dense() - x).abs().max() <= x.abs().max() / 254 * 1.0001
+    assert (form.dense() - x).abs().max() <= x.abs().max() / (2 * largest) * 1.0001
+    assert form.norm() == pytest.approx(float(form.dense().double().norm()), rel=1e-7)
 
 
 def test_an_outlier_spoils_its_own_block_only() -> None:
@@ -58,4 +60,4 @@ def test_entries_that_are_not_finite_are_refused(bad: float) -> None:
 
 def test_counts_that_do_not_fit_the_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="needs 65 levels and 2 scales"):
-        Int8Blocks(torch.zeros(65, dtype=torch.int8), torch.ones(1), (65,))
+        Blocks(torch.zeros(65, dtype=torch.int8), torch.ones(1), (65,))

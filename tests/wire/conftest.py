@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from anabranch.wire import UpdateMeta
+from anabranch.wire.codecs import support
 
 
 @pytest.fixture
@@ -22,6 +23,12 @@ def meta() -> UpdateMeta:
         examples=512,
         issued_s=1_767_225_600,
     )
+
+
+@pytest.fixture
+def runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Supports are written as runs even where they are few: for what looks into the payload."""
+    monkeypatch.setattr(support, "_FEW", 0)
 
 
 @pytest.fixture

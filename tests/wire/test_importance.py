@@ -13,8 +13,8 @@ from anabranch.wire import (
     CodecConfig,
     UpdateMeta,
     WireError,
+    decode_forms,
     decode_update,
-    decode_weighed,
     encode_update,
     read_manifest,
 )
@@ -46,9 +46,9 @@ def test_importance_comes_back_as_squares_of_levels(
 ) -> None:
     plain = encode_update(small, meta, codec)
     weighed = encode_update(small, meta, codec, importance=fisher)
-    got, tensors, importance = decode_weighed(weighed.blob, layout_of(small), layout_of(fisher))
+    got, forms, importance = decode_forms(weighed.blob, layout_of(small), layout_of(fisher))
     assert got == meta
-    assert all(torch.equal(tensors[name], plain.sent[name]) for name in small)
+    assert all(torch.equal(forms[name].dense(), plain.sent[name]) for name in small)
     assert list(importance) == sorted(fisher)
     for name, part in importance.items():
         assert bool((part >= 0).all())
@@ -65,7 +65,7 @@ def test_without_importance_the_message_is_what_it_was(
 ) -> None:
     plain = encode_update(small, meta, CODECS[0])
     assert encode_update(small, meta, CODECS[0], importance={}).blob == plain.blob
-    assert decode_weighed(plain.blob, layout_of(small), {})[2] == {}
+    assert decode_forms(plain.blob, layout_of(small), {})[2] == {}
 
 
 def test_a_senders_mistake_is_a_value_error(small: dict[str, Tensor], meta: UpdateMeta) -> None:
@@ -117,7 +117,7 @@ def test_impossible_importance_is_refused(
         manifest.importance[0].entries = sum(manifest.importance[0].dims) + 1
 
     with pytest.raises(WireError) as caught:
-        decode_weighed(forge(blob, apply), layout_of(small), layout_of(fisher))
+        decode_forms(forge(blob, apply), layout_of(small), layout_of(fisher))
     assert caught.value.code == code
     assert "\n" not in str(caught.value)
 
@@ -129,7 +129,7 @@ def test_importance_is_there_if_and_only_if_it_is_asked_for(
     weighed = encode_update(small, meta, CODECS[0], importance=fisher).blob
     plain = encode_update(small, meta, CODECS[0]).blob
     with pytest.raises(WireError, match="missing") as caught:
-        decode_weighed(plain, layout, layout_of(fisher))
+        decode_forms(plain, layout, layout_of(fisher))
     assert caught.value.code == "importance"
     with pytest.raises(WireError) as caught:
         decode_update(weighed, layout)
@@ -150,7 +150,7 @@ def test_random_damage_is_refused_or_decodes_to_what_is_admissible(
 
     for _ in range(400):
         try:
-            _, _, found = decode_weighed(forge(blob, damage), layout_of(small), layout_of(fisher))
+            _, _, found = decode_forms(forge(blob, damage), layout_of(small), layout_of(fisher))
         except WireError as error:
             codes.add(error.code)
         else:

@@ -103,7 +103,9 @@ def test_damage_by_the_sender_in_the_payload_is_contained(
     assert outcomes.keys() - {"decoded"} <= {"payload", "counts", "values", "too-large"}
 
 
-def test_damage_to_the_runs_is_contained(meta: UpdateMeta, forge: Callable[..., bytes]) -> None:
+def test_damage_to_the_runs_is_contained(
+    meta: UpdateMeta, forge: Callable[..., bytes], runs_only: None
+) -> None:
     # Damage to the compressed runs seldom gets past zstd: here it lies beneath.
     x = torch.randn(4000, generator=torch.Generator().manual_seed(1))
     blob = encode_update({"x": x}, meta, CodecConfig(density=0.002)).blob

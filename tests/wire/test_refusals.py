@@ -33,7 +33,7 @@ def layout(small: dict[str, Tensor]) -> Layout:
 
 
 @pytest.fixture
-def blob(small: dict[str, Tensor], meta: UpdateMeta) -> bytes:
+def blob(small: dict[str, Tensor], meta: UpdateMeta, runs_only: None) -> bytes:
     return encode_update(small, meta, CodecConfig(density=0.1)).blob
 
 
@@ -391,7 +391,7 @@ def _lying_bomb(declared: int) -> bytes:
 @pytest.mark.parametrize("place", ["payload", "manifest"])
 @pytest.mark.parametrize("kind", ["honest", "silent", "lying"])
 def test_bombs_are_refused_before_they_take_memory(
-    forge: Forge, meta: UpdateMeta, place: str, kind: str
+    runs_only: None, forge: Forge, meta: UpdateMeta, place: str, kind: str
 ) -> None:
     blob = encode_update({"x": torch.randn(1 << 16)}, meta, CodecConfig(density=0.1)).blob
     frame = read_manifest(blob).frames[0]

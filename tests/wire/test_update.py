@@ -120,7 +120,7 @@ def test_a_sparse_update_stays_sparse_when_asked(
     small: dict[str, Tensor], meta: UpdateMeta
 ) -> None:
     blob = encode_update(small, meta, CodecConfig(density=0.1)).blob
-    _, forms = decode_forms(blob, _layout(small))
+    _, forms, _ = decode_forms(blob, _layout(small), {})
     for name, form in forms.items():
         expected = ternarise(small[name], 0.1)
         assert isinstance(form, SparseTernary)

@@ -1,4 +1,4 @@
-"""Blockwise int8 tensors: a byte per entry and a scale per block (LLM.int8 and 2110.02861).
+"""Blockwise quantised tensors: a whole number per entry and a scale per block (2110.02861).
 
 Shape legend: n entries of the tensor, g blocks, s entries of a block.
 """
@@ -8,24 +8,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Entries that share a scale: 6% of overhead, and one outlier spoils no more than these."""
+"""Entries that share a scale: half a bit each, and one outlier spoils no more than these."""
 
-_LEVELS = 127
-
-_LARGEST_SCALE = (1 - 2**-23) * torch.finfo(torch.float32).max / _LEVELS
-"""So that the largest level times the scale stays finite."""
+INT8, INT4 = 127, 7
+"""Largest level that eight and four bits hold beside its negative."""
 
 
 @dataclass(frozen=True, eq=False)
-class Int8Blocks:
-    """A tensor as int8 levels, each block of ``BLOCK`` consecutive entries with its own scale.
+class Blocks:
+    """A tensor as levels, each block of ``BLOCK`` consecutive entries with its own scale.
 
     Attributes:
-        levels_n: int8 [n], in -127..127.
+        levels_n: int8 [n].
         scales_g: fp32 [g], finite and not negative; g = ceil(n / BLOCK).
         shape: Shape of the dense tensor.
     """
@@ -42,10 +41,31 @@ class Int8Blocks:
                 f"got {tuple(self.levels_n.shape)} and {tuple(self.scales_g.shape)}"
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.levels_n.nbytes + self.scales_g.nbytes
+
     def dense(self) -> Tensor:
         """The tensor itself, fp32 of ``shape``."""
-        entries_gs = _blocks(self.levels_n.float()) * self.scales_g[:, None]
-        return entries_gs.reshape(-1)[: self.levels_n.numel()].reshape(self.shape)
+        full = self.levels_n.numel() // BLOCK
+        cut = full * BLOCK
+        # In one pass, and the last, short block by itself: no padded copy is made.
+        # numpy's large arrays are in huge pages, which are 10x cheaper to get.
+        entries_n = torch.from_numpy(np.empty(self.levels_n.numel(), np.float32))
+        torch.mul(
+            self.levels_n[:cut].view(full, BLOCK),
+            self.scales_g[:full, None],
+            out=entries_n[:cut].view(full, BLOCK),
+        )
+        torch.mul(self.levels_n[cut:], self.scales_g[full:], out=entries_n[cut:])
+        return entries_n.reshape(self.shape)
+
+    def norm(self) -> float:
+        """‖·‖₂ in fp64, from sums of squared levels."""
+        levels_gs = _blocks(self.levels_n.short())
+        squares_g = (levels_gs * levels_gs).sum(dim=1, dtype=torch.int32).double()
+        return float((self.scales_g.double().square() * squares_g).sum().sqrt())
 
 
 def blocks_of(entries: int) -> int:
@@ -53,14 +73,16 @@ def blocks_of(entries: int) -> int:
     return -(-entries // BLOCK)
 
 
-def quantise(x: Tensor) -> Int8Blocks:
-    """Round every entry to 255 levels between plus and minus its block's largest magnitude.
+def quantise(x: Tensor, largest_level: int = INT8) -> Blocks:
+    """Round every entry to a level between plus and minus its block's largest magnitude.
 
     Args:
         x: Entries of any shape, floating dtype and device; read in fp32.
+        largest_level: ``INT8`` or ``INT4``: levels lie between this and its negative.
 
     Returns:
-        The blocks, on the CPU; no entry is off by more than its block's largest / 254.
+        The blocks, on the CPU; no entry is off by more than its block's largest over twice
+        ``largest_level``.
 
     Raises:
         ValueError: An entry is NaN or infinite.
@@ -70,11 +92,13 @@ def quantise(x: Tensor) -> Int8Blocks:
         raise ValueError("the tensor holds NaN or infinite entries: the training diverged")
     entries_gs = _blocks(entries_n)
     largest_g = entries_gs.abs().amax(dim=1) if entries_n.numel() else entries_n
-    scales_g = (largest_g / _LEVELS).clamp(max=_LARGEST_SCALE)
+    # So that the largest level times the scale stays finite.
+    most = (1 - 2**-23) * torch.finfo(torch.float32).max / largest_level
+    scales_g = (largest_g / largest_level).clamp(max=most)
     # A scale that is zero, or too small for fp32, makes 0/0 and x/0: those levels are 0 or the end.
     levels_gs = (entries_gs / scales_g[:, None]).nan_to_num_(nan=0.0).round_()
-    levels_n = levels_gs.clamp_(-_LEVELS, _LEVELS).to(torch.int8).reshape(-1)
-    return Int8Blocks(levels_n[: entries_n.numel()].clone(), scales_g, tuple(x.shape))
+    levels_n = levels_gs.clamp_(-largest_level, largest_level).to(torch.int8).reshape(-1)
+    return Blocks(levels_n[: entries_n.numel()].clone(), scales_g, tuple(x.shape))
 
 
 def _blocks(entries_n: Tensor) -> Tensor:

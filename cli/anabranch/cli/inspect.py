@@ -74,7 +74,7 @@ def _folder(folder: Path) -> dict[str, Any]:
 
 def _blob(file: Path) -> dict[str, Any]:
     from anabranch.wire import WireError, read_manifest
-    from anabranch.wire.codecs.registry import codec_numbered
+    from anabranch.wire.codecs.registry import packing_numbered
 
     try:
         blob = file.read_bytes()
@@ -105,7 +105,7 @@ def _blob(file: Path) -> dict[str, Any]:
             {
                 "name": tensor.name,
                 "shape": "x".join(map(str, tensor.shape)),
-                "codec": codec_numbered(frame.codec).name,
+                "codec": packing_numbered(frame.codec)[0].name,
                 "non-zeros": tensor.nonzeros,
                 "scale": tensor.scale,
             }

@@ -10,11 +10,15 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
+from anabranch.coordinator.start import Start
 from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
 from anabranch.vectors.importance import COLUMNS_SUFFIX, ROWS_SUFFIX, importance_layout
-from anabranch.wire import Manifest, UpdateMeta, WireError, decode_weighed
+from anabranch.wire import Manifest, UpdateMeta, WireError, decode_forms
+from anabranch.wire.codecs.codec import Form
+from anabranch.wire.codecs.registry import codec_for
+from anabranch.wire.config import CodecConfig
 from anabranch.wire.limits import limits_for
 from anabranch.wire.plan import (
     CLIENT_KEY,
@@ -54,7 +58,7 @@ class Candidate:
         blob: The encoded update, opened if it was sealed.
         size_bytes: Bytes in which it came.
         meta: What it says of itself.
-        tensors: The same decoded.
+        changes: The same decoded, each tensor in its codec's form.
         importance: How much it says its entries matter, in the flat layout of
             ``vectors.importance``; empty where the plan did not ask.
         metrics: What it claims, as far as it can be true.
@@ -64,7 +68,7 @@ class Candidate:
     blob: bytes
     size_bytes: int
     meta: UpdateMeta
-    tensors: Mapping[str, Tensor]
+    changes: Mapping[str, Form]
     importance: Mapping[str, Tensor]
     metrics: Mapping[str, float]
 
@@ -97,8 +101,7 @@ def claims(record: object, names: tuple[str, ...]) -> dict[str, float]:
 
 def examine(
     message: Message,
-    plan: RoundPlan,
-    start: Adapter,
+    start: Start,
     client: str,
     max_norm: float | None = None,
     trust: Trust | None = None,
@@ -107,8 +110,8 @@ def examine(
 
     Args:
         message: The reply as it arrived; nothing in it is trusted.
-        plan: What was asked for.
-        start: The round's start: gives the layout the update must have.
+        start: What the client was handed: says what was asked for, and gives the layout the update
+            must have.
         client: The name its node was met under.
         max_norm: Largest ‖update‖₂ admitted; None sets no cap.
         trust: Says who may sign; None takes unsigned updates.
@@ -117,7 +120,7 @@ def examine(
         RefusedError: With the first reason found.
     """
     # Flower's typed views of a content copy all of it on each access.
-    content = message.content
+    content, plan = message.content, start.plan
     record, named = content.get(UPDATE_KEY), content.get(CLIENT_KEY)
     if not isinstance(record, ArrayRecord) or list(record) != [UPDATE_KEY]:
         raise RefusedError("no-update", "the reply holds no update record")
@@ -135,21 +138,23 @@ def examine(
         if trust is not None:
             trust.signed_by(manifest, client)
         _refuse_unasked(manifest.meta, plan, client)
+        _refuse_other_codec(manifest, plan.codec)
         if trust is not None:
             trust.fresh(manifest.meta)
 
-    expected = layouts(start, plan)
+    expected = layouts(start.adapter, plan)
     try:
         blob = seal.open(array.data, limits_for(*expected).message_bytes) if seal else array.data
-        meta, tensors, importance = decode_weighed(blob, *expected, check)
+        meta, changes, importance = decode_forms(blob, *expected, check)
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
-    if max_norm is not None and (norm := update_norm(tensors)) > max_norm:
+    norms = {name: change.norm() for name, change in changes.items()}
+    if max_norm is not None and (norm := math.hypot(*norms.values())) > max_norm:
         raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
-    _refuse_overflow(start, tensors)
-    _refuse_importance(start, importance)
+    _refuse_overflow(start, norms)
+    _refuse_importance(start.adapter, importance)
     metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
-    return Candidate(client, blob, len(array.data), meta, tensors, importance, metrics)
+    return Candidate(client, blob, len(array.data), meta, changes, importance, metrics)
 
 
 def _refuse_unasked(meta: UpdateMeta, plan: RoundPlan, client: str) -> None:
@@ -172,25 +177,42 @@ def _refuse_unasked(meta: UpdateMeta, plan: RoundPlan, client: str) -> None:
             raise RefusedError(code, f"{field} is {str(got)[:60]!r}, asked for {wanted!r}")
 
 
-def update_norm(tensors: Mapping[str, Tensor]) -> float:
-    """‖·‖₂ over all tensors, accumulated in fp64."""
-    return math.hypot(*(_norm(tensor) for tensor in tensors.values()))
+def _refuse_other_codec(manifest: Manifest, codec: CodecConfig) -> None:
+    """Refuse an update that was encoded otherwise, or keeps more, than the plan asks."""
+    if manifest.codec != codec_for(codec).name:
+        asked = codec_for(codec).name
+        raise RefusedError(
+            "wrong-codec", f"it came as {manifest.codec[:60]!r}, asked for {asked!r}"
+        )
+    if codec.budget_bytes is not None:
+        if manifest.size_bytes > codec.budget_bytes:
+            raise RefusedError(
+                "over-budget", f"it has {manifest.size_bytes} bytes, the budget is {codec.budget}"
+            )
+        return
+    for row in (row for frame in manifest.frames for row in frame.tensors):
+        most = max(1, round(codec.density * row.entries))
+        if row.nonzeros is not None and row.nonzeros > most:
+            raise RefusedError(
+                "over-density", f"{row.name[:100]} keeps {row.nonzeros} entries, asked for {most}"
+            )
 
 
-def _refuse_overflow(start: Adapter, changes: Mapping[str, Tensor]) -> None:
-    """Refuse an update whose ΔW, or the square of its norm, would not be a finite fp32 number.
+def _refuse_overflow(start: Start, changes: Mapping[str, float]) -> None:
+    """Refuse an update whose ΔW, or the square of its norm, might not be a finite fp32 number.
 
-    Finite factors can have a product that is not: it would make the merge fail for everybody.
+    Finite factors can have a product that is not: it would make the merge fail for everybody. The
+    norms of start and change bound that of their sum, so nothing is made dense here.
     """
-    end = {name: tensor + changes.get(name, 0.0) for name, tensor in start.tensors().items()}
+    most = {name: norm + changes.get(name, 0.0) for name, norm in start.norms.items()}
     root = math.sqrt(torch.finfo(torch.float32).max)
-    for name, factors in start.lora.items():
-        size = _norm(end[name + A_SUFFIX]) * _norm(end[name + B_SUFFIX]) * factors.scaling
+    for name, factors in start.adapter.lora.items():
+        size = most[name + A_SUFFIX] * most[name + B_SUFFIX] * factors.scaling
         if not size < root:
-            raise RefusedError("overflow", f"module {name[:100]} would get a norm of {size:.3g}")
-    for name in start.dense:
-        if not _norm(end[name]) < root:
-            raise RefusedError("overflow", f"parameter {name[:100]} would be beyond fp32's range")
+            raise RefusedError("overflow", f"module {name[:100]} might get a norm of {size:.3g}")
+    for name in start.adapter.dense:
+        if not most[name] < root:
+            raise RefusedError("overflow", f"parameter {name[:100]} might be beyond fp32's range")
 
 
 def _refuse_importance(start: Adapter, importance: Mapping[str, Tensor]) -> None:
@@ -203,8 +225,3 @@ def _refuse_importance(start: Adapter, importance: Mapping[str, Tensor]) -> None
                 raise RefusedError(
                     "importance", f"module {name[:100]} would have importance up to {largest:.3g}"
                 )
-
-
-def _norm(tensor: Tensor) -> float:
-    """‖·‖₂, accumulated in fp64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

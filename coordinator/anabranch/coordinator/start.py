@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from anabranch.aggregation import MergeMethod, truncate
@@ -44,6 +45,14 @@ class Start:
     def size_bytes(self) -> int:
         """Bytes of the adapter on its way to one client."""
         return len(self.blob or b"")
+
+    @cached_property
+    def norms(self) -> dict[str, float]:
+        """‖·‖₂ in fp64 of each of the adapter's tensors."""
+        return {
+            name: float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+            for name, tensor in self.adapter.tensors().items()
+        }
 
     @cached_property
     def content(self) -> RecordDict:

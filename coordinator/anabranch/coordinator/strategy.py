@@ -33,14 +33,15 @@ from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import from_tensors, split
 from anabranch.vectors.importance import from_flat_importance
-from anabranch.wire import decode_adapter, decode_weighed, encode_adapter
+from anabranch.wire import decode_adapter, decode_forms, encode_adapter
+from anabranch.wire.codecs.codec import Form
 from anabranch.wire.errors import one_line
 from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan
 
 log = logging.getLogger("anabranch.coordinator")
 
-Decoded = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-"""An update's tensors and their importance."""
+Decoded = tuple[Mapping[str, Form], Mapping[str, Tensor]]
+"""An update's changes and their importance."""
 
 DECODED_BYTES = 256 << 20
 """Decoded updates kept from admission to the merge; what is beyond is decoded again."""
@@ -346,9 +347,7 @@ class MergeStrategy(Strategy):
         if client is None:
             raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
         start = self._start(client)
-        candidate = examine(
-            reply.message, start.plan, start.adapter, client, self.config.max_norm, self._trust
-        )
+        candidate = examine(reply.message, start, client, self.config.max_norm, self._trust)
         try:
             contribution = Contribution(
                 round=start.plan.round,
@@ -365,9 +364,10 @@ class MergeStrategy(Strategy):
             raise RefusedError("duplicate", "this client already has an update in this round")
         if self._trust is not None:
             self._trust.nonces.add(contribution.nonce)
-        held = [*candidate.tensors.values(), *candidate.importance.values()]
-        if (len(self._decoded) + 1) * sum(tensor.nbytes for tensor in held) <= DECODED_BYTES:
-            self._decoded[contribution.digest] = (candidate.tensors, candidate.importance)
+        held = sum(change.nbytes for change in candidate.changes.values())
+        held += sum(part.nbytes for part in candidate.importance.values())
+        if (len(self._decoded) + 1) * held <= DECODED_BYTES:
+            self._decoded[contribution.digest] = (candidate.changes, candidate.importance)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -406,13 +406,13 @@ class MergeStrategy(Strategy):
         kept = self._decoded.pop(row.digest, None)
         changes, importance = kept or self._decode(row, start)
         before = start.adapter.tensors()
-        moved = {name: before[name] + change for name, change in changes.items()}
+        moved = {name: before[name] + change.dense() for name, change in changes.items()}
         end = start.adapter.with_tensors({**before, **moved})
         return replace(end, importance=from_flat_importance(importance))
 
     def _decode(self, row: Contribution, start: Start) -> Decoded:
         """An update that was not kept in memory, out of its artifact."""
-        meta, changes, importance = decode_weighed(
+        meta, changes, importance = decode_forms(
             self.store.get(row.digest), *layouts(start.adapter, start.plan)
         )
         # The SVD of another machine may turn a truncated start differently.

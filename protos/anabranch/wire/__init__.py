@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from anabranch.wire.adapter_message import decode_adapter as decode_adapter
     from anabranch.wire.adapter_message import encode_adapter as encode_adapter
     from anabranch.wire.config import CodecConfig as CodecConfig
+    from anabranch.wire.decode import decode_forms as decode_forms
+    from anabranch.wire.decode import decode_update as decode_update
+    from anabranch.wire.encode import Encoded as Encoded
+    from anabranch.wire.encode import encode_update as encode_update
     from anabranch.wire.errors import WireError as WireError
     from anabranch.wire.feedback import compensate as compensate
     from anabranch.wire.feedback import remainder as remainder
@@ -19,26 +23,20 @@ if TYPE_CHECKING:
     from anabranch.wire.limits import Limits as Limits
     from anabranch.wire.manifest import Manifest as Manifest
     from anabranch.wire.manifest import UpdateMeta as UpdateMeta
-    from anabranch.wire.update import Encoded as Encoded
-    from anabranch.wire.update import decode_forms as decode_forms
-    from anabranch.wire.update import decode_update as decode_update
-    from anabranch.wire.update import decode_weighed as decode_weighed
-    from anabranch.wire.update import encode_update as encode_update
 
 _HOMES = {
     "CodecConfig": "config",
-    "Encoded": "update",
+    "Encoded": "encode",
     "Limits": "limits",
     "Manifest": "manifest",
     "UpdateMeta": "manifest",
     "WireError": "errors",
     "compensate": "feedback",
     "decode_adapter": "adapter_message",
-    "decode_forms": "update",
-    "decode_update": "update",
-    "decode_weighed": "update",
+    "decode_forms": "decode",
+    "decode_update": "decode",
     "encode_adapter": "adapter_message",
-    "encode_update": "update",
+    "encode_update": "encode",
     "read_manifest": "header",
     "remainder": "feedback",
 }

@@ -6,12 +6,13 @@ from anabranch.vectors import Adapter
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX
 from anabranch.vectors.frozen import from_tensors, most_ranks, whole_layout
 from anabranch.wire.config import CodecConfig, DenseDtype
+from anabranch.wire.decode import Check, decode_update
+from anabranch.wire.encode import Encoded, encode_update
 from anabranch.wire.header import read_manifest
 from anabranch.wire.keys import PrivateKey
 from anabranch.wire.limits import limits_for
 from anabranch.wire.manifest import UpdateMeta
 from anabranch.wire.plan import RoundPlan, Trains, sent_down
-from anabranch.wire.update import Check, Encoded, decode_update, encode_update
 
 
 def encode_adapter(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DenseDtype = Literal["fp32", "bf16", "int8"]
 """How a dense entry is stored."""
+
+
+BUDGETED = ("ternary", "two-bit")
+"""Codecs whose densities can be chosen for a budget."""
+
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class CodecConfig(BaseModel):
@@ -15,18 +22,58 @@ class CodecConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["ternary", "dense"] = "ternary"
-    """``ternary`` keeps the largest entries as signs times a scale; ``dense`` keeps them all."""
+    name: Literal["ternary", "two-bit", "dense", "sign", "rotated", "dare"] = "ternary"
+    """``ternary`` keeps the largest entries as signs times a scale; ``two-bit`` as signs times one
+    of two scales; ``dense`` keeps them all; ``sign`` keeps the sign of each, ``rotated`` a few bits
+    of each after a random rotation; ``dare`` keeps a random share of them, enlarged."""
 
     density: float = Field(0.1, gt=0, le=1)
-    """Share of each tensor's entries that ``ternary`` keeps, by magnitude."""
+    """Share of each tensor's entries that ``ternary`` and ``two-bit`` keep, by magnitude, and
+    ``dare`` by chance."""
 
-    dtype: DenseDtype = "fp32"
-    """How ``dense`` stores an entry: exactly, with 8 bits of precision, or as one of 255 levels of
-    its block."""
+    budget: str | None = None
+    """Bytes that an update of ``ternary`` or ``two-bit`` may have, such as "400 kB" or "1.5 MiB":
+    the densities of all tensors are then chosen for the least squared error, and ``density`` says
+    nothing."""
+
+    dtype: Literal[DenseDtype, "int4"] = "fp32"
+    """How ``dense`` stores an entry: exactly, with 8 bits of precision, or as one of 255 or 15
+    levels of its block."""
+
+    bits: int = Field(2, ge=1, le=4)
+    """Of an entry, where it is ``rotated``."""
 
     feedback: float = Field(1.0, ge=0, le=1)
     """Error feedback: share of what an update left out that the client adds to its next one."""
 
     feedback_gap: int = Field(4, ge=1)
     """A client absent for more rounds than this starts with no residual."""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget as a number of bytes; None where there is none."""
+        return None if self.budget is None else _bytes(self.budget)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.budget is not None:
+            if self.name not in BUDGETED:
+                raise ValueError(
+                    f"budget: {self.name} has no density to choose; "
+                    f"set name to one of {', '.join(BUDGETED)}, or leave budget out"
+                )
+            _bytes(self.budget)
+        if self.name == "dare" and self.feedback:
+            raise ValueError(
+                "feedback: what dare leaves out by chance and enlarges would be counted twice; "
+                "set feedback to 0, or name to ternary"
+            )
+        return self
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)\s*", text)
+    if match is None:
+        raise ValueError(f"budget is {text!r}; give a size such as 400 kB or 1.5 MiB")
+    number, unit = match.groups()
+    return int(float(number) * _UNITS[unit])

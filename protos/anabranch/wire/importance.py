@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from anabranch.wire.codecs.codec import Form
-from anabranch.wire.codecs.dense import INT8
+from anabranch.wire.codecs.dense import EIGHT_BITS
 from anabranch.wire.errors import WireError
 
-IMPORTANCE = INT8
+IMPORTANCE = EIGHT_BITS
 """The codec of its frames, whatever the codec of the update."""
 
 _LARGEST_ROOT = math.sqrt(torch.finfo(torch.float32).max)

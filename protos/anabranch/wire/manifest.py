@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from anabranch.wire.limits import HASH_BYTES, NONCE_BYTES, TEXT_BYTES
+from anabranch.wire.limits import DIGEST_BYTES, HASH_BYTES, NONCE_BYTES, TEXT_BYTES
 
 Kind = Literal["update", "adapter"]
 
@@ -131,9 +132,19 @@ class Manifest:
     importance: tuple[FrameInfo, ...] = ()
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole message."""
+        return self.payload_start + self.payload_bytes
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of all payloads."""
         return sum(frame.payload_bytes for frame in (*self.frames, *self.importance))
+
+
+def payload_digest(payload: bytes | memoryview) -> bytes:
+    """``FrameInfo.digest`` of a payload."""
+    return hashlib.sha256(payload).digest()[:DIGEST_BYTES]
 
 
 def _check_hash(field: str, text: str) -> None:

@@ -15,8 +15,17 @@ from anabranch.wire.manifest import FrameInfo
 class Form(Protocol):
     """A tensor as a codec sees it; for instance ``SparseTernary``."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        ...
+
     def dense(self) -> Tensor:
         """The tensor itself, in fp32."""
+        ...
+
+    def norm(self) -> float:
+        """Its ‖·‖₂ in fp64, without making it dense where that is possible."""
         ...
 
 
@@ -41,23 +50,42 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Codec(Generic[F]):
-    """A way to encode tensors.
-
-    All loss is in ``reduce``: ``unpack`` of ``pack`` gives equal forms back, bit for bit, so a
-    sender knows what its receiver will decode without decoding.
+class Packing(Generic[F]):
+    """A lossless way to write a frame's forms: ``unpack`` of ``pack`` gives them back bit for bit.
 
     Attributes:
-        number: The codec's number in update.proto, never used again for another.
-        name: For people and logs; it stands in the manifest.
-        reduce: Tensor of any shape to form. Raises ValueError on NaN and infinite entries.
-        pack: Forms of a frame's tensors, in order, to payload.
+        number: Its number in update.proto, never used again for another.
+        pack: Forms of a frame's tensors, in order, to payload; None where another one of the codec
+            is sure to be smaller, or to be faster by more than it is larger.
         unpack: Payload and its row of the manifest, whose shapes are already known to be the
-            local ones, to forms. It trusts nothing else, and raises WireError.
+            local ones, and the tensors' seeds, to forms. It trusts nothing else, and raises
+            WireError.
     """
 
     number: int
+    pack: Callable[[Sequence[F]], Packed | None]
+    unpack: Callable[[memoryview, FrameInfo, Sequence[int]], list[F]]
+
+
+@dataclass(frozen=True)
+class Codec(Generic[F]):
+    """A way to encode tensors.
+
+    All loss is in ``reduce``, so a sender knows what its receiver will decode without decoding.
+
+    Attributes:
+        name: For people and logs; it stands in the manifest.
+        reduce: Tensor of any shape, the configuration and the tensor's seed (``seeds.seed_of``) to
+            form. Raises ValueError on NaN and infinite entries.
+        packings: How a frame of forms can be written; each frame takes the smallest.
+    """
+
     name: str
-    reduce: Callable[[Tensor, CodecConfig], F]
-    pack: Callable[[Sequence[F]], Packed]
-    unpack: Callable[[memoryview, FrameInfo], list[F]]
+    reduce: Callable[[Tensor, CodecConfig, int], F]
+    packings: tuple[Packing[F], ...]
+
+    def pack(self, forms: Sequence[F]) -> tuple[int, Packed]:
+        """The smallest way to write these forms, and its number; of equal ones the first."""
+        written = [(packing.number, packing.pack(forms)) for packing in self.packings]
+        found = [(number, packed) for number, packed in written if packed is not None]
+        return min(found, key=lambda one: len(one[1].payload))

@@ -1,6 +1,6 @@
-"""Every entry, at 32, 16 or 8 bits. Payloads are the values as they are: nothing to blow up.
+"""Every entry, at 32, 16, 8 or 4 bits. Payloads are the values as they are: nothing to blow up.
 
-Shape legend: n entries of a tensor or a frame, g blocks of the int8 form.
+Shape legend: n entries of a tensor or a frame, g blocks of a quantised form.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anabranch.vectors.quantised import Int8Blocks, blocks_of, quantise
-from anabranch.wire.codecs.codec import Codec, Packed
+from anabranch.vectors.quantised import INT4, INT8, Blocks, blocks_of, quantise
+from anabranch.wire.codecs.codec import Codec, Packed, Packing
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
 from anabranch.wire.manifest import FrameInfo
 from anabranch.wire.v1 import update_pb2 as pb
-
-_INT8_RANGE = 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +34,21 @@ class Plain:
 
     values: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.values.nbytes
+
     def dense(self) -> Tensor:
         """The tensor itself, in fp32."""
         return self.values.float()
 
+    def norm(self) -> float:
+        """‖·‖₂ in fp64."""
+        return float(torch.linalg.vector_norm(self.values, dtype=torch.float64))
 
-def _reduce_plain(tensor: Tensor, config: CodecConfig, dtype: torch.dtype) -> Plain:
+
+def _reduce_plain(tensor: Tensor, config: CodecConfig, seed: int, dtype: torch.dtype) -> Plain:
     # A copy even where nothing is rounded: what was sent must not change with the sender's tensor.
     values = tensor.detach().to("cpu", dtype, copy=True)
     if not _all_finite(values):
@@ -65,8 +72,10 @@ def _pack_plain(forms: Sequence[Plain]) -> Packed:
     return Packed(payload, len(payload))
 
 
-def _unpack_plain(payload: memoryview, frame: FrameInfo, dtype: torch.dtype) -> list[Plain]:
-    _check_lengths(payload, frame, frame.entries * dtype.itemsize)
+def _unpack_plain(
+    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], dtype: torch.dtype
+) -> list[Plain]:
+    check_lengths(payload, frame, frame.entries * dtype.itemsize)
     values_n = _from_bytes(payload, dtype)
     if not _all_finite(values_n):
         raise WireError("values", "a frame holds NaN or infinite values")
@@ -76,36 +85,62 @@ def _unpack_plain(payload: memoryview, frame: FrameInfo, dtype: torch.dtype) -> 
     ]
 
 
-def _reduce_int8(tensor: Tensor, config: CodecConfig) -> Int8Blocks:
-    return quantise(tensor)
+def _reduce_blocks(tensor: Tensor, config: CodecConfig, seed: int, largest: int) -> Blocks:
+    return quantise(tensor, largest)
 
 
-def _pack_int8(forms: Sequence[Int8Blocks]) -> Packed:
+def _pack_blocks(forms: Sequence[Blocks], largest: int) -> Packed:
     scales = b"".join(_to_bytes(form.scales_g) for form in forms)
-    payload = scales + b"".join(_to_bytes(form.levels_n) for form in forms)
+    levels_n = torch.cat([form.levels_n for form in forms])
+    payload = scales + _to_bytes(levels_n if largest == INT8 else _nibbles(levels_n))
     return Packed(payload, len(payload))
 
 
-def _unpack_int8(payload: memoryview, frame: FrameInfo) -> list[Int8Blocks]:
-    blocks = [blocks_of(tensor.entries) for tensor in frame.tensors]
-    scale_bytes = 4 * sum(blocks)
-    _check_lengths(payload, frame, scale_bytes + frame.entries)
+def _unpack_blocks(
+    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], largest: int
+) -> list[Blocks]:
+    counts = [blocks_of(tensor.entries) for tensor in frame.tensors]
+    scale_bytes = 4 * sum(counts)
+    level_bytes = frame.entries if largest == INT8 else -(-frame.entries // 2)
+    check_lengths(payload, frame, scale_bytes + level_bytes)
     scales_g = _from_bytes(payload[:scale_bytes], torch.float32)
     levels_n = _from_bytes(payload[scale_bytes:], torch.int8)
+    if largest == INT4:
+        levels_n = _levels(levels_n, frame.entries)
     # The largest level times the scale must stay finite, so the scale is held to that.
-    if not bool((torch.isfinite(scales_g * _INT8_RANGE) & (scales_g >= 0)).all()):
+    if not bool((torch.isfinite(scales_g * largest) & (scales_g >= 0)).all()):
         raise WireError("values", "a block scale is NaN, negative or too large")
-    if bool((levels_n < -_INT8_RANGE).any()):
-        raise WireError("values", "a level is -128, which no sender writes")
-    scales = torch.split(scales_g, blocks)
+    if levels_n.numel() and int(levels_n.min()) < -largest:
+        raise WireError("values", f"a level is {-largest - 1}, which no sender writes")
+    scales = torch.split(scales_g, counts)
     levels = torch.split(levels_n, [tensor.entries for tensor in frame.tensors])
     return [
-        Int8Blocks(level, scale, tensor.shape)
+        Blocks(level, scale, tensor.shape)
         for level, scale, tensor in zip(levels, scales, frame.tensors, strict=True)
     ]
 
 
-def _check_lengths(payload: memoryview, frame: FrameInfo, expected_bytes: int) -> None:
+def _nibbles(levels_n: Tensor) -> Tensor:
+    """Levels in -7..7 as four bits each, the first in the lower half of a byte."""
+    even = torch.nn.functional.pad(levels_n, (0, levels_n.numel() % 2)).view(torch.uint8)
+    return (even[::2] & 15) | (even[1::2] << 4)
+
+
+def _levels(packed: Tensor, entries: int) -> Tensor:
+    """Levels [n] of ``_nibbles``; the half byte after an odd number of them must be zero."""
+    # A left and an arithmetic right shift spread the sign of the lower half.
+    both = torch.stack([(packed << 4) >> 4, packed >> 4], dim=1).reshape(-1)
+    if both[entries:].any():
+        raise WireError("payload", "bits are set after the last level")
+    return both[:entries]
+
+
+def check_lengths(payload: memoryview, frame: FrameInfo, expected_bytes: int) -> None:
+    """Refuse a frame that is not compressed and has another length than its shapes give.
+
+    Raises:
+        WireError: It is so, or is announced as sparse.
+    """
     if len(payload) != expected_bytes or frame.raw_bytes != expected_bytes:
         raise WireError(
             "counts",
@@ -131,21 +166,18 @@ def _from_bytes(payload: memoryview, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(number: int, name: str, dtype: torch.dtype) -> Codec[Plain]:
-    return Codec(
-        number=number,
-        name=name,
-        reduce=partial(_reduce_plain, dtype=dtype),
-        pack=_pack_plain,
-        unpack=partial(_unpack_plain, dtype=dtype),
+    packing = Packing(number, _pack_plain, partial(_unpack_plain, dtype=dtype))
+    return Codec(name, partial(_reduce_plain, dtype=dtype), (packing,))
+
+
+def _blocks(number: int, name: str, largest: int) -> Codec[Blocks]:
+    packing = Packing(
+        number, partial(_pack_blocks, largest=largest), partial(_unpack_blocks, largest=largest)
     )
+    return Codec(name, partial(_reduce_blocks, largest=largest), (packing,))
 
 
 FP32 = _plain(pb.CODEC_FP32, "dense-fp32", torch.float32)
 BF16 = _plain(pb.CODEC_BF16, "dense-bf16", torch.bfloat16)
-INT8 = Codec(
-    number=pb.CODEC_INT8,
-    name="dense-int8",
-    reduce=_reduce_int8,
-    pack=_pack_int8,
-    unpack=_unpack_int8,
-)
+EIGHT_BITS = _blocks(pb.CODEC_INT8, "dense-int8", INT8)
+FOUR_BITS = _blocks(pb.CODEC_INT4, "dense-int4", INT4)

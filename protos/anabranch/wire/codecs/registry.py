@@ -4,28 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
-from anabranch.wire.codecs.codec import Codec
-from anabranch.wire.codecs.dense import BF16, FP32, INT8
+from anabranch.wire.codecs.codec import Codec, Packing
+from anabranch.wire.codecs.dare import DARE
+from anabranch.wire.codecs.dense import BF16, EIGHT_BITS, FOUR_BITS, FP32
+from anabranch.wire.codecs.rotated import ROTATED
+from anabranch.wire.codecs.sign import SIGN
 from anabranch.wire.codecs.ternary import TERNARY
+from anabranch.wire.codecs.two_bit import TWO_BIT
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
 
-CODECS: tuple[Codec[Any], ...] = (TERNARY, FP32, BF16, INT8)
+CODECS: tuple[Codec[Any], ...] = (
+    TERNARY,
+    TWO_BIT,
+    FP32,
+    BF16,
+    EIGHT_BITS,
+    FOUR_BITS,
+    SIGN,
+    *ROTATED,
+    DARE,
+)
 
 
 def codec_for(config: CodecConfig) -> Codec[Any]:
     """The codec a configuration asks for."""
-    name = config.name if config.name == "ternary" else f"{config.name}-{config.dtype}"
+    within = {"dense": config.dtype, "rotated": str(config.bits)}
+    name = "-".join([config.name, within[config.name]] if config.name in within else [config.name])
     return next(codec for codec in CODECS if codec.name == name)
 
 
-def codec_numbered(number: int) -> Codec[Any]:
-    """The codec a frame names.
+def packing_numbered(number: int) -> tuple[Codec[Any], Packing[Any]]:
+    """The codec a frame names, and which of its packings.
 
     Raises:
         WireError: This release has no such codec.
     """
     for codec in CODECS:
-        if codec.number == number:
-            return codec
+        for packing in codec.packings:
+            if packing.number == number:
+                return codec, packing
     raise WireError("codec", f"a frame has codec {number}, which this release does not know")

@@ -63,6 +63,28 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     CODEC_BF16: _Codec.ValueType  # 3
     CODEC_INT8: _Codec.ValueType  # 4
     """fp32 block scales, then a byte per entry."""
+    CODEC_TERNARY_MASK: _Codec.ValueType  # 5
+    """Signs of a support that is written as a Huffman-coded bit mask, or as zero runs coded by
+    asymmetric numeral systems under the geometric law of the frame's density.
+    """
+    CODEC_TERNARY_DRAWS: _Codec.ValueType  # 6
+    CODEC_TWO_BIT: _Codec.ValueType  # 7
+    """The same three supports; then an fp32 per tensor, the larger magnitude, a bit per non-zero for
+    its sign, and one for its magnitude. The manifest's scale is the smaller magnitude.
+    """
+    CODEC_TWO_BIT_MASK: _Codec.ValueType  # 8
+    CODEC_TWO_BIT_DRAWS: _Codec.ValueType  # 9
+    CODEC_INT4: _Codec.ValueType  # 10
+    """fp32 block scales, then four bits per entry, the first in the lower half of a byte."""
+    CODEC_SIGN: _Codec.ValueType  # 11
+    """An fp32 scale per tensor, then a bit per entry."""
+    CODEC_ROTATED_1: _Codec.ValueType  # 12
+    """Codes of 1 to 4 bits of randomly rotated blocks: fp32 block scales, then a plane per bit."""
+    CODEC_ROTATED_2: _Codec.ValueType  # 13
+    CODEC_ROTATED_3: _Codec.ValueType  # 14
+    CODEC_ROTATED_4: _Codec.ValueType  # 15
+    CODEC_DARE: _Codec.ValueType  # 16
+    """The threshold of the kept draws less 1, 32 bits; then what they kept, as in CODEC_INT8."""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper): ...
 
@@ -74,6 +96,28 @@ CODEC_FP32: Codec.ValueType  # 2
 CODEC_BF16: Codec.ValueType  # 3
 CODEC_INT8: Codec.ValueType  # 4
 """fp32 block scales, then a byte per entry."""
+CODEC_TERNARY_MASK: Codec.ValueType  # 5
+"""Signs of a support that is written as a Huffman-coded bit mask, or as zero runs coded by
+asymmetric numeral systems under the geometric law of the frame's density.
+"""
+CODEC_TERNARY_DRAWS: Codec.ValueType  # 6
+CODEC_TWO_BIT: Codec.ValueType  # 7
+"""The same three supports; then an fp32 per tensor, the larger magnitude, a bit per non-zero for
+its sign, and one for its magnitude. The manifest's scale is the smaller magnitude.
+"""
+CODEC_TWO_BIT_MASK: Codec.ValueType  # 8
+CODEC_TWO_BIT_DRAWS: Codec.ValueType  # 9
+CODEC_INT4: Codec.ValueType  # 10
+"""fp32 block scales, then four bits per entry, the first in the lower half of a byte."""
+CODEC_SIGN: Codec.ValueType  # 11
+"""An fp32 scale per tensor, then a bit per entry."""
+CODEC_ROTATED_1: Codec.ValueType  # 12
+"""Codes of 1 to 4 bits of randomly rotated blocks: fp32 block scales, then a plane per bit."""
+CODEC_ROTATED_2: Codec.ValueType  # 13
+CODEC_ROTATED_3: Codec.ValueType  # 14
+CODEC_ROTATED_4: Codec.ValueType  # 15
+CODEC_DARE: Codec.ValueType  # 16
+"""The threshold of the kept draws less 1, 32 bits; then what they kept, as in CODEC_INT8."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 @_typing.final

@@ -1,0 +1,185 @@
+"""One to four bits an entry after a random rotation (EDEN, 2108.08842 and ICML 2022).
+
+A random rotation makes the entries of any block close to normal, so one table of levels, the best
+for a normal law (Lloyd 1982, Max 1960), fits all of them. The rotation is a Hadamard transform of
+randomly flipped entries; both ends draw the flips from the manifest, so they cost nothing.
+
+EDEN scales what it sends to be unbiased. Here the scale is the one of least squares: error feedback
+asks for a contraction, and an unbiased code is none at one bit.
+
+Shape legend: n entries of a tensor, g blocks of it, s entries of a block, a power of two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anabranch.wire.codecs import sparse
+from anabranch.wire.codecs.codec import Codec, Packed, Packing
+from anabranch.wire.codecs.dense import check_lengths
+from anabranch.wire.config import CodecConfig
+from anabranch.wire.errors import WireError
+from anabranch.wire.manifest import FrameInfo
+from anabranch.wire.seeds import random_bytes
+from anabranch.wire.v1 import update_pb2 as pb
+
+Floats = NDArray[np.float32]
+
+_LARGEST_BLOCK = 1 << 12
+"""So that a block's transform stays in the L1 cache; larger ones are hardly nearer to normal."""
+
+_POSITIVE = {
+    1: (0.7978846,),
+    2: (0.4527800, 1.5104176),
+    3: (0.2450942, 0.7560052, 1.3439093, 2.1519457),
+    4: (0.1283950, 0.3880483, 0.6567591, 0.9423404, 1.2562312, 1.6180464, 2.0690172, 2.7325896),
+}
+"""Levels above zero of the Lloyd-Max quantisers of a standard normal law, by bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """A tensor as levels of its rotated blocks.
+
+    Attributes:
+        codes_n: uint8 [n], in 0..2^bits - 1: levels in ascending order.
+        scales_g: fp32 [g]: what a level of 1 is worth in each block.
+        bits: Of a code.
+        seed: The flips are drawn from it.
+        shape: Shape of the dense tensor.
+    """
+
+    codes_n: NDArray[np.uint8]
+    scales_g: Floats
+    bits: int
+    seed: int
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.codes_n.nbytes + self.scales_g.nbytes
+
+    def dense(self) -> Tensor:
+        """The tensor itself, fp32 of ``shape``."""
+        entries_n = levels_of(self.bits)[self.codes_n]
+        for block, scale in zip(blocks_of(self.codes_n.size), self.scales_g, strict=True):
+            entries_n[block] = _transform(entries_n[block]) * scale
+        return torch.from_numpy(entries_n * flips(self.seed, entries_n.size)).reshape(self.shape)
+
+    def norm(self) -> float:
+        """‖·‖₂ in fp64: a rotation keeps it."""
+        squares_n = levels_of(self.bits).astype(float)[self.codes_n] ** 2
+        return math.sqrt(
+            sum(
+                float(squares_n[block].sum()) * float(scale) ** 2
+                for block, scale in zip(blocks_of(self.codes_n.size), self.scales_g, strict=True)
+            )
+        )
+
+
+def blocks_of(entries: int) -> Iterator[slice]:
+    """Blocks of a tensor: as many of the largest size as fit, then powers of two to its end."""
+    full, rest = divmod(entries, _LARGEST_BLOCK)
+    sizes = [_LARGEST_BLOCK] * full
+    sizes += [1 << bit for bit in reversed(range(_LARGEST_BLOCK.bit_length())) if rest >> bit & 1]
+    return (slice(first, last) for first, last in pairwise(accumulate(sizes, initial=0)))
+
+
+@lru_cache(maxsize=4)
+def levels_of(bits: int) -> Floats:
+    """All levels of a code, ascending, fp32 [2^bits]."""
+    positive = np.array(_POSITIVE[bits], np.float32)
+    return np.concatenate([-positive[::-1], positive])
+
+
+def flips(seed: int, entries: int) -> Floats:
+    """Signs [n] of a tensor, each +1 or -1 with equal chance."""
+    bits_n = np.unpackbits(random_bytes(seed, -(-entries // 8)), count=entries, bitorder="little")
+    return 1 - 2 * bits_n.astype(np.float32)
+
+
+def _transform(entries_s: Floats) -> Floats:
+    """The orthonormal Hadamard transform, its own inverse.
+
+    By additions in a fixed order: the same bits on every machine.
+    """
+    size = entries_s.size
+    half = 1
+    while half < size:
+        pairs = entries_s.reshape(-1, 2, half)
+        left, right = pairs[:, 0], pairs[:, 1]
+        entries_s = np.stack([left + right, left - right], axis=1).reshape(-1)
+        half *= 2
+    return entries_s * np.float32(1 / math.sqrt(size))
+
+
+def _reduce(tensor: Tensor, config: CodecConfig, seed: int, bits: int) -> Rotated:
+    entries_n = tensor.detach().to("cpu", torch.float32).reshape(-1).numpy()
+    if not np.isfinite(entries_n).all():
+        raise ValueError("the tensor holds NaN or infinite entries: the training diverged")
+    levels = levels_of(bits)
+    between = (levels[1:] + levels[:-1]) / 2
+    flipped_n = entries_n * flips(seed, entries_n.size)
+    codes, scales = [np.zeros(0, np.uint8)], []
+    for block in blocks_of(entries_n.size):
+        rotated_s = _transform(flipped_n[block])
+        sigma = float(np.sqrt(np.square(rotated_s, dtype=np.float64).mean()))
+        codes_s = np.searchsorted(between, rotated_s / np.float32(sigma or 1)).astype(np.uint8)
+        chosen_s = levels[codes_s].astype(np.float64)
+        # Least squares: <rotated, levels> / <levels, levels>.
+        scales.append(float(rotated_s.astype(np.float64) @ chosen_s / (chosen_s @ chosen_s)))
+        codes.append(codes_s)
+    scales_g = np.array(scales, np.float32)
+    if not np.isfinite(scales_g).all():
+        raise ValueError("the tensor holds entries beyond the range of a rotated code")
+    return Rotated(np.concatenate(codes), scales_g, bits, seed, tensor.shape)
+
+
+def _pack(forms: Sequence[Rotated], bits: int) -> Packed:
+    scales = b"".join(form.scales_g.astype("<f4").tobytes() for form in forms)
+    codes_n = np.concatenate([form.codes_n for form in forms])
+    planes = (sparse.pack_bits((codes_n >> bit & 1).view(np.bool_)) for bit in range(bits))
+    payload = scales + b"".join(planes)
+    return Packed(payload, len(payload))
+
+
+def _unpack(
+    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], bits: int
+) -> list[Rotated]:
+    counts = [len(list(blocks_of(tensor.entries))) for tensor in frame.tensors]
+    head, plane = 4 * sum(counts), sparse.bits_bytes(frame.entries)
+    check_lengths(payload, frame, head + bits * plane)
+    scales_g = np.frombuffer(payload[:head], "<f4").astype(np.float32)
+    # A block's largest entry is at most its norm: no more than √s levels of the largest size.
+    most = np.finfo(np.float32).max / (_LARGEST_BLOCK * levels_of(bits)[-1])
+    if not bool(((scales_g >= 0) & (scales_g < most)).all()):
+        raise WireError("values", "a block scale is NaN, negative or too large")
+    codes_n = np.zeros(frame.entries, np.uint8)
+    for bit in range(bits):
+        start = head + bit * plane
+        bits_n = sparse.unpack_bits(payload[start : start + plane], frame.entries)
+        codes_n |= bits_n.view(np.uint8) << np.uint8(bit)
+    codes = np.split(codes_n, list(accumulate(tensor.entries for tensor in frame.tensors))[:-1])
+    scales = np.split(scales_g, list(accumulate(counts))[:-1])
+    return [
+        Rotated(code, scale, bits, seed, torch.Size(tensor.shape))
+        for code, scale, seed, tensor in zip(codes, scales, seeds, frame.tensors, strict=True)
+    ]
+
+
+def _rotated(number: int, bits: int) -> Codec[Rotated]:
+    packing = Packing(number, partial(_pack, bits=bits), partial(_unpack, bits=bits))
+    return Codec(f"rotated-{bits}", partial(_reduce, bits=bits), (packing,))
+
+
+ROTATED = tuple(_rotated(pb.CODEC_ROTATED_1 + bits - 1, bits) for bits in (1, 2, 3, 4))
