@@ -40,7 +40,15 @@ SPARSE: dict[str, tuple[int, ...]] = {"x": (4000,)}
 IMPORTANCE = {"m.rows": (20,), "m.columns": (30,)}
 CODECS = (
     CodecConfig(density=0.2),
-    *(CodecConfig(name="dense", dtype=dtype) for dtype in ("fp32", "bf16", "int8")),
+    CodecConfig(density=0.8),
+    CodecConfig(name="two-bit", density=0.2),
+    CodecConfig(name="dense", dtype="fp32"),
+    CodecConfig(name="dense", dtype="bf16"),
+    CodecConfig(name="dense", dtype="int8"),
+    CodecConfig(name="dense", dtype="int4"),
+    CodecConfig(name="sign"),
+    CodecConfig(name="rotated", bits=3),
+    CodecConfig(name="dare", density=0.4, feedback=0),
 )
 RING = KeyRing(by_id([seeded_key("c", 1).public]))
 _SEAL = new_seal_key()
@@ -110,10 +118,22 @@ def _runs(data: bytes) -> Decoded:
     runs = data[1 + len(signs) :]
     manifest = pb.Manifest.FromString(_SPARSE)
     frame = manifest.frames[0]
+    frame.codec = pb.CODEC_TERNARY
     frame.nonzeros[0], frame.raw_bytes = count, len(runs) + len(signs)
     raw = manifest.SerializeToString()
     payload = zstd.compress_symbols(runs) + signs
     return decode_update(message_of(_packed(raw, payload)), SPARSE)[1], SPARSE
+
+
+def _draws(data: bytes) -> Decoded:
+    """Coded draws and signs of a sparse frame: two bytes say how many non-zeros and run bytes."""
+    count, runs = (data[0], data[1]) if len(data) > 1 else (0, 0)
+    manifest = pb.Manifest.FromString(_SPARSE)
+    frame = manifest.frames[0]
+    frame.codec = pb.CODEC_TERNARY_DRAWS
+    frame.nonzeros[0], frame.raw_bytes = count, runs + -(-count // 8)
+    raw = manifest.SerializeToString()
+    return decode_update(message_of(_packed(raw, data[2:])), SPARSE)[1], SPARSE
 
 
 DOORS: tuple[Callable[[bytes], Decoded], ...] = (
@@ -124,6 +144,7 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _adapter,
     _sealed,
     _runs,
+    _draws,
 )
 
 
@@ -164,6 +185,9 @@ def seeds() -> list[bytes]:
         found += [bytes([door]) + _opened(blob) for door in (1, 3, 4)]
         found.append(b"\2" + _opened(_blob(codec, weighed=True)))
     found.append(bytes([6, 9, 0x55, 1]) + bytes([3, 255, 7, 0, 0, 1, 254, 9, 30, 2]))
+    (frame,) = pb.Manifest.FromString(_SPARSE).frames
+    count, runs = frame.nonzeros[0], frame.raw_bytes - -(-frame.nonzeros[0] // 8)
+    found.append(bytes([7, count, runs]) + _SPARSE_PAYLOAD)
     return found
 
 
@@ -192,10 +216,10 @@ def _packed(raw: bytes, payloads: bytes) -> bytes:
     return len(raw).to_bytes(2, "little") + raw + payloads
 
 
-_SPARSE = _manifest_of(
-    encode_update(
-        {"x": torch.ones(4000)},
-        UpdateMeta("update", "ab" * 32, "", "f", "r", 1, "c", b"", 1, 9),
-        CodecConfig(density=0.01),
-    ).blob
-)
+_SPARSE_BLOB = encode_update(
+    {"x": torch.ones(4000)},
+    UpdateMeta("update", "ab" * 32, "", "f", "r", 1, "c", b"", 1, 9),
+    CodecConfig(density=0.01),
+).blob
+_SPARSE = _manifest_of(_SPARSE_BLOB)
+_SPARSE_PAYLOAD = _SPARSE_BLOB[read_manifest(_SPARSE_BLOB).payload_start :]

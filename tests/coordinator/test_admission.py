@@ -218,7 +218,7 @@ def claim(**fields: Any) -> Change:
         ({**fisher(), "other": torch.ones(2)}, None, "layout", "other"),
         ({**fisher(), "layer.importance_rows": torch.ones(2, 3)}, None, "layout", "(2, 3)"),
         ({**fisher(), "layer.importance_rows": torch.ones(7)}, None, "layout", "(7,)"),
-        ({"layer.importance_rows": torch.ones(1 << 16)}, None, "too-large", "more than"),
+        ({"layer.importance_rows": torch.rand(1 << 16)}, None, "too-large", "more than"),
         (fisher(), levels(-1), "importance", "layer.importance_rows has a root of -"),
         (fisher(), scales(math.inf), "values", "scale is NaN, negative or too large"),
         (fisher(), scales(math.nan), "values", "scale is NaN, negative or too large"),
@@ -248,7 +248,7 @@ def test_importance_that_nobody_asked_for_is_refused() -> None:
         examine(reply(weighed(fisher())), ASKED, "site-a")
     assert caught.value.code == "importance"
     # Beyond any message of this layout without it, nothing of it is read.
-    assert code(reply(weighed({"layer.importance_rows": torch.ones(1 << 16)}))) == "too-large"
+    assert code(reply(weighed({"layer.importance_rows": torch.rand(1 << 16)}))) == "too-large"
 
 
 def test_an_update_of_another_rank_than_asked_is_refused() -> None:

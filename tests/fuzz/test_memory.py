@@ -54,6 +54,7 @@ elif kind == "gigabyte-payload":
     import hashlib
     payload = bomb(1 << 30) + honest[-820:]
     frame = manifest.frames[0]
+    frame.codec = pb.CODEC_TERNARY
     frame.payload_bytes, frame.digest = len(payload), hashlib.sha256(payload).digest()[:16]
     compressed = zstandard.ZstdCompressor().compress(manifest.SerializeToString())
     message, shapes = with_header(compressed, payload), {"x": (1 << 16,)}

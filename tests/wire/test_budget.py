@@ -69,7 +69,7 @@ def test_the_same_tensors_get_the_same_bytes(uneven: dict[str, Tensor], meta: Up
         ({"budget": "lots"}, "give a size such as 400 kB"),
         ({"budget": "4 kB", "name": "dense"}, "dense has no density to choose"),
         ({"name": "dare"}, "set feedback to 0"),
-        ({"name": "rotated", "bits": 5}, "less than or equal to 4"),
+        ({"name": "rotated", "bits": 9}, "less than or equal to 8"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields: dict[str, object], reason: str) -> None:

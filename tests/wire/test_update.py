@@ -26,6 +26,7 @@ CODECS = [
     CodecConfig(density=1.0),
     CodecConfig(name="dense", dtype="fp32"),
     CodecConfig(name="dense", dtype="bf16"),
+    CodecConfig(name="dense", dtype="fp16"),
     CodecConfig(name="dense", dtype="int8"),
 ]
 
@@ -219,6 +220,19 @@ GOLDEN_HASHES = {
     "fp32": "de94892c945df6b50e05afc6b62d3172fc3d7792244f62945d9b24a9d298ab4a",
     "bf16": "ccbc2ff6d7ab6407de4f2824e732ce633a5f5b7000bf9a9f42fbd650121398c2",
     "int8": "4735f397466db3205f31b19cdc0e80508484033538ce18e70a56bab5fdc0c361",
+    "ternary-draws": "6afa3acbecdc229340f403b391d4601e983be5c17163cff37766f98cf3b844b5",
+    "ternary-mask": "a48de97a5a2139d9bcc04fccf9ed12562a22cde62d8d928ca07bc7963928d242",
+    "two-bit": "fe3af0f5dd1db00522be788cd76ee0aa95eb9450a0e7e5083a0abad1b6a30d57",
+    "two-bit-mask": "a1fbd2463ee8738d260fbf19a5de6baac687bfc31d04fded49ba03cc44a5b733",
+    "int4": "f084573912de08dcfd3c0f51b9bc89fc837f1ea9a1323aadcc78703f059f534e",
+    "fp16": "de94892c945df6b50e05afc6b62d3172fc3d7792244f62945d9b24a9d298ab4a",
+    "sign": "5f31180f162a5a5b3ba2358295ee0ebef6e8fcb829c5eff313afa1854729f311",
+    "rotated-1": "e1a5c878f0be5a6a584214a400a74809d429cb14bb7545c7e3605c692dbeba8d",
+    "rotated-3": "42c2a1e682672b8a3adb43c387367ddeaa4aff41b095d8b458e847ac2c2d7524",
+    "rotated-6": "4de3faf517102b2feef8a9663bd8fd8627ca4d885fd2a57a37c323445e4dc05b",
+    "dare": "51179874e99e7464c2697154a4311cf0eb3d62edee645afeff593f3090f9ee28",
+    "fp32-coded": "5ec756001c89daecef2187d0780e4d777962ff551a27a2b2c1daf974e0d3c72a",
+    "int8-coded": "1a940bf76a59a854b2d3a38422d3587a48a49778d9efe7de1873b7d62348c020",
 }
 
 
@@ -237,7 +251,10 @@ def golden_tensors() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", GOLDEN_HASHES)
 def test_messages_of_version_1_are_decoded_for_ever(name: str, meta: UpdateMeta) -> None:
     blob = (GOLDEN / f"v1-{name}.bin").read_bytes()
-    got, decoded = decode_update(blob, _layout(golden_tensors()))
+    layout = _layout(golden_tensors())
+    if name.endswith(("-mask", "-coded")):
+        layout["wide"] = (12_000,)
+    got, decoded = decode_update(blob, layout)
     assert got == meta
     assert weights_hash(decoded) == GOLDEN_HASHES[name]
     if name == "fp32":

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-DenseDtype = Literal["fp32", "bf16", "int8"]
+DenseDtype = Literal["fp32", "fp16", "bf16", "int8"]
 """How a dense entry is stored."""
 
 
@@ -37,11 +37,11 @@ class CodecConfig(BaseModel):
     nothing."""
 
     dtype: Literal[DenseDtype, "int4"] = "fp32"
-    """How ``dense`` stores an entry: exactly, with 8 bits of precision, or as one of 255 or 15
-    levels of its block."""
+    """How ``dense`` stores an entry: exactly, with 11 or 8 bits of precision, or as one of 255 or
+    15 levels of its block."""
 
-    bits: int = Field(2, ge=1, le=4)
-    """Of an entry, where it is ``rotated``."""
+    bits: int = Field(2, ge=1, le=8)
+    """Of an entry, where it is ``rotated``; coded, a little less."""
 
     feedback: float = Field(1.0, ge=0, le=1)
     """Error feedback: share of what an update left out that the client adds to its next one."""

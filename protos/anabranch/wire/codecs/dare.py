@@ -86,7 +86,8 @@ def _enlarged_fits(form: Dropped) -> bool:
 
 
 def _pack(forms: Sequence[Dropped]) -> Packed:
-    _, levels = EIGHT_BITS.pack([form.kept for form in forms])
+    levels = EIGHT_BITS.packings[0].pack([form.kept for form in forms])
+    assert levels is not None
     payload = (forms[0].threshold - 1).to_bytes(4, "little") + levels.payload
     return Packed(payload, len(payload))
 

@@ -1,4 +1,7 @@
-"""Every entry, at 32, 16, 8 or 4 bits. Payloads are the values as they are: nothing to blow up.
+"""Every entry, at 32, 16, 8 or 4 bits.
+
+A payload is the values as they are, or, where that is smaller, the first bytes of all of them, then
+the second ones, and so on, Huffman-coded: signs and exponents lie close together, mantissas do not.
 
 Shape legend: n entries of a tensor or a frame, g blocks of a quantised form.
 """
@@ -6,7 +9,7 @@ Shape legend: n entries of a tensor or a frame, g blocks of a quantised form.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.vectors.quantised import INT4, INT8, Blocks, blocks_of, quantise
-from anabranch.wire.codecs.codec import Codec, Packed, Packing
+from anabranch.wire import zstd
+from anabranch.wire.codecs.codec import Codec, F, Packed, Packing
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
 from anabranch.wire.manifest import FrameInfo
 from anabranch.wire.v1 import update_pb2 as pb
+
+_LEAST_CODED = 1 << 13
+"""Bytes of a frame from which coding is tried: below, its table costs what it saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +36,7 @@ class Plain:
     """A tensor as its values.
 
     Attributes:
-        values: fp32 or bf16, of the tensor's shape.
+        values: fp32, bf16 or fp16, of the tensor's shape.
     """
 
     values: Tensor
@@ -67,16 +74,12 @@ def _all_finite(values: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def _pack_plain(forms: Sequence[Plain]) -> Packed:
-    payload = b"".join(_to_bytes(form.values) for form in forms)
-    return Packed(payload, len(payload))
+def _raw_plain(forms: Sequence[Plain]) -> bytes:
+    return b"".join(_to_bytes(form.values) for form in forms)
 
 
-def _unpack_plain(
-    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], dtype: torch.dtype
-) -> list[Plain]:
-    check_lengths(payload, frame, frame.entries * dtype.itemsize)
-    values_n = _from_bytes(payload, dtype)
+def _read_plain(raw: memoryview, frame: FrameInfo, dtype: torch.dtype) -> list[Plain]:
+    values_n = _from_bytes(raw, dtype)
     if not _all_finite(values_n):
         raise WireError("values", "a frame holds NaN or infinite values")
     parts = torch.split(values_n, [tensor.entries for tensor in frame.tensors])
@@ -89,22 +92,21 @@ def _reduce_blocks(tensor: Tensor, config: CodecConfig, seed: int, largest: int)
     return quantise(tensor, largest)
 
 
-def _pack_blocks(forms: Sequence[Blocks], largest: int) -> Packed:
+def _raw_blocks(forms: Sequence[Blocks], largest: int) -> bytes:
     scales = b"".join(_to_bytes(form.scales_g) for form in forms)
     levels_n = torch.cat([form.levels_n for form in forms])
-    payload = scales + _to_bytes(levels_n if largest == INT8 else _nibbles(levels_n))
-    return Packed(payload, len(payload))
+    return scales + _to_bytes(levels_n if largest == INT8 else _nibbles(levels_n))
 
 
-def _unpack_blocks(
-    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], largest: int
-) -> list[Blocks]:
+def _block_bytes(frame: FrameInfo, largest: int) -> int:
+    levels = frame.entries if largest == INT8 else -(-frame.entries // 2)
+    return 4 * sum(blocks_of(tensor.entries) for tensor in frame.tensors) + levels
+
+
+def _read_blocks(raw: memoryview, frame: FrameInfo, largest: int) -> list[Blocks]:
     counts = [blocks_of(tensor.entries) for tensor in frame.tensors]
-    scale_bytes = 4 * sum(counts)
-    level_bytes = frame.entries if largest == INT8 else -(-frame.entries // 2)
-    check_lengths(payload, frame, scale_bytes + level_bytes)
-    scales_g = _from_bytes(payload[:scale_bytes], torch.float32)
-    levels_n = _from_bytes(payload[scale_bytes:], torch.int8)
+    scales_g = _from_bytes(raw[: 4 * sum(counts)], torch.float32)
+    levels_n = _from_bytes(raw[4 * sum(counts) :], torch.int8)
     if largest == INT4:
         levels_n = _levels(levels_n, frame.entries)
     # The largest level times the scale must stay finite, so the scale is held to that.
@@ -147,37 +149,101 @@ def check_lengths(payload: memoryview, frame: FrameInfo, expected_bytes: int) ->
             f"a frame of {frame.entries} entries has {len(payload)} bytes and claims "
             f"{frame.raw_bytes} raw, not {expected_bytes}",
         )
+    check_not_sparse(frame)
+
+
+def check_not_sparse(frame: FrameInfo) -> None:
+    """Refuse a dense frame that is announced as sparse.
+
+    Raises:
+        WireError: It is so.
+    """
     if any(tensor.nonzeros is not None for tensor in frame.tensors):
         raise WireError("counts", "a dense frame announces non-zeros")
 
 
 def _to_bytes(values: Tensor) -> bytes:
-    # numpy knows no bfloat16: its bytes are taken as those of 16-bit integers.
-    plain = values.contiguous().view(torch.int16) if values.dtype == torch.bfloat16 else values
+    # numpy knows no bfloat16: the bytes of halves are taken as those of 16-bit integers.
+    half = values.dtype in (torch.bfloat16, torch.float16)
+    plain = values.contiguous().view(torch.int16) if half else values
     array: NDArray[Any] = plain.numpy()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def _from_bytes(payload: memoryview, dtype: torch.dtype) -> Tensor:
     """Entries [n] of a payload, in memory of their own."""
-    stored = {torch.float32: "<f4", torch.bfloat16: "<i2", torch.int8: "<i1"}[dtype]
-    array = np.frombuffer(payload, stored)
+    array = np.frombuffer(payload, {4: "<f4", 2: "<i2", 1: "<i1"}[dtype.itemsize])
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).view(dtype)
 
 
-def _plain(number: int, name: str, dtype: torch.dtype) -> Codec[Plain]:
-    packing = Packing(number, _pack_plain, partial(_unpack_plain, dtype=dtype))
-    return Codec(name, partial(_reduce_plain, dtype=dtype), (packing,))
+def _packings(
+    numbers: tuple[int, int],
+    raw_of: Callable[[Sequence[F]], bytes],
+    raw_bytes: Callable[[FrameInfo], int],
+    read: Callable[[memoryview, FrameInfo], list[F]],
+    width: int,
+) -> tuple[Packing[F], Packing[F]]:
+    """Values as they are, and Huffman-coded by planes of bytes.
+
+    Args:
+        numbers: Of both.
+        raw_of: Forms of a frame to bytes.
+        raw_bytes: How many those are.
+        read: And back.
+        width: Bytes of an entry, which lie in a plane each.
+    """
+
+    def pack(forms: Sequence[F]) -> Packed:
+        raw = raw_of(forms)
+        return Packed(raw, len(raw))
+
+    def unpack(payload: memoryview, frame: FrameInfo, seeds: Sequence[int]) -> list[F]:
+        check_lengths(payload, frame, raw_bytes(frame))
+        return read(payload, frame)
+
+    def pack_coded(forms: Sequence[F]) -> Packed | None:
+        raw = np.frombuffer(raw_of(forms), np.uint8)
+        if raw.size < _LEAST_CODED:
+            return None
+        planes = np.ascontiguousarray(raw.reshape(-1, width).T)
+        return Packed(zstd.compress_symbols(planes.data), raw.size)
+
+    def unpack_coded(payload: memoryview, frame: FrameInfo, seeds: Sequence[int]) -> list[F]:
+        check_not_sparse(frame)
+        expected = raw_bytes(frame)
+        if frame.raw_bytes != expected:
+            raise WireError("counts", f"a frame claims {frame.raw_bytes} raw bytes, not {expected}")
+        planes = np.frombuffer(zstd.decompress(payload, expected, expected, "payload"), np.uint8)
+        raw = np.ascontiguousarray(planes.reshape(width, -1).T)
+        return read(raw.reshape(-1).data, frame)
+
+    return (Packing(numbers[0], pack, unpack), Packing(numbers[1], pack_coded, unpack_coded))
 
 
-def _blocks(number: int, name: str, largest: int) -> Codec[Blocks]:
-    packing = Packing(
-        number, partial(_pack_blocks, largest=largest), partial(_unpack_blocks, largest=largest)
+def _plain(numbers: tuple[int, int], name: str, dtype: torch.dtype) -> Codec[Plain]:
+    packings = _packings(
+        numbers,
+        _raw_plain,
+        lambda frame: frame.entries * dtype.itemsize,
+        partial(_read_plain, dtype=dtype),
+        dtype.itemsize,
     )
-    return Codec(name, partial(_reduce_blocks, largest=largest), (packing,))
+    return Codec(name, partial(_reduce_plain, dtype=dtype), packings)
 
 
-FP32 = _plain(pb.CODEC_FP32, "dense-fp32", torch.float32)
-BF16 = _plain(pb.CODEC_BF16, "dense-bf16", torch.bfloat16)
-EIGHT_BITS = _blocks(pb.CODEC_INT8, "dense-int8", INT8)
-FOUR_BITS = _blocks(pb.CODEC_INT4, "dense-int4", INT4)
+def _blocks(numbers: tuple[int, int], name: str, largest: int) -> Codec[Blocks]:
+    packings = _packings(
+        numbers,
+        partial(_raw_blocks, largest=largest),
+        partial(_block_bytes, largest=largest),
+        partial(_read_blocks, largest=largest),
+        1,
+    )
+    return Codec(name, partial(_reduce_blocks, largest=largest), packings)
+
+
+FP32 = _plain((pb.CODEC_FP32, pb.CODEC_FP32_CODED), "dense-fp32", torch.float32)
+BF16 = _plain((pb.CODEC_BF16, pb.CODEC_BF16_CODED), "dense-bf16", torch.bfloat16)
+FP16 = _plain((pb.CODEC_FP16, pb.CODEC_FP16_CODED), "dense-fp16", torch.float16)
+EIGHT_BITS = _blocks((pb.CODEC_INT8, pb.CODEC_INT8_CODED), "dense-int8", INT8)
+FOUR_BITS = _blocks((pb.CODEC_INT4, pb.CODEC_INT4_CODED), "dense-int4", INT4)

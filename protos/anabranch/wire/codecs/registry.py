@@ -6,7 +6,7 @@ from typing import Any
 
 from anabranch.wire.codecs.codec import Codec, Packing
 from anabranch.wire.codecs.dare import DARE
-from anabranch.wire.codecs.dense import BF16, EIGHT_BITS, FOUR_BITS, FP32
+from anabranch.wire.codecs.dense import BF16, EIGHT_BITS, FOUR_BITS, FP16, FP32
 from anabranch.wire.codecs.rotated import ROTATED
 from anabranch.wire.codecs.sign import SIGN
 from anabranch.wire.codecs.ternary import TERNARY
@@ -18,6 +18,7 @@ CODECS: tuple[Codec[Any], ...] = (
     TERNARY,
     TWO_BIT,
     FP32,
+    FP16,
     BF16,
     EIGHT_BITS,
     FOUR_BITS,

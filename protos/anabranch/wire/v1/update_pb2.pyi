@@ -78,13 +78,28 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     """fp32 block scales, then four bits per entry, the first in the lower half of a byte."""
     CODEC_SIGN: _Codec.ValueType  # 11
     """An fp32 scale per tensor, then a bit per entry."""
-    CODEC_ROTATED_1: _Codec.ValueType  # 12
-    """Codes of 1 to 4 bits of randomly rotated blocks: fp32 block scales, then a plane per bit."""
-    CODEC_ROTATED_2: _Codec.ValueType  # 13
-    CODEC_ROTATED_3: _Codec.ValueType  # 14
-    CODEC_ROTATED_4: _Codec.ValueType  # 15
-    CODEC_DARE: _Codec.ValueType  # 16
+    CODEC_DARE: _Codec.ValueType  # 12
     """The threshold of the kept draws less 1, 32 bits; then what they kept, as in CODEC_INT8."""
+    CODEC_FP16: _Codec.ValueType  # 13
+    CODEC_FP32_CODED: _Codec.ValueType  # 14
+    """The bytes of the codecs of those names, Huffman-coded by zstd: of wider entries all first bytes,
+    then all second ones, and so on.
+    """
+    CODEC_BF16_CODED: _Codec.ValueType  # 15
+    CODEC_FP16_CODED: _Codec.ValueType  # 16
+    CODEC_INT8_CODED: _Codec.ValueType  # 17
+    CODEC_INT4_CODED: _Codec.ValueType  # 18
+    CODEC_ROTATED_1: _Codec.ValueType  # 21
+    """Codes of 1 to 8 bits of randomly rotated blocks: fp32 block scales, then the codes, as many as
+    fit whole into a byte, the first lowest, Huffman-coded by zstd.
+    """
+    CODEC_ROTATED_2: _Codec.ValueType  # 22
+    CODEC_ROTATED_3: _Codec.ValueType  # 23
+    CODEC_ROTATED_4: _Codec.ValueType  # 24
+    CODEC_ROTATED_5: _Codec.ValueType  # 25
+    CODEC_ROTATED_6: _Codec.ValueType  # 26
+    CODEC_ROTATED_7: _Codec.ValueType  # 27
+    CODEC_ROTATED_8: _Codec.ValueType  # 28
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper): ...
 
@@ -111,13 +126,28 @@ CODEC_INT4: Codec.ValueType  # 10
 """fp32 block scales, then four bits per entry, the first in the lower half of a byte."""
 CODEC_SIGN: Codec.ValueType  # 11
 """An fp32 scale per tensor, then a bit per entry."""
-CODEC_ROTATED_1: Codec.ValueType  # 12
-"""Codes of 1 to 4 bits of randomly rotated blocks: fp32 block scales, then a plane per bit."""
-CODEC_ROTATED_2: Codec.ValueType  # 13
-CODEC_ROTATED_3: Codec.ValueType  # 14
-CODEC_ROTATED_4: Codec.ValueType  # 15
-CODEC_DARE: Codec.ValueType  # 16
+CODEC_DARE: Codec.ValueType  # 12
 """The threshold of the kept draws less 1, 32 bits; then what they kept, as in CODEC_INT8."""
+CODEC_FP16: Codec.ValueType  # 13
+CODEC_FP32_CODED: Codec.ValueType  # 14
+"""The bytes of the codecs of those names, Huffman-coded by zstd: of wider entries all first bytes,
+then all second ones, and so on.
+"""
+CODEC_BF16_CODED: Codec.ValueType  # 15
+CODEC_FP16_CODED: Codec.ValueType  # 16
+CODEC_INT8_CODED: Codec.ValueType  # 17
+CODEC_INT4_CODED: Codec.ValueType  # 18
+CODEC_ROTATED_1: Codec.ValueType  # 21
+"""Codes of 1 to 8 bits of randomly rotated blocks: fp32 block scales, then the codes, as many as
+fit whole into a byte, the first lowest, Huffman-coded by zstd.
+"""
+CODEC_ROTATED_2: Codec.ValueType  # 22
+CODEC_ROTATED_3: Codec.ValueType  # 23
+CODEC_ROTATED_4: Codec.ValueType  # 24
+CODEC_ROTATED_5: Codec.ValueType  # 25
+CODEC_ROTATED_6: Codec.ValueType  # 26
+CODEC_ROTATED_7: Codec.ValueType  # 27
+CODEC_ROTATED_8: Codec.ValueType  # 28
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 @_typing.final
