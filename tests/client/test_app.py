@@ -343,7 +343,7 @@ def test_a_client_trains_beside_what_is_frozen_and_ships_its_own_ranks() -> None
 
 
 def test_more_frozen_ranks_than_a_matrix_has_are_refused() -> None:
-    frozen = {"hidden": LowRank(torch.ones(64, 33), torch.ones(33, 32))}
+    frozen = {"hidden": LowRank(torch.rand(64, 33), torch.rand(33, 32))}
     whole = join(moved(0.01), frozen)
     with pytest.raises(WireError, match="bytes, more than"):
         app(from_adapter(whole, plan()), context())
