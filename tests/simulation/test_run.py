@@ -221,7 +221,8 @@ def test_peft_loads_an_adapter_with_all_that_was_kept(tmp_path: Path, rest: str)
     # What a client ships is what it trains: its size beside a dense update of the same ranks.
     assert first["update_bytes"]["fp32"] == 4 * 4 * (32 + 64)
     down = [row["bytes_down"] for row in first["rounds"]]
-    assert down == sorted(down)
+    # More ranks from round to round, up to the most there can be; coding moves a few bytes.
+    assert all(after > 0.99 * before for before, after in itertools.pairwise(down))
     assert down[-1] > 1.5 * down[0]
 
 
