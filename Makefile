@@ -34,6 +34,7 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.wire
 	$(BIN)/python -m benchmarks.federation
 
 quality: install

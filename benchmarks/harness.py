@@ -28,8 +28,9 @@ class Row:
         scenario: On what it was measured.
         note: How to read the figure.
         reads: Our seconds in reads of the inputs; None where that says nothing.
-        detail: What the figure is made of, for programs.
+        detail: What the figure is made of, for programs: beside the row's own columns in JSON.
         most: Our bars at full size: the most that ``ours``, ``ratio`` or ``reads`` may be, by name.
+        least: The same, the least.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Row:
     reads: float | None = None
     detail: Mapping[str, Any] | None = None
     most: Mapping[str, float] = field(default_factory=dict)
+    least: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
@@ -50,16 +52,21 @@ class Row:
     @property
     def missed(self) -> list[str]:
         """The bars that are not met, each as one phrase."""
-        return [
+        above = [
             f"{name} above {most:.3g}"
             for name, most in self.most.items()
             if not getattr(self, name) <= most
+        ]
+        return above + [
+            f"{name} below {least:.3g}"
+            for name, least in self.least.items()
+            if not getattr(self, name) >= least
         ]
 
 
 def verdict(row: Row, quick: bool) -> str:
     """How a row stands to its bars, which are of the full size: a quick run has none."""
-    if quick or not row.most:
+    if quick or not (row.most or row.least):
         return ""
     return f"missed: {', '.join(row.missed)}" if row.missed else "met"
 
@@ -88,7 +95,7 @@ def main(name: str, measure: Measure) -> dict[str, Any] | None:
         if options.only and options.only not in row.what and options.only not in row.scenario:
             continue
         bars = verdict(row, options.quick)
-        rows.append({**asdict(row), "ratio": row.ratio, "bars": bars})
+        rows.append({**asdict(row), "ratio": row.ratio, "bars": bars, **(row.detail or {})})
         if not options.json:
             reads = "" if row.reads is None else f"{row.reads:.1f} reads"
             ratio = "" if row.ratio is None else f"ratio {row.ratio:.3g}"

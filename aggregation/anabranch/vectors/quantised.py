@@ -63,9 +63,14 @@ class Blocks:
 
     def norm(self) -> float:
         """‖·‖₂ in fp64, from sums of squared levels."""
-        levels_gs = _blocks(self.levels_n.short())
-        squares_g = (levels_gs * levels_gs).sum(dim=1, dtype=torch.int32).double()
-        return float((self.scales_g.double().square() * squares_g).sum().sqrt())
+        levels_n = self.levels_n.numpy().astype(np.float32)
+        scales_g = self.scales_g.numpy().astype(np.float64)
+        full = levels_n.size // BLOCK
+        levels_gs, rest = levels_n[: full * BLOCK].reshape(full, BLOCK), levels_n[full * BLOCK :]
+        # Whole numbers below 2^24: exact in fp32.
+        squares_g = np.einsum("gs,gs->g", levels_gs, levels_gs).astype(np.float64)
+        total = (scales_g[:full] ** 2) @ squares_g
+        return math.sqrt(total + (scales_g[full] ** 2 * float(rest @ rest) if rest.size else 0.0))
 
 
 def blocks_of(entries: int) -> int:

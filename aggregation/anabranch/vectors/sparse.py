@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anabranch.vectors.select import magnitude_order, top_k_of_bits
+from anabranch.vectors.select import keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +43,21 @@ class SparseTernary:
                 f"{tuple(self.negative_k.shape)}; give one sign per position, both [k]"
             )
         kinds = (self.positions_k.dtype, self.negative_k.dtype)
-        devices = {self.positions_k.device.type, self.negative_k.device.type}
-        if kinds != (torch.int64, torch.bool) or devices != {"cpu"}:
+        if kinds != (torch.int64, torch.bool) or not (
+            self.positions_k.is_cpu and self.negative_k.is_cpu
+        ):
+            devices = sorted({self.positions_k.device.type, self.negative_k.device.type})
             raise ValueError(
-                f"positions and signs are {kinds} on {sorted(devices)}; give int64 and bool on cpu"
+                f"positions and signs are {kinds} on {devices}; give int64 and bool on cpu"
             )
+        count = self.positions_k.shape[0]
         fp32 = math.isfinite(self.scale) and ctypes.c_float(self.scale).value == self.scale
-        if not fp32 or self.scale < 0 or (self.scale == 0) != (self.nonzeros == 0):
+        if not fp32 or self.scale < 0 or (self.scale == 0) != (count == 0):
             raise ValueError(
-                f"the scale of {self.nonzeros} non-zeros is {self.scale}; give an fp32 number "
+                f"the scale of {count} non-zeros is {self.scale}; give an fp32 number "
                 "above 0, or 0 where there are none"
             )
-        if self.nonzeros:
+        if count:
             positions_k = self.positions_k.numpy()  # compares 5x faster than torch does
             first, last = int(positions_k[0]), int(positions_k[-1])
             ascending = bool((positions_k[1:] > positions_k[:-1]).all())
@@ -122,16 +125,7 @@ def ternarise(x: Tensor, density: float) -> SparseTernary:
     Raises:
         ValueError: ``density`` is out of range, or an entry is NaN or infinite.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density is {density}; give the share of entries to keep, in (0, 1]")
-    bits_n = magnitude_order(x)
-    if bits_n.size == 0:
-        return nothing(x.shape)
-    positions_k = top_k_of_bits(bits_n, max(1, round(density * bits_n.size)))
-    values_k = bits_n.view(np.float32)[positions_k]
-    kept_k = values_k != 0
-    if not kept_k.all():
-        positions_k, values_k = positions_k[kept_k], values_k[kept_k]
+    positions_k, values_k = keep(x, density)
     # Summed in fp64, rounded once to the fp32 that travels.
     scale = float(np.float32(np.abs(values_k).mean(dtype=np.float64))) if values_k.size else 0.0
     return SparseTernary(

@@ -95,9 +95,10 @@ def _map(
     work: Callable[..., list[tuple[str, Form]]], *columns: Sequence[Any]
 ) -> Iterator[list[tuple[str, Form]]]:
     """``map``, over threads where there is enough to do; the first frame's error is raised."""
-    if sum(frame.entries for frame in columns[0]) < _SIDE_BY_SIDE:
+    threads = torch.get_num_threads()
+    if threads == 1 or sum(frame.entries for frame in columns[0]) < _SIDE_BY_SIDE:
         return map(work, *columns)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return iter(list(pool.map(work, *columns)))
 
 
@@ -111,7 +112,7 @@ def _unpack_frame(
         raise WireError("digest", f"the payload of {_label(frame)} does not match its digest")
     names = [row.name for row in frame.tensors]
     try:
-        forms = packing.unpack(payload, frame, [seed_of(meta, name) for name in names])
+        forms = packing.unpack(payload, frame, partial(seed_of, meta))
     except WireError as error:
         raise WireError(error.code, f"{_label(frame)}: {error}") from None
     return list(zip(names, forms, strict=True))

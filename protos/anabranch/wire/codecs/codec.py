@@ -31,6 +31,8 @@ class Form(Protocol):
 
 F = TypeVar("F", bound=Form)
 
+SeedOf = Callable[[str], int]
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -57,14 +59,14 @@ class Packing(Generic[F]):
         number: Its number in update.proto, never used again for another.
         pack: Forms of a frame's tensors, in order, to payload; None where another one of the codec
             is sure to be smaller, or to be faster by more than it is larger.
-        unpack: Payload and its row of the manifest, whose shapes are already known to be the
-            local ones, and the tensors' seeds, to forms. It trusts nothing else, and raises
-            WireError.
+        unpack: Payload, its row of the manifest, whose shapes are already known to be the local
+            ones, and what gives a tensor's seed by its name, to forms. It trusts nothing else,
+            and raises WireError.
     """
 
     number: int
     pack: Callable[[Sequence[F]], Packed | None]
-    unpack: Callable[[memoryview, FrameInfo, Sequence[int]], list[F]]
+    unpack: Callable[[memoryview, FrameInfo, SeedOf], list[F]]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.vectors.quantised import Blocks, quantise
-from anabranch.wire.codecs.codec import Codec, Packed, Packing
+from anabranch.wire.codecs.codec import Codec, Packed, Packing, SeedOf
 from anabranch.wire.codecs.dense import EIGHT_BITS
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
@@ -92,10 +92,11 @@ def _pack(forms: Sequence[Dropped]) -> Packed:
     return Packed(payload, len(payload))
 
 
-def _unpack(payload: memoryview, frame: FrameInfo, seeds: Sequence[int]) -> list[Dropped]:
+def _unpack(payload: memoryview, frame: FrameInfo, seed_of: SeedOf) -> list[Dropped]:
     if len(payload) < 4:
         raise WireError("payload", f"{len(payload)} bytes hold no share of kept entries")
     threshold = int.from_bytes(payload[:4], "little") + 1
+    seeds = [seed_of(tensor.name) for tensor in frame.tensors]
     kept = tuple(
         TensorInfo(tensor.name, (int(np.count_nonzero(_mask(seed, threshold, tensor.entries))),))
         for tensor, seed in zip(frame.tensors, seeds, strict=True)
@@ -103,7 +104,7 @@ def _unpack(payload: memoryview, frame: FrameInfo, seeds: Sequence[int]) -> list
     if any(tensor.nonzeros is not None for tensor in frame.tensors):
         raise WireError("counts", "a dense frame announces non-zeros")
     inner = replace(frame, tensors=kept, raw_bytes=frame.raw_bytes - 4)
-    blocks = EIGHT_BITS.packings[0].unpack(payload[4:], inner, seeds)
+    blocks = EIGHT_BITS.packings[0].unpack(payload[4:], inner, seed_of)
     forms = [
         Dropped(block, threshold, seed, torch.Size(tensor.shape))
         for block, seed, tensor in zip(blocks, seeds, frame.tensors, strict=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from anabranch.vectors.quantised import INT4, INT8, Blocks, blocks_of, quantise
 from anabranch.wire import zstd
-from anabranch.wire.codecs.codec import Codec, F, Packed, Packing
+from anabranch.wire.codecs.codec import Codec, F, Packed, Packing, SeedOf
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
 from anabranch.wire.manifest import FrameInfo
@@ -197,7 +197,7 @@ def _packings(
         raw = raw_of(forms)
         return Packed(raw, len(raw))
 
-    def unpack(payload: memoryview, frame: FrameInfo, seeds: Sequence[int]) -> list[F]:
+    def unpack(payload: memoryview, frame: FrameInfo, seed_of: SeedOf) -> list[F]:
         check_lengths(payload, frame, raw_bytes(frame))
         return read(payload, frame)
 
@@ -208,7 +208,7 @@ def _packings(
         planes = np.ascontiguousarray(raw.reshape(-1, width).T)
         return Packed(zstd.compress_symbols(planes.data), raw.size)
 
-    def unpack_coded(payload: memoryview, frame: FrameInfo, seeds: Sequence[int]) -> list[F]:
+    def unpack_coded(payload: memoryview, frame: FrameInfo, seed_of: SeedOf) -> list[F]:
         check_not_sparse(frame)
         expected = raw_bytes(frame)
         if frame.raw_bytes != expected:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.wire import zstd
-from anabranch.wire.codecs.codec import Codec, Packed, Packing
+from anabranch.wire.codecs.codec import Codec, Packed, Packing, SeedOf
 from anabranch.wire.codecs.dense import check_not_sparse
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
@@ -165,9 +165,7 @@ def _pack(forms: Sequence[Rotated], bits: int) -> Packed:
     return Packed(scales + coded, len(scales) + packed.size)
 
 
-def _unpack(
-    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], bits: int
-) -> list[Rotated]:
+def _unpack(payload: memoryview, frame: FrameInfo, seed_of: SeedOf, bits: int) -> list[Rotated]:
     counts = [len(list(blocks_of(tensor.entries))) for tensor in frame.tensors]
     head, size = 4 * sum(counts), -(-frame.entries // (8 // bits))
     check_not_sparse(frame)
@@ -194,8 +192,8 @@ def _unpack(
     codes = np.split(codes_n, list(accumulate(tensor.entries for tensor in frame.tensors))[:-1])
     scales = np.split(scales_g, list(accumulate(counts))[:-1])
     return [
-        Rotated(code, scale, bits, seed, torch.Size(tensor.shape))
-        for code, scale, seed, tensor in zip(codes, scales, seeds, frame.tensors, strict=True)
+        Rotated(code, scale, bits, seed_of(tensor.name), torch.Size(tensor.shape))
+        for code, scale, tensor in zip(codes, scales, frame.tensors, strict=True)
     ]
 
 

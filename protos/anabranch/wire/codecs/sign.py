@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anabranch.wire.codecs import sparse
-from anabranch.wire.codecs.codec import Codec, Packed, Packing
+from anabranch.wire.codecs.codec import Codec, Packed, Packing, SeedOf
 from anabranch.wire.codecs.dense import check_lengths
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import WireError
@@ -67,7 +67,7 @@ def _pack(forms: Sequence[Signs]) -> Packed:
     return Packed(payload, len(payload))
 
 
-def _unpack(payload: memoryview, frame: FrameInfo, seeds: Sequence[int]) -> list[Signs]:
+def _unpack(payload: memoryview, frame: FrameInfo, seed_of: SeedOf) -> list[Signs]:
     head = 4 * len(frame.tensors)
     check_lengths(payload, frame, head + sparse.bits_bytes(frame.entries))
     scales_t = np.frombuffer(payload[:head], "<f4").astype(float).tolist()

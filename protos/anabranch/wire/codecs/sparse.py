@@ -112,7 +112,7 @@ def unpack(
     if np.searchsorted(positions_k, starts).tolist() != [0, *accumulate(rows.nonzeros)]:
         raise WireError("counts", "non-zeros lie in other tensors than announced")
     found = [positions_k[kept] for kept in rows.slices]
-    for positions, start in zip(found, starts, strict=False):
+    for positions, start in zip(found[1:], starts[1:], strict=False):
         positions -= start
     return found, rest
 

@@ -137,8 +137,9 @@ def _runs(positions_k: Array) -> Array:
 def _positions(runs_r: Array, count: int, entries: int) -> Array:
     """Positions [k] of run bytes [r]: each byte stands for so many entries, the non-zero too."""
     ending_r = runs_r != _ESCAPE
-    ends_r = np.cumsum(runs_r + ending_r.view(np.uint8), dtype=np.int64)
-    ends_r -= 1
+    steps_r = runs_r + ending_r.view(np.uint8)
+    steps_r[0] -= 1  # positions are from 0; no step is 0 before
+    ends_r = np.cumsum(steps_r, dtype=np.int64)
     positions_k = ends_r if ending_r.all() else ends_r[ending_r]
     if positions_k.size != count or not ending_r[-1]:
         raise WireError("counts", f"the runs end {positions_k.size} non-zeros, not {count}")

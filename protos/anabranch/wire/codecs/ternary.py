@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anabranch.vectors.sparse import SparseTernary, ternarise
 from anabranch.wire.codecs import sparse
-from anabranch.wire.codecs.codec import Codec, Packed, Packing
+from anabranch.wire.codecs.codec import Codec, Packed, Packing, SeedOf
 from anabranch.wire.codecs.support import DRAWS, MASK, RUNS, Support
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.manifest import FrameInfo
@@ -32,7 +32,7 @@ def _pack(forms: Sequence[SparseTernary], support: Support) -> Packed | None:
 
 
 def _unpack(
-    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], support: Support
+    payload: memoryview, frame: FrameInfo, seed_of: SeedOf, support: Support
 ) -> list[SparseTernary]:
     rows = sparse.read_rows(frame)
     sign_bytes = sparse.bits_bytes(rows.total)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.vectors.select import magnitude_order, top_k_of_bits
+from anabranch.vectors.select import keep
 from anabranch.wire.codecs import sparse
-from anabranch.wire.codecs.codec import Codec, Packed, Packing
+from anabranch.wire.codecs.codec import Codec, Packed, Packing, SeedOf
 from anabranch.wire.codecs.sparse import Array
 from anabranch.wire.codecs.support import DRAWS, MASK, RUNS, Support
 from anabranch.wire.config import CodecConfig
@@ -78,12 +78,7 @@ class TwoBit:
 
 
 def _reduce(tensor: Tensor, config: CodecConfig, seed: int) -> TwoBit:
-    bits_n = magnitude_order(tensor)
-    positions_k = np.zeros(0, np.int64)
-    if bits_n.size:
-        positions_k = top_k_of_bits(bits_n, max(1, round(config.density * bits_n.size)))
-    values_k = bits_n.view(np.float32)[positions_k]
-    positions_k, values_k = positions_k[values_k != 0], values_k[values_k != 0]
+    positions_k, values_k = keep(tensor, config.density)
     scale, large, large_k = _two_magnitudes(np.abs(values_k))
     return TwoBit(
         torch.from_numpy(positions_k),
@@ -125,7 +120,7 @@ def _pack(forms: Sequence[TwoBit], support: Support) -> Packed | None:
 
 
 def _unpack(
-    payload: memoryview, frame: FrameInfo, seeds: Sequence[int], support: Support
+    payload: memoryview, frame: FrameInfo, seed_of: SeedOf, support: Support
 ) -> list[TwoBit]:
     rows = sparse.read_rows(frame)
     head, bits = 4 * len(frame.tensors), sparse.bits_bytes(rows.total)
