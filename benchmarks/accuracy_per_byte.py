@@ -1,7 +1,7 @@
 """Accuracy against bytes: the demo's federation under one codec after the other, three seeds.
 
-Everything but the codec is the quick start's. Bytes are those of a client's whole update in a round,
-the accuracy the merged adapter's on test, the mean over the tasks. Runs are kept in
+Everything but the codec is the quick start's. Bytes are those of a client's whole update;
+accuracy is the merged adapter's on test, the mean over the tasks. Runs are kept in
 ``runs/accuracy_per_byte``, so that one that was stopped goes on.
 """
 

@@ -143,6 +143,16 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     mean = summary["mean"]
     if mean["oracle"]:
         stdout.print(f"merged reaches {mean['merged'] / mean['oracle']:.1%} of the oracle's mean")
+    privacy = summary["privacy"]
+    if privacy and privacy["seeded"]:
+        stdout.print("[yellow]privacy: the noise was drawn from a seed; nothing is promised[/]")
+    elif privacy:
+        stdout.print(
+            f"privacy: the adapters keep to an epsilon of {privacy['epsilon']:.3g} at a delta of "
+            f"{privacy['delta']:g} for each client; its update is clipped to {privacy['clip']:g}"
+        )
+    if privacy and privacy["stopped"]:
+        stdout.print(f"[yellow]stopped early: {privacy['stopped']}[/]")
     refused = len(summary["refused"])
     if refused:
         stdout.print(f"[yellow]{refused} updates were not admitted; the report says why[/]")

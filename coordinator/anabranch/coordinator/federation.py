@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
+from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_private
 from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
@@ -86,6 +87,19 @@ keeps the best part; or kept beside, frozen, while the clients train on from the
 (``fedex``: FedEx-LoRA, 2410.09432) or afresh (``flora``: FLoRA, 2409.05976). What is frozen grows
 up to the rank of the matrices, and travels down whole in every round. The model it stands in has
 fields ``codec``, ``trains`` and ``ranks`` before it."""
+
+
+def _can_be_private(privacy: PrivacyConfig | None, info: ValidationInfo) -> PrivacyConfig | None:
+    """What no noise could be accounted for with."""
+    if privacy is not None and "recipe" in info.data:
+        others = (info.data.get(name) for name in ("recipe", "trains", "ranks", "rest"))
+        if (problem := why_not_private(*others)) is not None:
+            raise PydanticCustomError("privacy", "{problem}", {"problem": problem})
+    return privacy
+
+
+Privacy = Annotated[PrivacyConfig | None, AfterValidator(_can_be_private)]
+"""The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it."""
 
 
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
@@ -159,6 +173,8 @@ class FederationConfig(BaseModel):
     """What becomes of the merge beyond the clients' rank; see ``Rest``."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the clients' ``TrainPlan``."""
+    privacy: Privacy = None
+    """Differential privacy of the clients; None promises none."""
 
     @field_validator("sealed")
     @classmethod

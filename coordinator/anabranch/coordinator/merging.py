@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping, merge_one_factor
-from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.federation import FederationConfig, clients_asked
+from anabranch.coordinator.privacy.accountant import noise_multiplier
+from anabranch.coordinator.privacy.config import PrivacyConfig
+from anabranch.coordinator.privacy.mechanism import noise_source, private_mean
 from anabranch.coordinator.start import Start
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import join
@@ -53,6 +56,40 @@ def merge_cohort(
         names=names,
     )
     return join(kept.trained, kept.frozen), kept.report
+
+
+def merge_privately(
+    privacy: PrivacyConfig,
+    config: FederationConfig,
+    whole: Start,
+    ends: Sequence[Adapter],
+    names: Sequence[str],
+) -> tuple[Adapter, MergeReport]:
+    """The start plus the noisy mean of the clipped changes, over the clients a round should ask.
+
+    Args:
+        privacy: How much is promised.
+        config: The federation.
+        whole: The round's start.
+        ends: What each client trained from it.
+        names: The clients.
+
+    Returns:
+        The adapter, and a report without cosines: they would tell of single clients.
+    """
+    before, trained = whole.adapter.tensors(), whole.plan.trained
+    changes = [
+        {name: part - before[name] for name, part in end.tensors(trained).items()} for end in ends
+    ]
+    divisor = clients_asked(config.clients, config.fraction)
+    multiplier = noise_multiplier(privacy, config.rounds)
+    seed = privacy.noise_seed
+    noise = noise_source(None if seed is None else seed + whole.plan.round)
+    mean = private_mean(changes, privacy.clip, multiplier, divisor, noise)
+    moved = {name: before[name] + part for name, part in mean.items()}
+    adapter = whole.adapter.with_tensors({**before, **moved})
+    shares = (1.0 / divisor,) * len(names)
+    return adapter, MergeReport(tuple(names), shares, {}, 0.0, ())
 
 
 def check_method(config: FederationConfig, template: Adapter, method: MergeMethod) -> None:

@@ -25,7 +25,12 @@ from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import SCORES, RefusedError, claims, examine, layouts
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
-from anabranch.coordinator.merging import check_method, merge_cohort
+from anabranch.coordinator.merging import check_method, merge_cohort, merge_privately
+from anabranch.coordinator.privacy.accountant import (
+    epsilon_spent,
+    noise_multiplier,
+    rounds_left,
+)
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.start import Start, adapter_record, at_rank
 from anabranch.coordinator.store import Contribution, FullError, Publication, Refusal, Store
@@ -141,6 +146,10 @@ class MergeStrategy(Strategy):
         if done:
             self._evaluate(done, grid, result)
         for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
+            if (spent := self._budget_spent()) is not None:
+                log.warning("round %d is not begun: %s", server_round, spent)
+                self.store.note("stopped", {"round": server_round, "reason": spent})
+                break
             # Nodes come and go between rounds: one that cannot reach its quorum is not begun.
             self.roster.wait_for(grid, needed, self.config.join_timeout_s)
             orders = self.configure_train(
@@ -249,6 +258,35 @@ class MergeStrategy(Strategy):
         over: list[int] = [row["round"] for row in self.store.notes("round")]
         return max([*over, latest.round if latest else 0])
 
+    def _published(self) -> int:
+        """Rounds that were published: what privacy was spent on."""
+        return sum(row["status"] == "published" for row in self.store.notes("round"))
+
+    def _privacy_spent(self) -> dict[str, Any]:
+        """What is known of clients once this round is published, for its record."""
+        privacy = self.config.privacy
+        if privacy is None:
+            return {}
+        multiplier = noise_multiplier(privacy, self.config.rounds)
+        spent = epsilon_spent(multiplier, self._published() + 1, privacy.delta)
+        # A seeded draw can be taken off again.
+        epsilon = spent if privacy.noise_seed is None else None
+        return {"epsilon": epsilon, "delta": privacy.delta, "noise_multiplier": multiplier}
+
+    def _budget_spent(self) -> str | None:
+        """Why privacy allows no further round; None while it does."""
+        privacy = self.config.privacy
+        if privacy is None:
+            return None
+        multiplier, published = noise_multiplier(privacy, self.config.rounds), self._published()
+        if rounds_left(privacy, multiplier, published):
+            return None
+        spent = epsilon_spent(multiplier, published, privacy.delta)
+        return (
+            f"{published} rounds have spent an epsilon of {spent:.3g} of {privacy.epsilon:g}, "
+            "and one more would go beyond"
+        )
+
     def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
         orders = list(self.configure_evaluate(server_round, self.arrays, ConfigRecord(), grid))
         incoming = replies(
@@ -335,6 +373,7 @@ class MergeStrategy(Strategy):
             "merge_seconds": time.perf_counter() - began,
             "truncation_error": truncation,
             "seconds": seconds,
+            **self._privacy_spent(),
         }
         self.store.publish(publication, facts | published)
         log.info("round %d merged %d of %d", server_round, len(cohort), len(self._asked))
@@ -383,7 +422,12 @@ class MergeStrategy(Strategy):
         starts = [self._start(row.client) for row in cohort]
         ends = [self._end(row, start) for row, start in zip(cohort, starts, strict=True)]
         names = [row.client for row in cohort]
-        merged, report = merge_cohort(self.config, self._starts[None], starts, ends, names)
+        if self.config.privacy is None:
+            merged, report = merge_cohort(self.config, self._starts[None], starts, ends, names)
+        else:
+            merged, report = merge_privately(
+                self.config.privacy, self.config, self._starts[None], ends, names
+            )
         encoded = encode_adapter(merged, self._plan, self.config.down, self._key)
         digest = self.store.put(encoded.blob)
         # What the clients will decode is the adapter in service, to the bit.

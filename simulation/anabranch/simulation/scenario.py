@@ -22,6 +22,7 @@ from anabranch.client.task import TrainPlan
 from anabranch.coordinator.federation import (
     FederationConfig,
     FederationRecipe,
+    Privacy,
     Ranks,
     Rest,
     clients_asked,
@@ -118,6 +119,8 @@ class Scenario(BaseModel):
     """How adapters are stored on their way to the clients."""
     recipe: FederationRecipe = Recipe(method="ties")
     """How a cohort is merged."""
+    privacy: Privacy = None
+    """Differential privacy of the clients: clip, epsilon, delta."""
     baselines: Baselines = Baselines()
     """What to compare with."""
 
@@ -172,6 +175,7 @@ class Scenario(BaseModel):
             ranks=self.ranks,
             rest=self.rest,
             train=self.train,
+            privacy=self.privacy,
         )
 
 

@@ -121,6 +121,7 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
         },
         "update_bytes": _update_bytes(measured),
         "rounds": _rounds(store),
+        "privacy": _privacy(scenario, store),
         "refused": [row.model_dump() for row in store.refusals()],
         "adapter_hash": latest.adapter_hash if latest else measured.start.hash(),
         "phases": {name: round(value, 3) for name, value in measured.phases.items()},
@@ -138,6 +139,22 @@ def _rounds(store: Store) -> list[dict[str, Any]]:
         {**row, "bytes_down": row["bytes_down"] + scoring.get(row["round"], 0)}
         for row in store.notes("round")
     ]
+
+
+def _privacy(scenario: Scenario, store: Store) -> dict[str, Any] | None:
+    """What the adapters may tell of a client; None where nothing is promised about it."""
+    if scenario.privacy is None:
+        return None
+    spent = [row for row in store.notes("round") if "epsilon" in row]
+    stopped = [row["reason"] for row in store.notes("stopped")]
+    return {
+        "epsilon": spent[-1]["epsilon"] if spent else 0.0,
+        "delta": scenario.privacy.delta,
+        "noise_multiplier": spent[-1]["noise_multiplier"] if spent else None,
+        "clip": scenario.privacy.clip,
+        "seeded": scenario.privacy.noise_seed is not None,
+        "stopped": stopped[-1] if stopped else None,
+    }
 
 
 def _update_bytes(measured: Measured) -> dict[str, float | None]:

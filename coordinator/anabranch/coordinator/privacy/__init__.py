@@ -1,0 +1,1 @@
+"""Differential privacy of clients towards whoever sees the adapters: clip, noise, account."""

@@ -1,0 +1,50 @@
+"""What a federation promises about its clients, as configuration. Loads no torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from anabranch.aggregation.recipe import Recipe
+from anabranch.wire.plan import Trains
+
+
+class PrivacyConfig(BaseModel):
+    """Client-level (ε, δ)-differential privacy of the adapters that a federation makes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    clip: float = Field(gt=0)
+    """C: the largest ‖update‖₂ that counts whole, over all that travels; a larger one is scaled
+    down to it."""
+    epsilon: float = Field(gt=0, le=1000)
+    """ε that all rounds together may spend: a round that would go beyond is not begun."""
+    delta: float = Field(gt=0, lt=1)
+    """δ of the same promise; well below one over the number of clients, or it promises little."""
+    noise_multiplier: float | None = Field(None, gt=0)
+    """Standard deviation of the noise on the sum of the updates, over C; None takes the least with
+    which all planned rounds stay within ε."""
+    noise_seed: int | None = Field(None, ge=0)
+    """Draws the noise from a seed, so that an experiment can be repeated. Whoever knows it takes
+    the noise off again: nothing is promised then."""
+
+
+def why_not_private(recipe: Recipe, trains: Trains, ranks: object, rest: str) -> str | None:
+    """Why noise on a sum of updates could not be accounted for with these settings; None if it can.
+
+    The sum has to be what is published: an equal-weight mean of just the entries that travel, so
+    that one client moves it by no more than its clipped update.
+    """
+    wanted = "fedit" if trains == "both" else "mean"
+    if recipe.method != wanted:
+        why = "which averages what travels" if trains == "both" else "of the factor that is trained"
+        return (
+            f'recipe.method = "{recipe.method}" has no known sensitivity; set it to "{wanted}", '
+            f"{why}"
+        )
+    if recipe.params or recipe.modules or recipe.scale != 1.0:
+        return "the mean must be plain; leave params, modules and scale out of the recipe"
+    if ranks:
+        return "clients of several ranks have no common sensitivity; leave ranks out"
+    if rest != "drop":
+        return f'the rest of rank that "{rest}" keeps is published without noise; leave rest out'
+    return None
