@@ -91,9 +91,11 @@ fields ``codec``, ``trains`` and ``ranks`` before it."""
 
 def _can_be_private(privacy: PrivacyConfig | None, info: ValidationInfo) -> PrivacyConfig | None:
     """What no noise could be accounted for with."""
-    if privacy is not None and "recipe" in info.data:
-        others = (info.data.get(name) for name in ("recipe", "trains", "ranks", "rest"))
-        if (problem := why_not_private(*others)) is not None:
+    names = ("recipe", "trains", "ranks", "rest")
+    if privacy is not None and info.data.keys() >= set(names):
+        recipe, trains, ranks, rest = (info.data[name] for name in names)
+        problem = why_not_private(recipe, trains, ranks, rest)
+        if problem is not None:
             raise PydanticCustomError("privacy", "{problem}", {"problem": problem})
     return privacy
 
