@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from anabranch.client.fisher import diagonal_fisher
+from anabranch.client.held import held, hold
 from anabranch.client.lora import read_adapter, training
 from anabranch.client.mods import compress, plan_of, verify_base
 from anabranch.client.records import pack, record_of
@@ -25,10 +26,11 @@ from anabranch.client.task import FisherTask, TrainPlan
 from anabranch.client.trust import NodeKeys, keys_of, verify_plan
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.importance import flat_importance
-from anabranch.wire import decode_adapter
+from anabranch.wire import decode_adapter, decode_change, read_manifest
 from anabranch.wire.plan import (
     ADAPTER_KEY,
     ADAPTER_STYPE,
+    CHANGE_STYPE,
     CLIENT_KEY,
     IMPORTANCE_KEY,
     METRICS_KEY,
@@ -60,31 +62,54 @@ def global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-def start_of(message: Message, plan: RoundPlan, session: Session, keys: NodeKeys | None) -> Adapter:
-    """The adapter the round starts from: the one sent, or the seeded draw when none was.
+def start_of(
+    message: Message, plan: RoundPlan, session: Session, keys: NodeKeys | None, context: Context
+) -> Adapter:
+    """The adapter the round starts from: as it was sent, or what this node holds where it was not.
 
     Raises:
         ValueError: It is not the adapter the plan names, or not one the coordinator signed.
     """
     if session.start is not None and session.start[0] == plan.start_hash:
-        return session.start[1]
-    record = record_of(message.content, ADAPTER_KEY, ArrayRecord)
-    start = seeded_start(session.template, plan.seed)
-    if record is not None:
-        array = record[ADAPTER_KEY]
-        if array.stype != ADAPTER_STYPE:
+        start = session.start[1]
+    else:
+        start = _received(message, plan, session, keys, context)
+        digest = start.hash()
+        if digest != plan.start_hash:
             raise ValueError(
-                f"the adapter came as {array.stype!r}, this client reads {ADAPTER_STYPE!r}"
+                f"round {plan.round} starts from adapter {plan.start_hash[:12]}, "
+                f"this node has {digest[:12]}; check that both run the same task and versions"
             )
-        start = decode_adapter(array.data, start, plan.trains, keys.check_adapter if keys else None)
-    digest = start.hash()
-    if digest != plan.start_hash:
-        raise ValueError(
-            f"round {plan.round} starts from adapter {plan.start_hash[:12]}, "
-            f"this node has {digest[:12]}; check that both run the same task and versions"
-        )
-    session.start = (digest, start)
+        session.start = (digest, start)
+    if plan.hold:
+        hold(context, plan, start)
     return start
+
+
+def _received(
+    message: Message, plan: RoundPlan, session: Session, keys: NodeKeys | None, context: Context
+) -> Adapter:
+    """The start as the message describes it."""
+    record = record_of(message.content, ADAPTER_KEY, ArrayRecord)
+    seeded = seeded_start(session.template, plan.seed)
+    check = keys.check_adapter if keys else None
+    if record is None:
+        return held(context, plan, seeded)[1] if plan.hold else seeded
+    array = record[ADAPTER_KEY]
+    if array.stype == ADAPTER_STYPE:
+        return decode_adapter(array.data, seeded, plan.trains, check)
+    if array.stype != CHANGE_STYPE:
+        raise ValueError(
+            f"the adapter came as {array.stype!r}, this client reads {ADAPTER_STYPE!r}"
+        )
+    digest, mine = held(context, plan, seeded)
+    wanted = read_manifest(array.data).meta.start_hash
+    if wanted != digest:
+        raise ValueError(
+            f"the adapter came as a change of {wanted[:12]}, this node holds {digest[:12]}; "
+            "the next round will send it whole"
+        )
+    return decode_change(array.data, mine, plan.trains, check)
 
 
 @app.query()
@@ -101,7 +126,7 @@ def train(message: Message, context: Context) -> Message:
     plan, site = plan_of(message), site_of(context.node_config)
     session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
     keys = keys_of(context.node_config)
-    start = session.load(start_of(message, plan, session, keys))
+    start = session.load(start_of(message, plan, session, keys, context))
     order = TrainPlan.model_validate(
         {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
     )
@@ -147,7 +172,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the adapter that was sent on this node's data."""
     plan, site = plan_of(message), site_of(context.node_config)
     session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
-    session.load(start_of(message, plan, session, keys_of(context.node_config)))
+    session.load(start_of(message, plan, session, keys_of(context.node_config), context))
     started = time.perf_counter()
     metrics = dict(session.task.evaluate(session.model, site.partition, plan.split))
     seconds = time.perf_counter() - started

@@ -104,6 +104,26 @@ Privacy = Annotated[PrivacyConfig | None, AfterValidator(_can_be_private)]
 """The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it."""
 
 
+def _can_be_a_change(codec: CodecConfig | None, info: ValidationInfo) -> CodecConfig | None:
+    """What a change of the adapter cannot stand beside."""
+    problem = ""
+    if codec is None:
+        return None
+    if info.data.get("down") != "fp32":
+        problem = 'set down = "fp32": all clients must hold the same bits'
+    elif info.data.get("ranks"):
+        problem = "a change has one rank; leave ranks out"
+    elif info.data.get("rest", "drop") != "drop":
+        problem = "frozen ranks travel whole; leave rest out"
+    if problem:
+        raise PydanticCustomError("down_codec", "{problem}", {"problem": problem})
+    return codec
+
+
+DownCodec = Annotated[CodecConfig | None, AfterValidator(_can_be_a_change)]
+"""The model it stands in has fields ``down``, ``ranks`` and ``rest`` before it."""
+
+
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
     """An error at a key inside a field, for a field's validator to raise."""
     problem = PydanticCustomError("key", "{reason}", {"reason": reason})
@@ -175,6 +195,10 @@ class FederationConfig(BaseModel):
     """What becomes of the merge beyond the clients' rank; see ``Rest``."""
     train: dict[str, Scalar] = Field(default_factory=dict)
     """Fields of the clients' ``TrainPlan``."""
+    down_codec: DownCodec = None
+    """How a new adapter travels to clients that hold the one before: as a change of it, encoded
+    like an update; what a lossy codec leaves out is added to the next change. None: whole, as
+    ``down`` says."""
     privacy: Privacy = None
     """Differential privacy of the clients; None promises none."""
 

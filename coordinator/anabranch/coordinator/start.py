@@ -19,7 +19,7 @@ from anabranch.vectors.frozen import from_tensors, join, split
 from anabranch.wire import encode_adapter
 from anabranch.wire.config import DenseDtype
 from anabranch.wire.keys import PrivateKey
-from anabranch.wire.plan import ADAPTER_KEY, ADAPTER_STYPE, PLAN_KEY, RoundPlan
+from anabranch.wire.plan import ADAPTER_KEY, ADAPTER_STYPE, CHANGE_STYPE, PLAN_KEY, RoundPlan
 from anabranch.wire.signing import PLAN_SIGNATURE_KEY, PLAN_SIGNER_KEY, sign_plan
 
 
@@ -33,6 +33,7 @@ class Start:
         frozen: What is kept beside it, by module.
         blob: Both as they are sent; None while the seed alone describes them.
         key: Who signs; None leaves all unsigned.
+        change: Hash of the adapter before it and the change from that, where clients hold adapters.
     """
 
     plan: RoundPlan
@@ -40,11 +41,15 @@ class Start:
     frozen: Mapping[str, LowRank]
     blob: bytes | None
     key: PrivateKey | None = None
+    change: tuple[str, bytes] | None = None
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the adapter on its way to one client."""
-        return len(self.blob or b"")
+    def sent(self, holds: str | None) -> bytes | None:
+        """What is sent of the adapter to a client that holds one of this hash; None for nothing."""
+        if self.blob is None or holds == self.plan.start_hash:
+            return None
+        if self.change is not None and holds == self.change[0]:
+            return min(self.change[1], self.blob, key=len)
+        return self.blob
 
     @cached_property
     def norms(self) -> dict[str, float]:
@@ -54,25 +59,36 @@ class Start:
             for name, tensor in self.adapter.tensors().items()
         }
 
+    def content(self, sent: bytes | None) -> RecordDict:
+        """The message to a client that is sent this of the adapter."""
+        if sent not in self._contents:
+            self._contents[sent] = self._content(sent)
+        return self._contents[sent]
+
     @cached_property
-    def content(self) -> RecordDict:
-        """The message to each of them."""
+    def _contents(self) -> dict[bytes | None, RecordDict]:
+        """Those that were made: many clients are sent the same."""
+        return {}
+
+    def _content(self, sent: bytes | None) -> RecordDict:
         text = self.plan.model_dump_json()
         plan = ConfigRecord({PLAN_KEY: text, "server-round": self.plan.round})
         if self.key is not None:
             plan[PLAN_SIGNER_KEY] = self.key.public.id
             plan[PLAN_SIGNATURE_KEY] = sign_plan(text, self.key)
         content = RecordDict({PLAN_KEY: plan})
-        if self.blob is not None:
-            content[ADAPTER_KEY] = adapter_record(self.blob)
+        if sent is not None:
+            content[ADAPTER_KEY] = adapter_record(
+                sent, ADAPTER_STYPE if sent is self.blob else CHANGE_STYPE
+            )
         return content
 
 
-def adapter_record(blob: bytes | None) -> ArrayRecord:
+def adapter_record(blob: bytes | None, stype: str = ADAPTER_STYPE) -> ArrayRecord:
     """An encoded adapter as a record; an empty one while the seed alone describes it."""
     if blob is None:
         return ArrayRecord()
-    return ArrayRecord({ADAPTER_KEY: Array("uint8", (len(blob),), ADAPTER_STYPE, blob)})
+    return ArrayRecord({ADAPTER_KEY: Array("uint8", (len(blob),), stype, blob)})
 
 
 def at_rank(whole: Start, rank: int, method: MergeMethod, down: DenseDtype) -> Start:

@@ -38,10 +38,18 @@ from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import from_tensors, split
 from anabranch.vectors.importance import from_flat_importance
-from anabranch.wire import decode_adapter, decode_forms, encode_adapter
+from anabranch.wire import (
+    compensate,
+    decode_adapter,
+    decode_forms,
+    encode_adapter,
+    encode_change,
+    remainder,
+)
 from anabranch.wire.codecs.codec import Form
+from anabranch.wire.config import CodecConfig
 from anabranch.wire.errors import one_line
-from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan
+from anabranch.wire.plan import METRICS_KEY, UPDATE_KEY, RoundPlan, sent_down
 
 log = logging.getLogger("anabranch.coordinator")
 
@@ -95,6 +103,10 @@ class MergeStrategy(Strategy):
         self._starts: dict[int | None, Start] = {}  # this round's, by rank
         self._asked: dict[int, str] = {}
         self._decoded: dict[str, Decoded] = {}  # this round's, by artifact
+        self._held: dict[int, str] = {}  # hash of the adapter that a node is known to hold
+        self._change: tuple[str, bytes] | None = None  # from the adapter before the one in service
+        self._owed: Mapping[str, Tensor] = {}  # what coding left out of that change
+        self._bytes_down = 0  # of the adapter, with this round's orders
         if (latest := store.latest()) is not None:
             self._blob = store.get(latest.digest)
             self.adapter = decode_adapter(self._blob, self._seeded, config.trains)
@@ -191,6 +203,7 @@ class MergeStrategy(Strategy):
             codec=config.codec,
             trains=config.trains,
             importance=self._method.needs_importance,
+            hold=config.down_codec is not None,
             train={**config.train, **dict(train or {})},
         )
 
@@ -241,8 +254,7 @@ class MergeStrategy(Strategy):
         self._asked = {node: name for node, name in self.roster.nodes().items() if name not in done}
         whole = self._whole(self.plan(server_round))
         orders = self._orders(dict.fromkeys(self._asked, whole), MessageType.EVALUATE)
-        sent = len(orders) * whole.size_bytes
-        self.store.note("scoring", {"round": server_round, "bytes_down": sent})
+        self.store.note("scoring", {"round": server_round, "bytes_down": self._bytes_down})
         return orders
 
     def aggregate_evaluate(
@@ -300,6 +312,7 @@ class MergeStrategy(Strategy):
         rows: list[dict[str, float]] = []
         for reply in incoming:
             about = {"round": server_round, "client": self._asked.get(reply.node, "unknown")}
+            self._learn(reply)
             if reply.message is None:
                 self.store.note(
                     "evaluate-failed", {**about, "code": reply.code, "reason": reply.reason}
@@ -312,7 +325,8 @@ class MergeStrategy(Strategy):
 
     def _whole(self, plan: RoundPlan) -> Start:
         """The adapter in service with a plan for it."""
-        return Start(plan, *split(self.adapter, self._seeded), self._blob, self._key)
+        parts = split(self.adapter, self._seeded)
+        return Start(plan, *parts, self._blob, self._key, self._change)
 
     def _start(self, client: str) -> Start:
         """What this round hands a client."""
@@ -326,17 +340,27 @@ class MergeStrategy(Strategy):
     def _orders(self, starts: Mapping[int, Start], kind: str) -> list[Message]:
         # Waiting for a reply ends with the deadline; its message may live a little longer.
         ttl = self.config.deadline_s + 60
-        return [
-            Message(start.content, node, kind, ttl=ttl, group_id=str(start.plan.round))
-            for node, start in starts.items()
-        ]
+        orders, self._bytes_down = [], 0
+        for node, start in starts.items():
+            sent = start.sent(self._held.get(node))
+            self._bytes_down += len(sent or b"")
+            group = str(start.plan.round)
+            orders.append(Message(start.content(sent), node, kind, ttl=ttl, group_id=group))
+        return orders
+
+    def _learn(self, reply: Reply) -> None:
+        """A node that answered holds the adapter its order was about; one that failed may not."""
+        self._held.pop(reply.node, None)
+        if self.config.down_codec is not None and reply.message is not None:
+            self._held[reply.node] = self.adapter.hash()
 
     def _aggregate(
         self, server_round: int, incoming: Iterable[Reply]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         refused_bytes, refused = 0, 0
-        bytes_down = sum(self._start(client).size_bytes for client in self._asked.values())
+        bytes_down = self._bytes_down
         for reply in incoming:
+            self._learn(reply)
             try:
                 self._admit(reply)
             except RefusedError as error:
@@ -428,11 +452,14 @@ class MergeStrategy(Strategy):
             merged, report = merge_privately(
                 self.config.privacy, self.config, self._starts[None], ends, names
             )
+        change, owed = self._change, self._owed
+        if self.config.down_codec is not None:
+            merged, change, owed = self._changed(merged, self.config.down_codec)
         encoded = encode_adapter(merged, self._plan, self.config.down, self._key)
         digest = self.store.put(encoded.blob)
         # What the clients will decode is the adapter in service, to the bit.
         self.adapter = from_tensors(self._seeded, {**merged.tensors(), **encoded.sent})
-        self._blob = encoded.blob
+        self._blob, self._change, self._owed = encoded.blob, change, owed
         publication = Publication(
             round=server_round,
             digest=digest,
@@ -440,6 +467,24 @@ class MergeStrategy(Strategy):
             report=_plain(report),
         )
         return publication, report.overall_truncation
+
+    def _changed(
+        self, merged: Adapter, codec: CodecConfig
+    ) -> tuple[Adapter, tuple[str, bytes], Mapping[str, Tensor]]:
+        """The adapter that clients come to who add the coded change to the one they hold.
+
+        Returns:
+            It, the change from which adapter, and what coding left out.
+        """
+        before = self.adapter.tensors(sent_down(self.config.trains))
+        after = merged.tensors(sent_down(self.config.trains))
+        change = {name: after[name].float() - before[name].float() for name in before}
+        wanted = compensate(change, self._owed, codec.feedback)
+        encoded = encode_change(self.adapter, wanted, self._plan, codec, self._key)
+        owed = remainder(wanted, encoded.sent) if codec.feedback else {}
+        moved = {name: before[name] + encoded.sent[name] for name in before}
+        adapter = self.adapter.with_tensors({**self.adapter.tensors(), **moved})
+        return adapter, (self.adapter.hash(), encoded.blob), owed
 
     def _end(self, row: Contribution, start: Start) -> Adapter:
         """What a client trained: its start and the change it sent, and how much that matters to it.

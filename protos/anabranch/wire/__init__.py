@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anabranch.wire.adapter_message import decode_adapter as decode_adapter
+    from anabranch.wire.adapter_message import decode_change as decode_change
     from anabranch.wire.adapter_message import encode_adapter as encode_adapter
+    from anabranch.wire.adapter_message import encode_change as encode_change
     from anabranch.wire.config import CodecConfig as CodecConfig
     from anabranch.wire.decode import decode_forms as decode_forms
     from anabranch.wire.decode import decode_update as decode_update
@@ -33,9 +35,11 @@ _HOMES = {
     "WireError": "errors",
     "compensate": "feedback",
     "decode_adapter": "adapter_message",
+    "decode_change": "adapter_message",
     "decode_forms": "decode",
     "decode_update": "decode",
     "encode_adapter": "adapter_message",
+    "encode_change": "adapter_message",
     "encode_update": "encode",
     "read_manifest": "header",
     "remainder": "feedback",

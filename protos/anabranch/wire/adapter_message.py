@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from anabranch.vectors import Adapter
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX
 from anabranch.vectors.frozen import from_tensors, most_ranks, whole_layout
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.decode import Check, decode_update
 from anabranch.wire.encode import Encoded, encode_update
+from anabranch.wire.errors import WireError
 from anabranch.wire.header import read_manifest
 from anabranch.wire.keys import PrivateKey
 from anabranch.wire.limits import limits_for
-from anabranch.wire.manifest import UpdateMeta
+from anabranch.wire.manifest import Kind, UpdateMeta
 from anabranch.wire.plan import RoundPlan, Trains, sent_down
 
 
@@ -26,10 +31,59 @@ def encode_adapter(
         down: How an entry is stored.
         key: Who signs; None leaves the message unsigned.
     """
-    meta = UpdateMeta(
-        kind="adapter",
+    meta = _meta("adapter", plan, plan.start_hash)
+    tensors = adapter.tensors(sent_down(plan.trains))
+    return encode_update(tensors, meta, CodecConfig(name="dense", dtype=down), key)
+
+
+def encode_change(
+    before: Adapter,
+    wanted: Mapping[str, Tensor],
+    plan: RoundPlan,
+    codec: CodecConfig,
+    key: PrivateKey | None = None,
+) -> Encoded:
+    """Encode what a round adds to the adapter that its clients hold.
+
+    Args:
+        before: The adapter they hold, at the seed's ranks: the round's start.
+        wanted: What to add, by name, of all that travels down.
+        plan: The round's.
+        codec: How to encode it.
+        key: Who signs; None leaves the message unsigned.
+    """
+    return encode_update(wanted, _meta("change", plan, before.hash()), codec, key)
+
+
+def decode_change(
+    blob: bytes | memoryview, held: Adapter, trains: Trains, check: Check | None = None
+) -> Adapter:
+    """Add a change to the adapter that a client holds.
+
+    Args:
+        blob: The message, as it came.
+        held: The adapter it is to change.
+        trains: What the federation trains.
+        check: Called with the manifest before any payload is touched (``wire.signing``).
+
+    Raises:
+        WireError: The message is no sound one of this adapter's layout, or no change.
+    """
+    before = held.tensors(sent_down(trains))
+    layout = {name: tuple(tensor.shape) for name, tensor in before.items()}
+    meta, tensors = decode_update(blob, layout, check)
+    if meta.kind != "change":
+        raise WireError("meta", f"a change was announced, and this is an {meta.kind}")
+    moved = {name: before[name] + change for name, change in tensors.items()}
+    return held.with_tensors({**held.tensors(), **moved})
+
+
+def _meta(kind: Kind, plan: RoundPlan, start_hash: str) -> UpdateMeta:
+    """What is said of a message from the coordinator."""
+    return UpdateMeta(
+        kind=kind,
         base_hash=plan.base_hash,
-        start_hash=plan.start_hash,
+        start_hash=start_hash,
         federation=plan.federation,
         run=plan.run,
         round=plan.round,
@@ -38,8 +92,6 @@ def encode_adapter(
         seed=plan.seed,
         examples=0,
     )
-    tensors = adapter.tensors(sent_down(plan.trains))
-    return encode_update(tensors, meta, CodecConfig(name="dense", dtype=down), key)
 
 
 def decode_adapter(

@@ -22,7 +22,11 @@ FORMAT_VERSION = 1
 MAGIC = b"ANBR"
 LENGTH_BYTES = 8
 
-_KINDS: dict[Kind, pb.Kind.ValueType] = {"update": pb.KIND_UPDATE, "adapter": pb.KIND_ADAPTER}
+_KINDS: dict[Kind, pb.Kind.ValueType] = {
+    "update": pb.KIND_UPDATE,
+    "adapter": pb.KIND_ADAPTER,
+    "change": pb.KIND_CHANGE,
+}
 
 
 def write_header(manifest: Manifest, key: PrivateKey | None = None) -> bytes:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from anabranch.wire.limits import DIGEST_BYTES, HASH_BYTES, NONCE_BYTES, TEXT_BYTES
 
-Kind = Literal["update", "adapter"]
+Kind = Literal["update", "adapter", "change"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class UpdateMeta:
     """Whose update a message is, and of what.
 
     Attributes:
-        kind: ``update`` for a client's change, ``adapter`` for an adapter's values.
+        kind: ``update`` for a client's change, ``adapter`` for an adapter's values, ``change`` for
+            what a coordinator adds to them.
         base_hash: ``weights_hash`` of the base, 64 hexadecimal digits.
         start_hash: The same of the adapter the differences are taken against; empty for none.
         federation: Name of the federation.

@@ -15,6 +15,8 @@ UPDATE_STYPE = "anabranch.update/1"
 """``Array.stype`` of an encoded update (client to coordinator)."""
 ADAPTER_STYPE = "anabranch.adapter/1"
 """``Array.stype`` of an encoded adapter (coordinator to client)."""
+CHANGE_STYPE = "anabranch.change/1"
+"""``Array.stype`` of an encoded change of the adapter that the client holds."""
 
 PLAN_KEY = "plan"
 ADAPTER_KEY = "adapter"
@@ -63,6 +65,9 @@ class RoundPlan(BaseModel):
     None is the task's own."""
     importance: bool = False
     """Whether the merge needs to know how much each entry matters to the client: its Fisher."""
+    hold: bool = False
+    """Whether the client is to keep this round's start: later ones may come as changes of it, or
+    not at all where nothing has changed."""
     seal_to: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """X25519 key of this round, in hexadecimal, that updates are sealed to; None: not sealed."""
     train: dict[str, Scalar] = Field(default_factory=dict)

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.client.task import TrainPlan
 from anabranch.coordinator.federation import (
+    DownCodec,
     FederationConfig,
     FederationRecipe,
     Privacy,
@@ -119,6 +120,8 @@ class Scenario(BaseModel):
     """How adapters are stored on their way to the clients."""
     recipe: FederationRecipe = Recipe(method="ties")
     """How a cohort is merged."""
+    down_codec: DownCodec = None
+    """How a new adapter travels to clients that hold the one before; None: whole."""
     privacy: Privacy = None
     """Differential privacy of the clients: clip, epsilon, delta."""
     baselines: Baselines = Baselines()
@@ -175,6 +178,7 @@ class Scenario(BaseModel):
             ranks=self.ranks,
             rest=self.rest,
             train=self.train,
+            down_codec=self.down_codec,
             privacy=self.privacy,
         )
 

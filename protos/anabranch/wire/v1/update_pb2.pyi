@@ -39,6 +39,8 @@ class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Kind.ValueType],
     """A client's change in one round: the adapter it ended with less the one it started from."""
     KIND_ADAPTER: _Kind.ValueType  # 2
     """An adapter's values themselves, as a coordinator hands them out."""
+    KIND_CHANGE: _Kind.ValueType  # 3
+    """What to add to the adapter that start_hash names, for a client that holds it."""
 
 class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
 
@@ -47,6 +49,8 @@ KIND_UPDATE: Kind.ValueType  # 1
 """A client's change in one round: the adapter it ended with less the one it started from."""
 KIND_ADAPTER: Kind.ValueType  # 2
 """An adapter's values themselves, as a coordinator hands them out."""
+KIND_CHANGE: Kind.ValueType  # 3
+"""What to add to the adapter that start_hash names, for a client that holds it."""
 Global___Kind: _TypeAlias = Kind  # noqa: Y015
 
 class _Codec:
