@@ -67,6 +67,17 @@ class ModuleRule(BaseModel):
     """Parameters of the method, laid over the recipe's."""
 
 
+class PreStep(BaseModel):
+    """A pre-aggregation, before the method."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    """``clip``, ``arc``, ``nnm``, ``bucketing`` or ``unit_norm``."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Its own parameters."""
+
+
 class Recipe(BaseModel):
     """How a cohort is merged: method, scale, and the way back to rank r.
 
@@ -79,6 +90,9 @@ class Recipe(BaseModel):
     """A registered merge method; ``anabranch methods`` lists them."""
     params: dict[str, Any] = Field(default_factory=dict)
     """The method's own parameters."""
+    pre: tuple[PreStep, ...] = ()
+    """Steps before the method, in order: robust mixtures of the contributions, in which each counts
+    once, whatever its weight."""
     scale: Scale = 1.0
     """Factor on the merged task vector (λ in the papers)."""
     weights: tuple[Number, ...] | None = None

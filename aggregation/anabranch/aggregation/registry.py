@@ -12,6 +12,8 @@ from anabranch.aggregation.composition import composed, is_composition
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.methods import BUILT_IN
 from anabranch.aggregation.recipe import Recipe, validation_line
+from anabranch.aggregation.robust import PRE_AGGREGATORS
+from anabranch.aggregation.robust.pre import PreAggregator
 
 ENTRY_POINT_GROUP = "anabranch.merge_methods"
 
@@ -59,6 +61,41 @@ def named(recipe: Recipe, source: str = "recipe") -> MergeMethod:
             f"choose from {', '.join(sorted(known))}, or compose one, such as trim + sign + mean"
         )
     return known[recipe.method]
+
+
+def resolve_pre(
+    recipe: Recipe, method: MergeMethod, source: str = "recipe"
+) -> tuple[tuple[PreAggregator, MethodConfig], ...]:
+    """The steps before the recipe's method, with their validated parameters.
+
+    Args:
+        recipe: What to resolve.
+        method: Its method.
+        source: Where it came from, for messages.
+
+    Raises:
+        ValueError: An unknown step, a bad parameter, or a method or weights that no step can go
+            before.
+    """
+    known = {step.name: step for step in PRE_AGGREGATORS}
+    found = []
+    for number, asked in enumerate(recipe.pre):
+        if asked.name not in known:
+            raise ValueError(
+                f"{source}: pre.{number}.name: {asked.name!r} is no pre-aggregation; "
+                f"choose from {', '.join(sorted(known))}"
+            )
+        step = known[asked.name]
+        try:
+            found.append((step, step.config.model_validate(asked.params)))
+        except ValidationError as error:
+            raise ValueError(validation_line(error, source, f"pre.{number}.params")) from error
+    if found and (method.matrices is not None or method.factors or method.needs_importance):
+        raise ValueError(
+            f"{source}: pre: {method.name} takes whole matrices, factors or importance, which are "
+            "not mixed; leave pre out, or choose a method on entries such as ties or median"
+        )
+    return tuple(found)
 
 
 def resolve(recipe: Recipe, source: str = "recipe") -> tuple[MergeMethod, MethodConfig]:

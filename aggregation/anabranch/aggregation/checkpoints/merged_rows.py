@@ -16,6 +16,7 @@ from anabranch.aggregation.chunk import PIECE, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.groups import Group
+from anabranch.aggregation.engine.mixture import mixture
 from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows
 from anabranch.aggregation.engine.stream import group_coefficients
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
@@ -52,7 +53,10 @@ def merged_rows(
     if method.matrices is not None:
         matrices = _Matrices(cohort, method, config, weights_C)
         return replace(matrices, factor=matrices.to_mean_norm()) if method.mean_norm else matrices
-    return EntryMerge(cohort, method, config, weights_C, budget_bytes, keep_model=alone)
+    mix_KC = mixture(cohort, group, budget_bytes)
+    return EntryMerge(
+        cohort, method, config, weights_C, budget_bytes, keep_model=alone, mix_KC=mix_KC
+    )
 
 
 def check_budget(cohort: Cohort, method: MergeMethod, budget_bytes: int) -> None:

@@ -5,8 +5,8 @@ Shape legend: C contributions, R rows of a chunk, n columns, D = R·n entries of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from anabranch.aggregation.engine.rows import (
     merged_on,
 )
 from anabranch.aggregation.kernels.rows import has_kernel, load
-from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Found, gather_statistics
 from anabranch.vectors.task_vector import Delta
@@ -39,6 +39,7 @@ class EntryMerge:
         weights_C: Checked weights [C].
         budget_bytes: Memory for dense entries.
         keep_model: Whether what the statistics of a whole model read may be kept for the merge.
+        mix_KC: The method sees these mixtures of the contributions; None leaves them as they are.
     """
 
     def __init__(
@@ -49,13 +50,16 @@ class EntryMerge:
         weights_C: Tensor,
         budget_bytes: int,
         keep_model: bool = True,
+        mix_KC: Tensor | None = None,
     ) -> None:
         if method.needs_importance:
             cohort = normalised_cohort(cohort, method.normalise_of(config))
         self.cohort = cohort
         self.method = method
         self.config = config
-        self.weights_C = weights_C
+        # Mixtures count alike.
+        self.weights_C = weights_C if mix_KC is None else torch.ones(len(mix_KC)).double()
+        self._mix_KC = mix_KC
         self.budget_bytes = budget_bytes
         self._found: dict[str, Found] = {}
         self._sources: dict[str, ModuleRows] = {}
@@ -84,7 +88,7 @@ class EntryMerge:
         if gathers:
             self._found[module] = self._gather([source])
         found = self._found.get(module, {})
-        for chunk in source:
+        for chunk in _mixed(source, self._mix_KC):
             merged_D = self.method.merge_chunk(chunk, self.weights_C, self.config, found)
             yield chunk.start, merged_D.view(-1, chunk.columns).to(home)
 
@@ -102,7 +106,7 @@ class EntryMerge:
 
     def _from_ternary(self, module: str) -> Tensor | None:
         """A merged module [m, n] from sparse task vectors as they are, None where it cannot be."""
-        if self.method.ternary is None or module in self._found:
+        if self.method.ternary is None or module in self._found or self._mix_KC is not None:
             return None
         deltas = self.cohort.deltas[module]
         device = merged_on(self.cohort, module)
@@ -126,7 +130,12 @@ class EntryMerge:
     def _gather(self, sources: Sequence[ModuleRows], ranks: Ranks = ALONE) -> Found:
         entries = sum(source.rows * source.columns for source in sources)
         return gather_statistics(
-            self.method.statistics, _Chunks(sources), entries, self.weights_C, self.config, ranks
+            self.method.statistics,
+            _Chunks(sources, self._mix_KC),
+            entries,
+            self.weights_C,
+            self.config,
+            ranks,
         )
 
 
@@ -135,9 +144,20 @@ class _Chunks:
     """The chunks of several sources, one after the other, as often as asked."""
 
     sources: Sequence[ModuleRows]
+    mix_KC: Tensor | None  # noqa: N815
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources)
 
     def __iter__(self) -> Iterator[Chunk]:
-        return (chunk for source in self.sources for chunk in source)
+        return _mixed((chunk for source in self.sources for chunk in source), self.mix_KC)
+
+
+def _mixed(chunks: Iterable[Chunk], mix_KC: Tensor | None) -> Iterator[Chunk]:
+    """The chunks of mixtures: Σ_c mix[k, c]·τ_c, added up in fp32 in the order of contributions."""
+    for chunk in chunks:
+        if mix_KC is None:
+            yield chunk
+            continue
+        mixed = [combine(chunk.deltas_CD, mix_C) for mix_C in mix_KC]
+        yield replace(chunk, rows=torch.stack(mixed))

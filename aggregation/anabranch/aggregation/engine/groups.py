@@ -15,7 +15,8 @@ from torch import Tensor
 
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
-from anabranch.aggregation.registry import resolve
+from anabranch.aggregation.registry import resolve, resolve_pre
+from anabranch.aggregation.robust.pre import Step
 from anabranch.aggregation.rules import settings_by_module
 
 
@@ -30,6 +31,7 @@ class Group:
         weights_C: Checked weights [C].
         scale: Factor on the merged task vector.
         excluded: Whether they stay as they were: the merged task vector is zero.
+        pre: Steps before the method.
     """
 
     modules: tuple[str, ...]
@@ -38,13 +40,17 @@ class Group:
     weights_C: Tensor  # noqa: N815
     scale: float
     excluded: bool
+    pre: tuple[Step, ...] = ()
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether inner products of the contributions are read."""
+        return not self.excluded and (bool(self.pre) or self.method.needs_gram)
 
     @property
     def linear(self) -> bool:
         """Whether the result is Σ c_i·ΔW_i with coefficients that follow from the weights alone."""
-        return self.excluded or (
-            self.method.coefficients is not None and not self.method.needs_gram
-        )
+        return self.excluded or (self.method.coefficients is not None and not self.needs_gram)
 
 
 def groups(recipe: Recipe, modules: Iterable[str], count: int) -> tuple[Group, ...]:
@@ -66,6 +72,11 @@ def groups(recipe: Recipe, modules: Iterable[str], count: int) -> tuple[Group, .
         weights = (1.0,) * count if settings.weights is None else settings.weights
         try:
             method, config = resolve(plain)
+            pre = resolve_pre(recipe, method)
+            if pre and len(set(weights)) > 1:
+                raise ValueError(
+                    "pre: mixtures count each contribution once; leave weights out, or pre"
+                )
             weights_C = torch.tensor(weights, dtype=torch.float64)
             if not settings.excluded:
                 weights_C = method.check_weights(weights_C, count)
@@ -73,5 +84,7 @@ def groups(recipe: Recipe, modules: Iterable[str], count: int) -> tuple[Group, .
             if len(names) == len(everything):
                 raise
             raise ValueError(f"{error} (module {names[0]})") from error
-        found.append(Group(names, method, config, weights_C, settings.scale, settings.excluded))
+        found.append(
+            Group(names, method, config, weights_C, settings.scale, settings.excluded, pre)
+        )
     return tuple(found)

@@ -17,6 +17,7 @@ from anabranch.aggregation.engine.align import balanced_factors
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.groups import Group
+from anabranch.aggregation.engine.mixture import mixture
 from anabranch.aggregation.engine.refactor import (
     Spectrum,
     low_rank_spectrum,
@@ -67,8 +68,14 @@ class AdapterMerge:
     def merged(self) -> EntryMerge:
         """The method on entries; made once, for what it gathers over the whole model."""
         group = self.group
+        mix_KC = mixture(self.cohort, group, self.budget_bytes)
         return EntryMerge(
-            self.cohort, group.method, group.config, group.weights_C, self.budget_bytes
+            self.cohort,
+            group.method,
+            group.config,
+            group.weights_C,
+            self.budget_bytes,
+            mix_KC=mix_KC,
         )
 
     @property

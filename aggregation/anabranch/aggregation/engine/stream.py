@@ -23,6 +23,7 @@ from anabranch.aggregation.engine.entries import EntryMerge
 from anabranch.aggregation.engine.gram import module_grams, total_gram
 from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
+from anabranch.aggregation.engine.mixture import mixture
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of, large_ternary
 from anabranch.aggregation.kernels.rows import (
     TERNARY_SUM,
@@ -117,7 +118,8 @@ def _merge_group(cohort: Cohort, group: Group, budget_bytes: int) -> dict[str, D
             average = merge_factors(module, deltas, method, config, weights_C, cohort.names)
             merged[module] = scaled(average, group.scale)
     else:
-        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes)
+        mix_KC = mixture(cohort, group, budget_bytes)
+        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes, mix_KC=mix_KC)
         for module, deltas in cohort.deltas.items():
             merged[module] = entries.dense(module, group.scale).view(deltas[0].shape)
     return merged
@@ -141,19 +143,26 @@ def group_coefficients(
         return dict.fromkeys(cohort.deltas, [0.0] * len(cohort))
     method, weights_C = group.method, group.weights_C
     assert method.coefficients is not None
-    if not method.needs_gram:
+    if not group.needs_gram:
         shared = method.coefficients(weights_C, None, group.config).tolist()
         return dict.fromkeys(cohort.deltas, shared)
     if grams is None:
         grams = module_grams(cohort, budget_bytes)
     mine = {module: grams[module] for module in group.modules}
+    if group.pre:
+        mix_KC = mixture(cohort, group, budget_bytes, grams)
+        assert mix_KC is not None
+        mine = {module: mix_KC @ gram_CC @ mix_KC.T for module, gram_CC in mine.items()}
+        weights_C = torch.ones(len(mix_KC), dtype=torch.float64)
+    else:
+        mix_KC = torch.eye(len(cohort), dtype=torch.float64)
     if method.scope_of(group.config) == "tensor":
         return {
-            module: method.coefficients(weights_C, gram_CC, group.config).tolist()
-            for module, gram_CC in mine.items()
+            module: (method.coefficients(weights_C, gram_KK, group.config) @ mix_KC).tolist()
+            for module, gram_KK in mine.items()
         }
-    gram_CC = total_gram(mine, len(cohort))
-    shared = method.coefficients(weights_C, gram_CC, group.config).tolist()
+    gram_KK = total_gram(mine, len(mix_KC)) if method.needs_gram else None
+    shared = (method.coefficients(weights_C, gram_KK, group.config) @ mix_KC).tolist()
     return dict.fromkeys(cohort.deltas, shared)
 
 

@@ -108,8 +108,8 @@ def _cost(cohort: Cohort, group: Group, budget_bytes: int) -> Cost:
         return nothing(cohort)
     check_count(group)
     if method.merge is not None and not method.factors:
-        return entry_cost(cohort, method, group.config, budget_bytes, keeps_result=True)
-    return Cost(dict.fromkeys(cohort.deltas, 1 + method.needs_gram), 0)
+        return entry_cost(cohort, group, budget_bytes, keeps_result=True)
+    return Cost(dict.fromkeys(cohort.deltas, 1 + group.needs_gram), 0)
 
 
 def _layout(adapter: Adapter) -> TaskVector:

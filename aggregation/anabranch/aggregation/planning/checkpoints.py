@@ -84,6 +84,4 @@ def _cost(cohort: Cohort, group: Group, budget_bytes: int, alone: bool) -> Cost:
         return nothing(cohort)
     if group.method.matrices is not None:
         return matrix_cost(cohort, group.method)
-    return entry_cost(
-        cohort, group.method, group.config, budget_bytes, keeps_result=False, keep_model=alone
-    )
+    return entry_cost(cohort, group, budget_bytes, keeps_result=False, keep_model=alone)

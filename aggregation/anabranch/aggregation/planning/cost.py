@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from anabranch.aggregation.checkpoints.merged_rows import matrix_bytes
 from anabranch.aggregation.engine.cohort import Cohort
+from anabranch.aggregation.engine.groups import Group
 from anabranch.aggregation.engine.rows import FP32_BYTES, WORKING_COPIES, ModuleRows
-from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.method import MergeMethod
 
 COUNTER_BYTES = 8 << 16
 """What finding one exact k-th in a stream takes: a histogram of 65,536 counters, on top of the
@@ -43,15 +44,14 @@ def matrix_cost(cohort: Cohort, method: MergeMethod) -> Cost:
 
 def entry_cost(
     cohort: Cohort,
-    method: MergeMethod,
-    config: MethodConfig,
+    group: Group,
     budget_bytes: int,
     *,
     keeps_result: bool,
     keep_model: bool = True,
 ) -> Cost:
     """What going through dense entries takes, by the rules ``EntryMerge`` and ``gram`` follow."""
-    count = len(cohort)
+    count, method, config = len(cohort), group.method, group.config
     gathers = bool(method.statistics)
     whole_model = gathers and method.scope_of(config) == "model"
     everything = cohort.entries() * (cohort.held_per_entry + 1) * FP32_BYTES
@@ -70,7 +70,7 @@ def entry_cost(
         whole_bytes = parts[0].shape.numel() * FP32_BYTES
         fits = rows.rows * row_bytes + whole_bytes <= budget_bytes // 2
         kept = keep_all if whole_model else gathers and fits
-        passes[module] = 1 if kept else first + 1 + method.needs_gram
+        passes[module] = (1 if kept else first + 1) + group.needs_gram
         if kept and not keep_all:
             kept_bytes = max(kept_bytes, rows.rows * row_bytes)
         if keeps_result and whole_bytes <= budget_bytes // 2:
