@@ -10,11 +10,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 install: $(STAMP)
 
 # torch first and pinned: resolved together with the rest, pip may choose a build with gigabytes of
-# CUDA libraries on a machine that has no GPU.
+# CUDA libraries on a machine that has no GPU. ByzFL's rules, which tests compare with, need none of
+# what it depends on, and that includes a torchvision which fits no CPU build.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps byzfl
 	touch $@
 
 demo: install

@@ -38,7 +38,11 @@ ORDERED = {
     "della": "masks are drawn by position",
     "della_linear": "masks are drawn by position",
     "karcher": "starts at the first where unit vectors cancel",
+    "caf": "equal eigenvalues leave the direction open",
+    "mda": "equal scores go to the earlier one",
+    "meamed": "equal distances go to the earlier one",
     "multi_krum": "equal scores go to the earlier one",
+    "smea": "equal scores go to the earlier one",
     "pcb": "rounding decides between equal scores",
     "slerp": "goes from the first to the second",
 }

@@ -26,7 +26,7 @@ from anabranch.vectors import TaskVector
 def byzfl() -> Iterator[Any]:
     """Its rules alone: the package's own start imports data sets and models."""
     spec = importlib.util.find_spec("byzfl")
-    assert spec is not None
+    assert spec is not None, "byzfl is not installed; run `make install`"
     assert spec.submodule_search_locations is not None
     package = types.ModuleType("byzfl")
     package.__path__ = list(spec.submodule_search_locations)
@@ -149,3 +149,30 @@ def test_steps_before_a_method(byzfl: Any, method: str) -> None:
     ours = merged(deltas_CD, method, pre).double()
     mixed = byzfl.NNM(2)(byzfl.ARC(2)(deltas_CD.double()))
     torch.testing.assert_close(ours, theirs(mixed).double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("f", [1, 2, 4])
+def test_meamed_and_mda(byzfl: Any, f: int) -> None:
+    deltas_CD = cohort(entries=300)
+    ours = merged(deltas_CD, "meamed", f=f)
+    torch.testing.assert_close(ours, byzfl.Meamed(f)(deltas_CD.clone()), atol=1e-5, rtol=1e-5)
+    ours = merged(deltas_CD, "mda", f=f)
+    torch.testing.assert_close(ours, byzfl.MDA(f)(deltas_CD.clone()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [1.0, 30.0])
+def test_centred_clipping(byzfl: Any, tau: float) -> None:
+    deltas_CD = cohort()
+    ours = merged(deltas_CD, "centred_clipping", tau=tau, steps=3)
+    theirs = byzfl.CenteredClipping(L=3, tau=tau)(deltas_CD.clone())
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_filters_where_theirs_guesses_the_direction(byzfl: Any) -> None:
+    """One step from a random vector: the same where one outlier rules the spread."""
+    deltas_CD = cohort(entries=300)
+    deltas_CD[1] = deltas_CD[0] + 0.1
+    deltas_CD[4] *= 50
+    torch.manual_seed(0)
+    ours = merged(deltas_CD, "smea", f=1)
+    torch.testing.assert_close(ours, byzfl.SMEA(1)(deltas_CD.clone()), atol=1e-5, rtol=1e-5)

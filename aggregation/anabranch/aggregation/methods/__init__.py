@@ -3,6 +3,8 @@
 from anabranch.aggregation.method import MergeMethod
 from anabranch.aggregation.methods.breadcrumbs import BREADCRUMBS
 from anabranch.aggregation.methods.breadcrumbs_ties import BREADCRUMBS_TIES
+from anabranch.aggregation.methods.caf import CAF
+from anabranch.aggregation.methods.centred_clipping import CENTRED_CLIPPING
 from anabranch.aggregation.methods.consensus import CONSENSUS
 from anabranch.aggregation.methods.dare_linear import DARE_LINEAR
 from anabranch.aggregation.methods.dare_ties import DARE_TIES
@@ -18,6 +20,8 @@ from anabranch.aggregation.methods.karcher import KARCHER
 from anabranch.aggregation.methods.knots_ties import KNOTS_TIES
 from anabranch.aggregation.methods.lora_lego import LORA_LEGO
 from anabranch.aggregation.methods.magmax import MAGMAX
+from anabranch.aggregation.methods.mda import MDA
+from anabranch.aggregation.methods.meamed import MEAMED
 from anabranch.aggregation.methods.mean import MEAN
 from anabranch.aggregation.methods.median import MEDIAN
 from anabranch.aggregation.methods.model_stock import MODEL_STOCK
@@ -28,6 +32,7 @@ from anabranch.aggregation.methods.pcb import PCB
 from anabranch.aggregation.methods.sce import SCE
 from anabranch.aggregation.methods.sign_vote import SIGN_VOTE
 from anabranch.aggregation.methods.slerp import SLERP
+from anabranch.aggregation.methods.smea import SMEA
 from anabranch.aggregation.methods.task_arithmetic import TASK_ARITHMETIC
 from anabranch.aggregation.methods.ties import TIES
 from anabranch.aggregation.methods.trimmed_mean import TRIMMED_MEAN
@@ -55,8 +60,13 @@ BUILT_IN: tuple[MergeMethod, ...] = (
     KARCHER,
     MEDIAN,
     TRIMMED_MEAN,
+    MEAMED,
     MULTI_KRUM,
     GEOMETRIC_MEDIAN,
+    CENTRED_CLIPPING,
+    MDA,
+    SMEA,
+    CAF,
     FEDIT,
     HETLORA,
     TSV_M,
