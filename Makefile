@@ -37,6 +37,7 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.wire
+	$(BIN)/python -m benchmarks.robust_speed
 	$(BIN)/python -m benchmarks.federation
 
 quality: install
