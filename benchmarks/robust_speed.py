@@ -1,6 +1,6 @@
 """Robust rules beside ByzFL, on the same task vectors in the same process, two threads.
 
-20 task vectors of a million entries, two of them far away; ours through the engine, with its checks.
+20 task vectors of a million entries, two of them far away; ours through the engine, checked too.
 Where a step goes before a rule, both do both. ByzFL changes what it is given, so it gets a copy,
 which is made before the clock starts.
 """
