@@ -255,6 +255,19 @@ def test_geometric_median_stays_with_the_majority() -> None:
     assert float((geometric_median(deltas_CD) - honest_D).norm()) < 0.5
 
 
+@pytest.mark.parametrize("factor", [1e3, 1e15, 1e20, 1e25, 1e35])
+def test_geometric_median_does_not_depend_on_how_far_the_others_are(factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    honest_CD = 1 + 0.1 * torch.randn(7, 400, generator=generator)
+    far_CD = torch.randn(2, 400, generator=generator)
+    found, near = (
+        geometric_median(torch.cat([honest_CD[:3], size * far_CD, honest_CD[3:]]))
+        for size in (factor, 1e6)
+    )
+    # Only through the direction of those far away, which is the same, do they pull.
+    torch.testing.assert_close(found, near, atol=1e-3, rtol=1e-3)
+
+
 def test_geometric_median_of_equal_contributions_is_theirs() -> None:
     deltas_CD = deltas(1).expand(4, -1)
     torch.testing.assert_close(geometric_median(deltas_CD), deltas_CD[0])

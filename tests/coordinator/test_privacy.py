@@ -143,6 +143,10 @@ def test_one_factor_is_averaged_privately_as_it_is(trains: str, tmp_path: Path) 
         ({"recipe": {"method": "mean"}}, 'set it to "fedit", which averages what travels'),
         ({"recipe": {"method": "fedit"}, "trains": "b"}, 'set it to "mean", of the factor'),
         ({"recipe": {"method": "fedit", "scale": 2.0}}, "the mean must be plain"),
+        (
+            {"recipe": {"method": "fedit", "pre": [{"name": "clip"}]}},
+            "the mean must be plain; leave params, pre",
+        ),
         ({"ranks": {"client-0000": 2}}, "leave ranks out"),
         ({"codec": {"name": "dense", "feedback": 0}, "rest": "fedex"}, "published without noise"),
     ],

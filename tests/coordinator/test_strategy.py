@@ -401,6 +401,10 @@ def test_a_client_that_ships_more_ranks_than_asked_is_refused(tmp_path: Path) ->
         ({"ranks": {"a": 5}}, r"ranks\.a: 5 is above 4"),
         ({"ranks": {"a": 2}, "recipe": {"method": "fedit"}}, "ranks: fedit averages factors"),
         ({"rest": "fedex", "recipe": {"method": "ties"}}, "rest: ties gives no sum of factors"),
+        (
+            {"rest": "fedex", "recipe": {"method": "mean", "pre": [{"name": "clip"}]}},
+            "plain means of A and B",
+        ),
     ],
 )
 def test_what_the_method_cannot_merge_are_refused_at_once(

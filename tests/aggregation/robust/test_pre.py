@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anabranch.aggregation import Recipe, merge, merge_task_vectors
+from anabranch.aggregation.engine import entries
+from anabranch.aggregation.method import combine
 from anabranch.aggregation.registry import methods
 from anabranch.aggregation.robust import BUCKETING, CLIP, NNM, PRE_AGGREGATORS, UNIT_NORM
 from anabranch.aggregation.robust.bucketing import BucketingConfig
@@ -64,6 +66,26 @@ def test_the_result_does_not_depend_on_the_budget(method: str) -> None:
         for size in (1 << 18, 1 << 28)
     )
     assert torch.equal(small, large)
+
+
+@pytest.mark.parametrize("method", ["median", "ties"])
+def test_mixtures_for_a_kernel_are_copied_within_the_budget(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel reads large dense modules where they lie, in one chunk: mixtures lie nowhere yet."""
+    generator = torch.Generator().manual_seed(8)
+    inputs = [TaskVector({"a": torch.randn(2200, 500, generator=generator)}) for _ in range(4)]
+    budget_bytes, mixed = 1 << 21, []
+
+    def counted(deltas_CD: Tensor, coefficients_C: Tensor) -> Tensor:
+        mixed.append(deltas_CD.nbytes)
+        return combine(deltas_CD, coefficients_C)
+
+    monkeypatch.setattr(entries, "combine", counted)
+    small = merge_task_vectors(inputs, recipe(method, STEPS[:1]), budget_bytes=budget_bytes)
+    assert 0 < max(mixed) <= budget_bytes // 2
+    large = merge_task_vectors(inputs, recipe(method, STEPS[:1]))
+    assert torch.equal(flat(small), flat(large))
 
 
 def test_adapters_go_the_same_way() -> None:
@@ -141,6 +163,10 @@ def test_two_of_nine_move_a_mixed_median_by_no_more_than_the_honest_spread(facto
         ({"method": "fedit", "pre": [{"name": "clip"}]}, "takes whole matrices, factors"),
         (
             {"method": "mean", "pre": [{"name": "clip"}], "weights": [1, 2, 1, 1, 1, 1, 1]},
+            "count each contribution once",
+        ),
+        (
+            {"method": "task_arithmetic", "pre": [{"name": "clip"}], "weights": [0.3] * 7},
             "count each contribution once",
         ),
     ],

@@ -125,6 +125,7 @@ class EntryMerge:
             keep,
             self.method.whole_vectors,
             fused=has_kernel(self.method.kernel, merged_on(self.cohort, module)),
+            in_place=self._mix_KC is None,
         )
 
     def _gather(self, sources: Sequence[ModuleRows], ranks: Ranks = ALONE) -> Found:

@@ -73,7 +73,7 @@ def groups(recipe: Recipe, modules: Iterable[str], count: int) -> tuple[Group, .
         try:
             method, config = resolve(plain)
             pre = resolve_pre(recipe, method)
-            if pre and len(set(weights)) > 1:
+            if pre and any(weight != 1 for weight in weights):
                 raise ValueError(
                     "pre: mixtures count each contribution once; leave weights out, or pre"
                 )

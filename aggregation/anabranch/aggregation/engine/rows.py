@@ -44,6 +44,7 @@ class ModuleRows:
         whole_vectors: Whether a vector is one row, or may be cut.
         fused: Whether whoever reads the chunks has a kernel for them. Dense entries are then handed
             over where they lie, in one chunk, and cost no budget.
+        in_place: Whether it reads entries where they lie. Whoever copies a chunk needs small ones.
 
     Raises:
         ValueError: The budget holds no block of rows.
@@ -57,6 +58,7 @@ class ModuleRows:
         keep: bool = False,
         whole_vectors: bool = False,
         fused: bool = False,
+        in_place: bool = True,
     ) -> None:
         self.module = module
         self._deltas = cohort.deltas[module]
@@ -66,7 +68,7 @@ class ModuleRows:
         large = worthwhile(len(cohort), self.rows * self.columns, self._device)
         self.fused = fused and large and not self._importances
         self._kept: list[Chunk] | None = None
-        if self.fused and all(self._lies_there(delta) for delta in self._deltas):
+        if self.fused and in_place and all(self._lies_there(delta) for delta in self._deltas):
             self.step = self.rows
             where_they_lie = tuple(d.view(-1) for d in self._deltas if isinstance(d, Tensor))
             self._kept = [Chunk(module, 0, self.columns, where_they_lie, True)]

@@ -33,10 +33,11 @@ def geometric_median_coefficients(
 ) -> Tensor:
     """Coefficients, summing to 1, of the point with the least sum of distances.
 
-    With z = Σ c_j τ_j and Σ c_j = 1, ‖τ_i − z‖² = (Dc)_i − cᵀDc/2 for the squared distances D, so
-    the iteration runs in C x C numbers. It starts near the contributions whose median distance to
-    the others is small: from the plain mean, one huge outlier would cost steps and, by
-    cancellation, digits. Weights are ignored: a client states its own.
+    With z = Σ c_j τ_j, ‖τ_i − z‖² = G_ii − 2(Gc)_i + cᵀGc for the Gram matrix G, so the iteration
+    runs in C x C numbers. A huge outlier has a coefficient as small as it is huge, and so no term
+    that is large: of squared distances, which cancel, it would decide the digits. The iteration
+    starts near the contributions whose median distance to the others is small: from the plain mean,
+    one huge outlier would cost steps and digits. Weights are ignored: a client states its own.
 
     Args:
         weights_C: Not read.
@@ -51,8 +52,9 @@ def geometric_median_coefficients(
     coefficients_C = 1 / squared_CC.median(dim=1).values.sqrt().clamp(min=config.nu)
     coefficients_C /= coefficients_C.sum()
     for _ in range(config.iterations):
-        reach_C = squared_CC @ coefficients_C
-        radii_C = (reach_C - coefficients_C @ reach_C / 2).clamp(min=0).sqrt()
+        towards_C = gram_CC @ coefficients_C
+        squares_C = gram_CC.diagonal() - 2 * towards_C + coefficients_C @ towards_C
+        radii_C = squares_C.clamp(min=0).sqrt()
         next_C = 1 / radii_C.clamp(min=config.nu)
         next_C /= next_C.sum()
         moved = float((next_C - coefficients_C).abs().max())

@@ -41,8 +41,8 @@ def why_not_private(recipe: Recipe, trains: Trains, ranks: object, rest: str) ->
             f'recipe.method = "{recipe.method}" has no known sensitivity; set it to "{wanted}", '
             f"{why}"
         )
-    if recipe.params or recipe.modules or recipe.scale != 1.0:
-        return "the mean must be plain; leave params, modules and scale out of the recipe"
+    if recipe.params or recipe.pre or recipe.modules or recipe.scale != 1.0:
+        return "the mean must be plain; leave params, pre, modules and scale out of the recipe"
     if ranks:
         return "clients of several ranks have no common sensitivity; leave ranks out"
     if rest != "drop":
