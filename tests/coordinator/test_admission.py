@@ -264,6 +264,32 @@ def test_an_update_of_another_rank_than_asked_is_refused() -> None:
     assert code(update) == "layout"
 
 
+def coded(asked: dict[str, Any], sent: dict[str, Any]) -> str:
+    """The code of the refusal of an update encoded in one way where another was asked for."""
+    plan = PLAN.model_copy(update={"codec": CodecConfig.model_validate(asked)})
+    values = {
+        name: torch.arange(1.0, 1 + part.numel()).reshape(part.shape)
+        for name, part in tensors().items()
+    }
+    update = reply(encode_update(values, META, CodecConfig.model_validate(sent)).blob)
+    start = Start(plan, START, {}, None)
+    try:
+        return "" if examine(update, start, "site-a") else "nothing"
+    except RefusedError as error:
+        return error.code
+
+
+def test_the_plan_says_how_an_update_is_encoded() -> None:
+    assert coded({"density": 0.5}, {"density": 0.5}) == ""
+    assert coded({"density": 0.5}, {"density": 0.2}) == ""
+    assert coded({"density": 0.2}, {"density": 0.5}) == "over-density"
+    assert coded({"density": 0.5}, {"name": "two-bit", "density": 0.5}) == "wrong-codec"
+    assert coded({"density": 0.5}, {"name": "dense"}) == "wrong-codec"
+    assert coded({"name": "dense", "dtype": "int8"}, {"name": "dense"}) == "wrong-codec"
+    assert coded({"budget": "1 kB"}, {"density": 1.0}) == ""
+    assert coded({"budget": "100 B"}, {"density": 1.0}) == "over-budget"
+
+
 def test_an_oversized_norm_is_refused() -> None:
     assert code(reply(blob(value=5.0)), max_norm=10.0) == "norm"
     assert examine(reply(blob(value=5.0)), ASKED, "site-a", max_norm=30.0).client == "site-a"

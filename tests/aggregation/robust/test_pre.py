@@ -107,14 +107,16 @@ def test_adapters_go_the_same_way() -> None:
         torch.testing.assert_close(mine.double(), best, atol=1e-4, rtol=1e-4)
 
 
-@given(st.integers(3, 9), st.integers(0, 1000), st.sampled_from(PRE_AGGREGATORS))
+# Buckets go by the place in the cohort.
+ORDERLESS = [step for step in PRE_AGGREGATORS if step is not BUCKETING]
+
+
+@given(st.integers(3, 9), st.integers(0, 1000), st.sampled_from(ORDERLESS))
 @settings(max_examples=60, deadline=None)
 def test_steps_commute_with_the_order_of_contributions(count: int, seed: int, step: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     deltas_CD = torch.randn(count, 40, generator=generator)
     order = torch.randperm(count, generator=generator)
-    if step is BUCKETING:
-        return  # its buckets go by the place in the cohort
     torch.testing.assert_close(step(deltas_CD)[order], step(deltas_CD[order]), atol=1e-6, rtol=1e-5)
 
 

@@ -122,9 +122,9 @@ def merge_adapters(
         alike = with_importance(cohort.only(group.modules), vectors, group.method)
         alike = placed(alike, group.method, device)
         job = AdapterMerge(
-            adapters, start, starts, recipe.refactor, group, alike, budget_bytes, tick
+            adapters, start, starts, recipe.refactor, group, alike, grams, budget_bytes, tick
         )
-        merged = merged.joined(_merge_group(job, grams))
+        merged = merged.joined(_merge_group(job))
     merged = reduce(_Merged.joined, ranks.gather(merged))
     base_hash = cohort.base_hash
     if start is not None:
@@ -167,13 +167,13 @@ class _Merged:
         )
 
 
-def _merge_group(job: AdapterMerge, grams: Mapping[str, Tensor]) -> _Merged:
+def _merge_group(job: AdapterMerge) -> _Merged:
     """Merge one group's modules, in the way its method goes through adapters."""
     method = job.group.method
     coefficients = None
     spectra: dict[str, Spectrum] = {}
     if job.group.excluded or method.coefficients is not None:
-        coefficients = group_coefficients(job.cohort, job.group, job.budget_bytes, grams)
+        coefficients = group_coefficients(job.cohort, job.group, job.budget_bytes, job.grams)
     if job.group.excluded:
         lora = job.kept()
     elif coefficients is not None:

@@ -46,6 +46,7 @@ class AdapterMerge:
         group: Which modules, and how they are merged.
         cohort: The contributions' task vectors against the start, over those of these modules that
             are this rank's.
+        grams: ⟨τ_i, τ_j⟩ by module [C, C]: the report needs them, whatever the method.
         budget_bytes: Memory for dense entries.
         progress: Called for every module that is done.
     """
@@ -56,6 +57,7 @@ class AdapterMerge:
     refactor: Refactor
     group: Group
     cohort: Cohort
+    grams: Mapping[str, Tensor]
     budget_bytes: int
     progress: Callable[[], None]
 
@@ -68,7 +70,7 @@ class AdapterMerge:
     def merged(self) -> EntryMerge:
         """The method on entries; made once, for what it gathers over the whole model."""
         group = self.group
-        mix_KC = mixture(self.cohort, group, self.budget_bytes)
+        mix_KC = mixture(self.cohort, group, self.budget_bytes, self.grams)
         return EntryMerge(
             self.cohort,
             group.method,
