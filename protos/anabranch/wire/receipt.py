@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -20,7 +20,7 @@ from anabranch.wire.errors import WireError
 from anabranch.wire.keys import ID_BYTES, SIGNATURE_BYTES, PrivateKey
 from anabranch.wire.signing import RECEIPT, KeyRing
 
-FORMAT = 1
+FORMAT: Final = 1
 LIMIT_BYTES = 8 << 20
 """No receipt is larger; 20,000 clients fit, each with the longest name."""
 
