@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from anabranch.aggregation.backdoor.config import SuspicionConfig
+
 
 class Refactor(BaseModel):
     """How the merged ΔW becomes an adapter again."""
@@ -93,6 +95,9 @@ class Recipe(BaseModel):
     pre: tuple[PreStep, ...] = ()
     """Steps before the method, in order: robust mixtures of the contributions, in which each counts
     once, whatever its weight."""
+    suspicion: SuspicionConfig | None = None
+    """Which adapters stand out from the others, before anything else sees them; None: nobody
+    looks."""
     scale: Scale = 1.0
     """Factor on the merged task vector (λ in the papers)."""
     weights: tuple[Number, ...] | None = None
