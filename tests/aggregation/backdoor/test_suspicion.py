@@ -60,7 +60,7 @@ def test_a_planted_direction_is_found_where_it_is(
 def test_an_update_sent_larger_is_found_by_its_size(make_cohort: Make) -> None:
     start, ends = make_cohort(0)
     larger = {
-        name: LoraFactors(one.a_rn, 6 * one.b_mr, one.alpha) for name, one in ends[2].lora.items()
+        name: LoraFactors(one.a_rn, 10 * one.b_mr, one.alpha) for name, one in ends[2].lora.items()
     }
     ends[2] = Adapter(larger, base_hash=start.base_hash)
     report = merge(ends, recipe(signals=("energy",), action="note"), start=start).report

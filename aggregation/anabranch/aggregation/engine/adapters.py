@@ -120,7 +120,7 @@ def merge_adapters(
     for group in parts:
         check_refactor(recipe, group.method, adapters)
         if recipe.suspicion is not None:
-            check_suspicion(recipe.suspicion, group, len(adapters))
+            check_suspicion(recipe.suspicion, group.method, len(adapters))
     cohort = checked(cohort.share_of(ranks))
     grams = module_grams(cohort, budget_bytes)
     tick = _counter(progress, sum(module in adapters[0].lora for module in cohort.deltas))

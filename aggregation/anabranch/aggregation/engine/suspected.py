@@ -18,6 +18,7 @@ from anabranch.aggregation.backdoor.suspicion import Suspicion, suspect
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.gram import total_gram
 from anabranch.aggregation.engine.groups import Group
+from anabranch.aggregation.method import MergeMethod
 from anabranch.vectors.adapter import Adapter
 from anabranch.vectors.task_vector import scaled
 
@@ -129,7 +130,7 @@ def portions(group: Group, count: int, decided: Consequences | None) -> Iterator
         yield Portion(replace(group, modules=tuple(modules), weights_C=weights_K), factors)
 
 
-def check_suspicion(config: SuspicionConfig, group: Group, count: int) -> None:
+def check_suspicion(config: SuspicionConfig, method: MergeMethod, count: int) -> None:
     """Refuse what cannot be judged or done.
 
     Raises:
@@ -141,9 +142,9 @@ def check_suspicion(config: SuspicionConfig, group: Group, count: int) -> None:
             f"let {FEWEST} or more be merged, or leave suspicion out"
         )
     weighing = [config.action, *config.actions.values()]
-    if group.method.factors and "weigh_down" in weighing:
+    if method.factors and "weigh_down" in weighing:
         raise ValueError(
-            f"suspicion: weigh_down scales changes, and {group.method.name} merges factors; "
+            f"suspicion: weigh_down scales changes, and {method.name} merges factors; "
             "set the action to mask_module or exclude"
         )
 

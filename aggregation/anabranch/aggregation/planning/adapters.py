@@ -70,7 +70,7 @@ def plan_adapters(
     for group in parts:
         check_refactor(recipe, group.method, adapters)
         if recipe.suspicion is not None:
-            check_suspicion(recipe.suspicion, group, len(adapters))
+            check_suspicion(recipe.suspicion, group.method, len(adapters))
     like = adapters[0] if begun is None else begun
     held = sum(tensor.numel() for adapter in adapters for tensor in _tensors(adapter))
     read_bytes = sum(_size_bytes(adapter) for _, adapter in everyone)
