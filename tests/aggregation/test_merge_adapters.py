@@ -150,6 +150,7 @@ KEEP_ALL = {
     "della_linear": {"density": 1.0, "epsilon": 0.0},
     "multi_krum": {"f": 0},
     "ties": {"density": 1.0},
+    "rank_vote": {"density": 1.0},
 }
 
 UNLIKE_THEIRS = {

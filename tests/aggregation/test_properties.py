@@ -16,6 +16,7 @@ from anabranch.aggregation.methods.dare_linear import DareConfig
 from anabranch.aggregation.methods.della_linear import DellaConfig
 from anabranch.aggregation.methods.geometric_median import GeometricMedianConfig
 from anabranch.aggregation.methods.multi_krum import MultiKrumConfig
+from anabranch.aggregation.methods.rank_vote import RankVoteConfig
 from anabranch.aggregation.methods.ties import TiesConfig
 
 # Those that see a matrix as one are in test_spectral_properties.py.
@@ -30,6 +31,7 @@ KEEP_ALL = {
     "della": DellaConfig(density=1.0, epsilon=0.0),
     "della_linear": DellaConfig(density=1.0, epsilon=0.0),
     "ties": TiesConfig(density=1.0),
+    "rank_vote": RankVoteConfig(density=1.0),
 }
 
 ORDERED = {

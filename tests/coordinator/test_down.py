@@ -109,7 +109,7 @@ def test_what_coding_left_out_is_sent_later(tmp_path: Path) -> None:
     lossy, _, _ = run(tmp_path / "a", config(rounds=1))
     exact, _, _ = run(tmp_path / "b", config(rounds=1, down_codec=None))
     mine, wanted = lossy.adapter.tensors(), exact.adapter.tensors()
-    for name, owed in lossy._owed.items():
+    for name, owed in lossy.service.owed.items():
         torch.testing.assert_close(mine[name] + owed, wanted[name], atol=1e-6, rtol=1e-5)
         assert bool(owed.any())
 
@@ -137,9 +137,9 @@ def test_a_resumed_run_sends_it_whole_once(tmp_path: Path) -> None:
     assert sent.kinds("train", 3) == [ADAPTER_STYPE] * 4
     assert sent.kinds("train", 4) == [""] * 4
     assert store.refusals() == []
-    assert strategy._change is not None
-    change = read_manifest(strategy._change[1]).meta
-    assert (change.kind, change.start_hash) == ("change", strategy._change[0])
+    assert strategy.service.change is not None
+    change = read_manifest(strategy.service.change[1]).meta
+    assert (change.kind, change.start_hash) == ("change", strategy.service.change[0])
 
 
 def test_signed_changes_are_checked(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from anabranch.aggregation import truncate
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
-from anabranch.coordinator import strategy as strategy_module
+from anabranch.coordinator import cohort as cohort_module
 from anabranch.coordinator.admission import layouts
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.store import FolderStore, Store
@@ -163,7 +163,7 @@ def test_updates_too_many_to_keep_decoded_are_read_back_for_the_merge(
     hashes = []
     size_bytes = sum(4 * tensor.numel() for tensor in template().tensors().values())
     for kept in (4, 2, 0):
-        monkeypatch.setattr(strategy_module, "DECODED_BYTES", kept * size_bytes)
+        monkeypatch.setattr(cohort_module, "DECODED_BYTES", kept * size_bytes)
         store = Counting(tmp_path / str(kept))
         strategy = MergeStrategy(config(rounds=1), template(), store)
         strategy.start(grid())
@@ -225,14 +225,11 @@ def test_with_one_factor_shared_the_mean_is_exact_in_every_round(
     store = FolderStore(tmp_path)
     strategy = MergeStrategy(cfg, template(), store)
     rounds.append(strategy.adapter)
-    publish = store.publish
 
-    def look(publication: Any, facts: Any) -> None:
-        publish(publication, facts)
+    def look(number: int, arrays: Any) -> None:
         rounds.append(strategy.adapter)
 
-    store.publish = look  # type: ignore[method-assign]
-    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)), evaluate_fn=look)
     assert len(rounds) == 4
     for number, (before, after) in enumerate(itertools.pairwise(rounds), start=1):
         mean = torch.stack(ends[4 * number - 4 : 4 * number]).mean(0)
@@ -265,7 +262,7 @@ def loud(order: Message, reply: Message) -> Message:
 def test_clients_ship_the_fisher_that_the_recipe_needs(
     trains: str, decoded_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategy_module, "DECODED_BYTES", decoded_bytes)
+    monkeypatch.setattr(cohort_module, "DECODED_BYTES", decoded_bytes)
     cfg = config(recipe={"method": "fisher"}, trains=trains)
     hashes = []
     for name, tampers in (("a", {}), ("b", {}), ("loud", {11: loud})):
@@ -302,18 +299,14 @@ def test_with_the_rest_kept_nothing_of_a_round_is_lost(
         plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
         model = open_session(TASK, PARAMS).at_rank(plan.rank).model
         end = read_adapter(model).lora["hidden"].delta().dense()
-        start = strategy._starts[plan.rank].adapter.lora["hidden"].delta().dense()
+        start = strategy._orders._starts[plan.rank].adapter.lora["hidden"].delta().dense()
         changes.append(end - start)
         return reply
 
-    publish = store.publish
-
-    def look(publication: Any, facts: Any) -> None:
-        publish(publication, facts)
+    def look(number: int, arrays: Any) -> None:
         rounds.append(strategy.adapter)
 
-    store.publish = look  # type: ignore[method-assign]
-    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)), evaluate_fn=look)
     total = torch.zeros(64, 32)
     for number, adapter in enumerate(rounds):
         total += torch.stack(changes[4 * number : 4 * number + 4]).mean(0)
@@ -346,14 +339,11 @@ def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method:
         return reply
 
     starts: list[Adapter] = [strategy.adapter]
-    publish = store.publish
 
-    def look(publication: Any, facts: Any) -> None:
-        publish(publication, facts)
+    def look(number: int, arrays: Any) -> None:
         starts.append(strategy.adapter)
 
-    store.publish = look  # type: ignore[method-assign]
-    strategy.start(grid(dict.fromkeys(range(10, 14), keep)))
+    strategy.start(grid(dict.fromkeys(range(10, 14), keep)), evaluate_fn=look)
     assert not store.refusals()
     assert [row["status"] for row in store.notes("round")] == ["published"] * 2
     for (number, node), asked in plans.items():
@@ -368,7 +358,7 @@ def test_clients_of_several_ranks_each_start_from_theirs(tmp_path: Path, method:
     sizes = {row.client: row.size_bytes for row in store.contributions(2)}
     assert sizes["client-0000"] < sizes["client-0002"] < sizes["client-0001"]
     rows = store.notes("round")
-    assert 0 < rows[1]["bytes_down"] < 4 * len(strategy._blob or b"")
+    assert 0 < rows[1]["bytes_down"] < 4 * len(strategy.service.blob or b"")
     assert strategy.adapter.lora["hidden"].rank == 4
 
     class Dying(FolderStore):

@@ -8,7 +8,8 @@ from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping
 from anabranch.coordinator.federation import FederationConfig, clients_asked
 from anabranch.coordinator.privacy.accountant import noise_multiplier
 from anabranch.coordinator.privacy.config import PrivacyConfig
-from anabranch.coordinator.privacy.mechanism import noise_source, private_mean
+from anabranch.coordinator.privacy.mechanism import private_mean
+from anabranch.coordinator.privacy.noise import noise_source
 from anabranch.coordinator.start import Start
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import join
@@ -83,8 +84,7 @@ def merge_privately(
     ]
     divisor = clients_asked(config.clients, config.fraction)
     multiplier = noise_multiplier(privacy, config.rounds)
-    seed = privacy.noise_seed
-    noise = noise_source(None if seed is None else seed + whole.plan.round)
+    noise = noise_source(privacy.noise_seed, whole.plan.round)
     mean = private_mean(changes, privacy.clip, multiplier, divisor, noise)
     moved = {name: before[name] + part for name, part in mean.items()}
     adapter = whole.adapter.with_tensors({**before, **moved})

@@ -31,13 +31,12 @@ def encode_adapter(
         down: How an entry is stored.
         key: Who signs; None leaves the message unsigned.
     """
-    meta = _meta("adapter", plan, plan.start_hash)
+    meta = _meta("adapter", plan)
     tensors = adapter.tensors(sent_down(plan.trains))
     return encode_update(tensors, meta, CodecConfig(name="dense", dtype=down), key)
 
 
 def encode_change(
-    before: Adapter,
     wanted: Mapping[str, Tensor],
     plan: RoundPlan,
     codec: CodecConfig,
@@ -46,13 +45,12 @@ def encode_change(
     """Encode what a round adds to the adapter that its clients hold.
 
     Args:
-        before: The adapter they hold, at the seed's ranks: the round's start.
         wanted: What to add, by name, of all that travels down.
-        plan: The round's.
+        plan: The round's; what they hold is its start.
         codec: How to encode it.
         key: Who signs; None leaves the message unsigned.
     """
-    return encode_update(wanted, _meta("change", plan, before.hash()), codec, key)
+    return encode_update(wanted, _meta("change", plan), codec, key)
 
 
 def decode_change(
@@ -78,12 +76,12 @@ def decode_change(
     return held.with_tensors({**held.tensors(), **moved})
 
 
-def _meta(kind: Kind, plan: RoundPlan, start_hash: str) -> UpdateMeta:
+def _meta(kind: Kind, plan: RoundPlan) -> UpdateMeta:
     """What is said of a message from the coordinator."""
     return UpdateMeta(
         kind=kind,
         base_hash=plan.base_hash,
-        start_hash=start_hash,
+        start_hash=plan.start_hash,
         federation=plan.federation,
         run=plan.run,
         round=plan.round,
