@@ -72,6 +72,7 @@ RECIPES: Mapping[str, ByDeclared] = {
         "method": "geometric_median", "pre": [_step("bucketing", size=2)],
     },
     "TIES": lambda f: {"method": "ties"},
+    "rank vote": lambda f: {"method": "rank_vote"},
     "sign vote": lambda f: {"method": "sign_vote"},
 }  # fmt: skip
 """Ours by name."""
