@@ -107,7 +107,8 @@ def honest(setting: Setting, count: int, seed: int) -> Tensor:
     axes_KD = torch.linalg.qr(normal(setting.entries, setting.directions)).Q.T
     along_HK = normal(count, setting.directions) * (setting.shared / setting.directions) ** 0.5
     noise_HD = normal(count, setting.entries) * ((1 - setting.shared) / setting.entries) ** 0.5
-    return (mean_D + along_HK @ axes_KD + noise_HD).float()
+    drawn_HD: Tensor = (mean_D + along_HK @ axes_KD + noise_HD).float()
+    return drawn_HD
 
 
 @lru_cache(maxsize=16)
