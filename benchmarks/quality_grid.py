@@ -74,4 +74,5 @@ def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
         "ties": tuple({"density": density} for density in (0.2, 0.1, 0.5)),
         "trimmed_mean": tuple({"trim": trim} for trim in (1, 2)),
         "tsv_m": once,
+        "rank_vote": tuple({"density": density} for density in (0.5, 0.2)),
     }

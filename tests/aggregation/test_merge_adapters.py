@@ -153,6 +153,7 @@ KEEP_ALL = {
     "crfl": {"sigma": 0},
     "fltrust": {"root": "contribution 0"},
     "ties": {"density": 1.0},
+    "rank_vote": {"density": 1.0},
 }
 
 UNLIKE_THEIRS = {

@@ -135,6 +135,7 @@ LOOPS = {
     "hetlora": "test_mixed_ranks.py",
     "sign_vote": "test_sign_vote.py",
     "lora_lego": "test_lora_lego.py",
+    "rank_vote": "test_rank_vote.py",
 }
 """In tests/aggregation, by method that no package has."""
 

@@ -21,6 +21,7 @@ from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, has
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.sample import positions
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
+from anabranch.aggregation.whole import InMemory
 from anabranch.vectors.importance import Over, normalised
 from anabranch.vectors.task_vector import Delta, Held, held, norm, scaled
 
@@ -53,6 +54,9 @@ class MergeMethod:
         needs_importance: Whether ``merge`` takes ``importances_CD``: how much each entry matters to
             its contribution, zero or more. A config field ``normalise``, where there is one, says
             over what the engine brings each contribution's to a mean of 1.
+        whole_tensors: Whether ``merge`` ranks a tensor's entries, and so gets a ``Whole``: one
+            contribution's tensor after the other (scope "tensor"). It then gives the whole tensor,
+            and nothing but weights and parameters is handed to it besides.
         whole_vectors: Whether a vector is one row, for methods that look at rows. Else it is cut
             wherever the budget says.
         coefficients: ``coefficients(weights_C, gram_CC, config) -> coefficients_C`` for methods
@@ -96,6 +100,7 @@ class MergeMethod:
     statistics: tuple[Statistic, ...] = ()
     draws: tuple[Draw, ...] = ()
     needs_importance: bool = False
+    whole_tensors: bool = False
     whole_vectors: bool = False
     coefficients: Callable[..., Tensor] | None = None
     needs_gram: bool = False
@@ -138,6 +143,13 @@ class MergeMethod:
             raise ValueError(
                 f"method {self.name}: statistics, draws and importance are handed to a merge of "
                 "entries, which a kernel stands in for; leave them out, or set merge, not factors"
+            )
+        if self.whole_tensors and (
+            self.merge is None or self.factors or handed or self.scope != "tensor"
+        ):
+            raise ValueError(
+                f"method {self.name}: whole tensors are given to a merge of scope tensor, and "
+                "nothing else; leave out statistics, draws, importance, kernel and factors"
             )
         if self.weigh is not None and (self.merge is None or not self.factors):
             raise ValueError(
@@ -209,6 +221,9 @@ class MergeMethod:
             return merged
         rows, columns = matrix_shape(shape, self.whole_vectors)
         flat_CD = deltas_CD.detach().float().reshape(count, rows * columns)
+        if self.whole_tensors:
+            assert self.merge is not None
+            return self.merge(InMemory(flat_CD), weights_C, config).view(shape)
         fused = all_worthwhile(flat_CD)
         chunk = Chunk(module, 0, columns, flat_CD, fused)
         if self.needs_importance:

@@ -23,6 +23,7 @@ from anabranch.aggregation.engine.rows import (
     large_ternary,
     merged_on,
 )
+from anabranch.aggregation.engine.whole_module import WholeModule
 from anabranch.aggregation.kernels.rows import has_kernel, load
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 from anabranch.aggregation.ranks import ALONE, Ranks
@@ -83,6 +84,12 @@ class EntryMerge:
         home = device_of(self.cohort.deltas[module][0])
         if (whole_mn := self._from_ternary(module)) is not None:
             yield 0, whole_mn.to(home)
+            return
+        if self.method.whole_tensors:
+            assert self.method.merge is not None
+            parts = WholeModule(self.cohort, module, self.budget_bytes, self._mix_KC)
+            merged_D = self.method.merge(parts, self.weights_C, self.config)
+            yield 0, merged_D.view(matrix_shape(self.cohort.deltas[module][0].shape)).to(home)
             return
         gathers = bool(self.method.statistics) and module not in self._found
         source = self._sources.get(module)

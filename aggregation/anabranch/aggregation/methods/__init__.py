@@ -35,6 +35,7 @@ from anabranch.aggregation.methods.multi_krum import MULTI_KRUM
 from anabranch.aggregation.methods.multi_slerp import MULTI_SLERP
 from anabranch.aggregation.methods.opcm import OPCM
 from anabranch.aggregation.methods.pcb import PCB
+from anabranch.aggregation.methods.rank_vote import RANK_VOTE
 from anabranch.aggregation.methods.sce import SCE
 from anabranch.aggregation.methods.sign_vote import SIGN_VOTE
 from anabranch.aggregation.methods.slerp import SLERP
@@ -87,4 +88,5 @@ BUILT_IN: tuple[MergeMethod, ...] = (
     KNOTS_TIES,
     LORA_LEGO,
     OPCM,
+    RANK_VOTE,
 )
