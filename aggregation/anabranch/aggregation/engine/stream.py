@@ -26,8 +26,8 @@ from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.mixture import mixture
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of, large_ternary
-from anabranch.aggregation.engine.suspected import check_not_judged
 from anabranch.aggregation.engine.sample import sampled
+from anabranch.aggregation.engine.suspected import check_not_judged
 from anabranch.aggregation.kernels.rows import (
     TERNARY_SUM,
     WEIGHTED_SUM,
