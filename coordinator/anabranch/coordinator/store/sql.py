@@ -196,8 +196,10 @@ class SqlStore(Store):
         place, last = self._last(connection) if added else (0, None)
         for number, data in enumerate(added, start=place + 1):
             read = following(data, last)
-            row = {"number": number, "round": read.round, "kind": read.kind}
-            row |= {"hash": receipt_hash(data), "content": data.decode()}
+            row = {
+                "number": number, "round": read.round, "kind": str(read.kind),
+                "hash": receipt_hash(data), "content": data.decode(),
+            }  # fmt: skip
             if not self._add(connection, receipts, row, once=True):
                 raise TakenError(f"receipt {number} was written by another process meanwhile")
             last = data
