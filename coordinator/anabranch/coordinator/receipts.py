@@ -144,6 +144,7 @@ def _of_round(
     factors: Sequence[float] | None = None,
 ) -> Receipt:
     there = {row.client for row in cohort if row.round == plan.round}
+    counted: Sequence[float | None] = weights or [None] * len(cohort)
     inputs = tuple(
         Input(
             client=row.client,
@@ -154,9 +155,7 @@ def _of_round(
             factor=factor,
             weight=_number(weight),
         )
-        for row, factor, weight in zip(
-            cohort, factors or [1.0] * len(cohort), weights or [None] * len(cohort), strict=True
-        )
+        for row, factor, weight in zip(cohort, factors or [1.0] * len(cohort), counted, strict=True)
     )
     # A client that was refused, and asked again after a restart, may be in the merge after all.
     last = {row.client: row for row in store.refusals(plan.round) if row.client not in there}
