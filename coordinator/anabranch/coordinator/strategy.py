@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from anabranch.aggregation import MergeReport
 from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import RefusedError
-from anabranch.coordinator.cohort import Cohort, update_bytes
+from anabranch.coordinator.cohort import Cohort, Gathered, update_bytes
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService, read_in_service, successor
@@ -30,8 +30,9 @@ from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
+from anabranch.coordinator.secure.round import SecureRound
 from anabranch.coordinator.start import adapter_record
-from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
+from anabranch.coordinator.store import Publication, Refusal, Store
 from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.errors import one_line
@@ -66,7 +67,10 @@ class MergeStrategy(Strategy):
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
         self._method = named(config.recipe)
-        groups(config.recipe, [*template.lora, *template.dense], config.quorum)
+        merged = config.quorum
+        if config.secure is not None:
+            merged = config.secure.contributions(config.quorum)
+        groups(config.recipe, [*template.lora, *template.dense], merged)
         check_method(config, template, self._method)
         self.config = config
         self.store = store
@@ -80,6 +84,8 @@ class MergeStrategy(Strategy):
         )
         self._orders = Orders(config, self._method)
         self._cohort = Cohort(store, trust, config.max_norm)
+        self._secure: SecureRound | None = None
+        self._grid: Grid | None = None  # phases after training need it
 
     @property
     def adapter(self) -> Adapter:
@@ -206,7 +212,15 @@ class MergeStrategy(Strategy):
                 "start_hash": plan.start_hash,
             },
         )
-        return self._orders.train(asked)
+        if self.config.secure is None:
+            return self._orders.train(asked)
+        assert self._trust is not None
+        self._grid = grid
+        whole, secure = self._orders.whole, self.config.secure
+        self._secure = SecureRound(self.config, secure, whole, self.store, self._trust)
+        ready = self._secure.begin(grid, asked)
+        self._orders.part(self._secure.starts)
+        return [self._secure.deliver(order) for order in self._orders.train(ready)]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -269,26 +283,27 @@ class MergeStrategy(Strategy):
             self._orders.learn(reply, self.service.hash)
             try:
                 client = self._orders.client(reply.node)
-                self._cohort.admit(reply, self._orders.start(client), client)
+                admitting = self._secure or self._cohort
+                admitting.admit(reply, self._orders.start(client), client)
             except RefusedError as error:
                 refused += 1
                 refused_bytes += update_bytes(reply)
                 self._refuse(server_round, self._orders.asked.get(reply.node, "unknown"), error)
-        cohort = self.store.contributions(server_round)
+        gathered = self._gather(server_round)
         facts: dict[str, Any] = {
             "round": server_round,
-            "admitted": len(cohort),
-            "refused": refused,
-            "bytes_up": sum(row.size_bytes for row in cohort) + refused_bytes,
-            "bytes_down": self._orders.bytes_down,
+            "admitted": len(gathered.metrics),
+            "refused": refused + gathered.refused,
+            "bytes_up": gathered.bytes_up + refused_bytes,
+            "bytes_down": self._orders.bytes_down + gathered.bytes_down,
         }
         began = time.perf_counter()
         reason = ""
-        if len(cohort) < self.config.quorum:
-            reason = f"{len(cohort)} admitted, the quorum is {self.config.quorum}"
+        if len(gathered.metrics) < self.config.quorum:
+            reason = f"{len(gathered.metrics)} admitted, the quorum is {self.config.quorum}"
         else:
             try:
-                candidate, publication = self._merge(cohort)
+                candidate, publication = self._merge(gathered)
             # What a method cannot merge (too few for its f, a decomposition that fails) costs this
             # round, not the federation; the adapter in service stays.
             except (ValueError, RuntimeError) as error:
@@ -308,8 +323,9 @@ class MergeStrategy(Strategy):
         }
         self.store.publish(publication, facts | published)
         self.service = candidate
-        log.info("round %d merged %d of %d", server_round, len(cohort), len(self._orders.asked))
-        return self.arrays, mean_metrics([row.metrics for row in cohort])
+        count = len(gathered.metrics)
+        log.info("round %d merged %d of %d", server_round, count, len(self._orders.asked))
+        return self.arrays, mean_metrics(gathered.metrics)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -318,11 +334,18 @@ class MergeStrategy(Strategy):
             Refusal(round=server_round, client=client, code=error.code, reason=reason)
         )
 
-    def _merge(self, cohort: Sequence[Contribution]) -> tuple[InService, Publication]:
+    def _gather(self, server_round: int) -> Gathered:
+        """What a round's merge is of, once all replies have been looked at."""
+        if self._secure is not None:
+            assert self._grid is not None
+            return self._secure.finish(self._grid)
+        rows = self.store.contributions(server_round)
+        starts = [self._orders.start(row.client) for row in rows]
+        return self._cohort.gathered(rows, starts)
+
+    def _merge(self, gathered: Gathered) -> tuple[InService, Publication]:
         """What would stand in service next: its bytes are kept, and nothing names them yet."""
-        names = [row.client for row in cohort]
-        starts = [self._orders.start(name) for name in names]
-        ends = [self._cohort.end(row, start) for row, start in zip(cohort, starts, strict=True)]
+        names, starts, ends = gathered.names, gathered.starts, list(gathered.ends)
         config, whole = self.config, self._orders.whole
         if config.privacy is None:
             merged, report = merge_cohort(config, whole, starts, ends, names)
