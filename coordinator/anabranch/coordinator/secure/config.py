@@ -71,9 +71,9 @@ def why_not_secure(
             f'recipe.method = "{recipe.method}" needs more than the sum of what travels; set it to '
             f'"{linear}", or secure.group to the fewest clients of a group'
         )
-    if recipe.pre or recipe.modules:
+    if recipe.pre or recipe.modules or recipe.suspicion:
         return (
-            "recipe.pre and recipe.modules look at single updates; leave them out, or set "
-            "secure.group to the fewest clients of a group"
+            "recipe.pre, recipe.modules and recipe.suspicion look at single updates; leave them "
+            "out, or set secure.group to the fewest clients of a group"
         )
     return None
