@@ -114,7 +114,9 @@ def test_the_adapter_is_that_of_a_federation_without(
     assert [row["status"] for row in store.notes("round")] == ["published"] * 2
     assert [row["admitted"] for row in store.notes("round")] == [CLIENTS] * 2
     assert store.refusals() == []
-    assert store.contributions() == []
+    assert [(row.round, row.client) for row in store.contributions()] == [
+        (1, "group-0"), (2, "group-0"),
+    ]  # fmt: skip
     assert len(other.contributions()) == 2 * CLIENTS
     # Two rounds, a rounding of 2^-28 each, through training and an SVD.
     assert 0 < largest_difference(secure, plain) < 2e-6
@@ -328,7 +330,7 @@ def test_a_scenario_can_ask_for_it(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     assert [row["admitted"] for row in store.notes("round")] == [6, 6]
     measured = Measured(store, {}, list(session.task.groups), {}, session.template, {})  # type: ignore[attr-defined]
-    assert summarise(scenario, measured, 1.0)["update_bytes"]["ours"] is None
+    assert summarise(scenario, measured, 1.0)["rounds"][0]["admitted"] == 6
 
 
 @pytest.mark.parametrize(
@@ -358,6 +360,13 @@ def test_what_makes_no_sense_is_refused_in_one_line(changes: dict[str, Any], mat
 
 def test_robust_steps_stand_before_groups_only() -> None:
     recipe = {"method": "mean", "pre": [{"name": "arc"}]}
-    with pytest.raises(ValidationError, match=r"recipe\.pre and recipe\.modules"):
+    with pytest.raises(
+        ValidationError, match=r"recipe\.modules and recipe\.suspicion"
+    ):
         config(trains="b", recipe=recipe)
     assert config(9, recipe=recipe, secure={"group": 3}).secure is not None
+
+
+def test_a_method_that_knows_contributions_by_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="secure: fltrust asks who a contribution is of"):
+        run(tmp_path, config(6, recipe={"method": "fltrust"}, secure={"group": 3}))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -23,29 +23,6 @@ Decoded = tuple[Mapping[str, Form], Mapping[str, Tensor]]
 
 DECODED_BYTES = 256 << 20
 """Decoded updates kept from admission to the merge; what is beyond is decoded again."""
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """What a round's merge is of.
-
-    Attributes:
-        names: The contributions': their clients', or those of groups of clients.
-        starts: What each was handed.
-        ends: What each trained; decoded as they are read.
-        metrics: What each client claims of its training.
-        bytes_up: Bytes in which they came.
-        bytes_down: Bytes that went down beside plans and adapters.
-        refused: Replies that did not count, beside those refused at admission.
-    """
-
-    names: Sequence[str]
-    starts: Sequence[Start]
-    ends: Iterable[Adapter]
-    metrics: Sequence[dict[str, float]]
-    bytes_up: int
-    bytes_down: int = 0
-    refused: int = 0
 
 
 class Cohort:
@@ -108,16 +85,6 @@ class Cohort:
         moved = {name: before[name] + change.dense() for name, change in changes.items()}
         end = start.adapter.with_tensors({**before, **moved})
         return replace(end, importance=from_flat_importance(importance))
-
-    def gathered(self, rows: Sequence[Contribution], starts: Sequence[Start]) -> Gathered:
-        """A round's admitted updates, each with what its client was handed."""
-        return Gathered(
-            [row.client for row in rows],
-            starts,
-            (self.end(row, start) for row, start in zip(rows, starts, strict=True)),
-            [row.metrics for row in rows],
-            sum(row.size_bytes for row in rows),
-        )
 
     def _decode(self, row: Contribution, start: Start) -> Decoded:
         """An update that was not kept in memory, out of its artifact."""

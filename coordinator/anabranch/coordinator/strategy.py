@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,19 @@ from anabranch.aggregation import MergeReport
 from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import RefusedError
-from anabranch.coordinator.cohort import Cohort, Gathered, update_bytes
+from anabranch.coordinator.cohort import Cohort, update_bytes
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService, read_in_service, successor
 from anabranch.coordinator.merging import check_method, merge_cohort, merge_privately
 from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
+from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
 from anabranch.coordinator.secure.round import SecureRound
 from anabranch.coordinator.start import adapter_record
-from anabranch.coordinator.store import Publication, Refusal, Store
+from anabranch.coordinator.store import Contribution, Publication, Refusal, Store, TakenError
 from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.errors import one_line
@@ -85,7 +86,6 @@ class MergeStrategy(Strategy):
         self._orders = Orders(config, self._method)
         self._cohort = Cohort(store, trust, config.max_norm)
         self._secure: SecureRound | None = None
-        self._grid: Grid | None = None  # phases after training need it
 
     @property
     def adapter(self) -> Adapter:
@@ -139,6 +139,10 @@ class MergeStrategy(Strategy):
         if done:
             self._evaluate(done, grid, result)
         for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
+            if server_round <= self._done():
+                # An earlier adapter was put in service again between two rounds.
+                self._read_again()
+                continue
             if (spent := why_spent(self.config, self.store)) is not None:
                 log.warning("round %d is not begun: %s", server_round, spent)
                 self.store.note("stopped", {"round": server_round, "reason": spent})
@@ -204,6 +208,8 @@ class MergeStrategy(Strategy):
         done = {row.client for row in self.store.contributions(server_round)}
         sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
         asked = {node: name for node, name in sampled.items() if name not in done}
+        if done and self.config.secure is not None:
+            asked = {}  # sums were opened before an interruption: they are all there will be
         self.store.note(
             "planned",
             {
@@ -215,10 +221,10 @@ class MergeStrategy(Strategy):
         if self.config.secure is None:
             return self._orders.train(asked)
         assert self._trust is not None
-        self._grid = grid
-        whole, secure = self._orders.whole, self.config.secure
-        self._secure = SecureRound(self.config, secure, whole, self.store, self._trust)
-        ready = self._secure.begin(grid, asked)
+        self._secure = SecureRound(
+            self.config, self.config.secure, self._orders.whole, self.store, self._trust, grid
+        )
+        ready = self._secure.begin(asked)
         self._orders.part(self._secure.starts)
         return [self._secure.deliver(order) for order in self._orders.train(ready)]
 
@@ -289,21 +295,24 @@ class MergeStrategy(Strategy):
                 refused += 1
                 refused_bytes += update_bytes(reply)
                 self._refuse(server_round, self._orders.asked.get(reply.node, "unknown"), error)
-        gathered = self._gather(server_round)
+        sums = self._secure.finish() if self._secure is not None else None
+        cohort, plan = self.store.contributions(server_round), self._orders.whole.plan
+        admitted = len(cohort) if sums is None else sums.clients
+        bytes_up = sum(row.size_bytes for row in cohort) if sums is None else sums.bytes_up
         facts: dict[str, Any] = {
             "round": server_round,
-            "admitted": len(gathered.metrics),
-            "refused": refused + gathered.refused,
-            "bytes_up": gathered.bytes_up + refused_bytes,
-            "bytes_down": self._orders.bytes_down + gathered.bytes_down,
+            "admitted": admitted,
+            "refused": refused + (sums.refused if sums else 0),
+            "bytes_up": bytes_up + refused_bytes,
+            "bytes_down": self._orders.bytes_down + (sums.bytes_down if sums else 0),
         }
         began = time.perf_counter()
         reason = ""
-        if len(gathered.metrics) < self.config.quorum:
-            reason = f"{len(gathered.metrics)} admitted, the quorum is {self.config.quorum}"
+        if admitted < self.config.quorum:
+            reason = f"{admitted} admitted, the quorum is {self.config.quorum}"
         else:
             try:
-                candidate, publication = self._merge(gathered)
+                candidate, publication = self._merge(cohort)
             # What a method cannot merge (too few for its f, a decomposition that fails) costs this
             # round, not the federation; the adapter in service stays.
             except (ValueError, RuntimeError) as error:
@@ -312,7 +321,8 @@ class MergeStrategy(Strategy):
         if reason:
             log.warning("round %d abandoned: %s", server_round, reason)
             abandoned = {"status": "abandoned", "reason": reason, "seconds": seconds}
-            self.store.note("round", facts | abandoned)
+            receipt = abandoned_receipt(self.store, self.config, plan, cohort, reason, self._key)
+            self._end(lambda: self.store.abandon(server_round, facts | abandoned, receipt))
             return None, None
         published = {
             "status": "published",
@@ -321,11 +331,30 @@ class MergeStrategy(Strategy):
             "seconds": seconds,
             **spent_with_next(self.config, self.store),
         }
-        self.store.publish(publication, facts | published)
+        receipt = merge_receipt(
+            self.store, self.config, plan, cohort, publication, candidate, self._key
+        )
+        if not self._end(lambda: self.store.publish(publication, facts | published, [receipt])):
+            return self.arrays, None
         self.service = candidate
-        count = len(gathered.metrics)
-        log.info("round %d merged %d of %d", server_round, count, len(self._orders.asked))
-        return self.arrays, mean_metrics(gathered.metrics)
+        log.info("round %d merged %d of %d", server_round, admitted, len(self._orders.asked))
+        return self.arrays, mean_metrics([row.metrics for row in cohort])
+
+    def _end(self, write: Callable[[], None]) -> bool:
+        """End a round by writing it; False when it was ended otherwise meanwhile, as by a rollback.
+
+        What the store holds by then is in service.
+        """
+        try:
+            write()
+        except TakenError as error:
+            log.warning("the round comes to nothing: %s", error)
+            self._read_again()
+            return False
+        return True
+
+    def _read_again(self) -> None:
+        self.service = read_in_service(self.store, self.service.seeded, self.config)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -334,18 +363,11 @@ class MergeStrategy(Strategy):
             Refusal(round=server_round, client=client, code=error.code, reason=reason)
         )
 
-    def _gather(self, server_round: int) -> Gathered:
-        """What a round's merge is of, once all replies have been looked at."""
-        if self._secure is not None:
-            assert self._grid is not None
-            return self._secure.finish(self._grid)
-        rows = self.store.contributions(server_round)
-        starts = [self._orders.start(row.client) for row in rows]
-        return self._cohort.gathered(rows, starts)
-
-    def _merge(self, gathered: Gathered) -> tuple[InService, Publication]:
+    def _merge(self, cohort: Sequence[Contribution]) -> tuple[InService, Publication]:
         """What would stand in service next: its bytes are kept, and nothing names them yet."""
-        names, starts, ends = gathered.names, gathered.starts, list(gathered.ends)
+        names = [row.client for row in cohort]
+        starts = [self._orders.start(name) for name in names]
+        ends = [self._cohort.end(row, start) for row, start in zip(cohort, starts, strict=True)]
         config, whole = self.config, self._orders.whole
         if config.privacy is None:
             merged, report = merge_cohort(config, whole, starts, ends, names)

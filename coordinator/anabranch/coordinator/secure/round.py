@@ -7,21 +7,23 @@ phases that are left.
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from anabranch.coordinator.admission import TRAIN_METRICS, RefusedError, claims, layout_of
-from anabranch.coordinator.cohort import Gathered
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.secure.config import SecureConfig
 from anabranch.coordinator.start import Start
-from anabranch.coordinator.store import Refusal, Store
+from anabranch.coordinator.store import Contribution, FullError, Refusal, Store
 from anabranch.coordinator.trust import Trust
-from anabranch.vectors import Adapter
+from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.errors import WireError, one_line
 from anabranch.wire.plan import (
     CLIENT_KEY,
@@ -38,6 +40,23 @@ from anabranch.wire.secure.groups import grouped
 from anabranch.wire.secure.messages import Phase, most_bytes
 from anabranch.wire.secure.recovery import Recovery
 from anabranch.wire.secure.session import Session, session_of, threshold_of
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a round's groups came to; each that was opened is a contribution in the store.
+
+    Attributes:
+        clients: Whose updates are in the sums, how many.
+        bytes_up: Bytes that came up in all phases.
+        bytes_down: Bytes that went down beside plans and adapters.
+        refused: Replies that did not count, but for those of the training phase.
+    """
+
+    clients: int
+    bytes_up: int
+    bytes_down: int
+    refused: int
 
 
 @dataclass
@@ -64,6 +83,7 @@ class SecureRound:
         whole: What the round hands out.
         store: Journals who dropped out.
         trust: Keys.
+        grid: Flower's connection to the nodes.
     """
 
     def __init__(
@@ -73,9 +93,11 @@ class SecureRound:
         whole: Start,
         store: Store,
         trust: Trust,
+        grid: Grid,
     ) -> None:
         self._config, self._secure, self._whole = config, secure, whole
-        self._store, self._trust = store, trust
+        self._store, self._trust, self._grid = store, trust, grid
+        self._round = whole.plan.round
         self._nodes: dict[int, str] = {}
         self._groups: list[_Group] = []
         self._of: dict[str, _Group] = {}
@@ -87,25 +109,22 @@ class SecureRound:
         """What each client that is still in it is handed."""
         return {name: group.start for name, group in self._live().items()}
 
-    def begin(self, grid: Grid, asked: Mapping[int, str]) -> dict[int, str]:
+    def begin(self, asked: Mapping[int, str]) -> dict[int, str]:
         """Phases 1 and 2: groups, keys and shares.
 
         Args:
-            grid: Flower's connection to the nodes.
             asked: Clients by node.
 
         Returns:
             Those of them that are to train.
         """
         self._nodes = dict(asked)
-        seed = f"{self._config.seed}/{self._config.run}/{self._whole.plan.round}"
+        seed = f"{self._config.seed}/{self._config.run}/{self._round}"
         for number, names in enumerate(grouped(list(asked.values()), self._secure.group, seed)):
             self._form(number, names)
-        self._phase(grid, "advertise", lambda group, name: b"", Recovery.take_advertisement)
+        self._phase("advertise", lambda group, name: b"", Recovery.take_advertisement)
         self._each(Recovery.roster)
-        self._phase(
-            grid, "deal", lambda group, name: group.recovery.roster().blob, Recovery.take_dealing
-        )
+        self._phase("deal", lambda group, name: group.recovery.roster().blob, Recovery.take_dealing)
         self._each(Recovery.close_dealing)
         live = self._live()
         return {node: name for node, name in asked.items() if name in live}
@@ -137,42 +156,72 @@ class SecureRound:
         assert reply.message is not None
         self._metrics[client] = claims(reply.message.content.get(METRICS_KEY), TRAIN_METRICS)
 
-    def finish(self, grid: Grid) -> Gathered:
-        """Phases 4 and 5: the mean of each group whose sum can be opened."""
+    def finish(self) -> Sums:
+        """Phases 4 and 5; the mean of each group whose sum can be opened goes to the store."""
         self._each(Recovery.survivors)
         self._phase(
-            grid, "confirm", lambda group, name: group.recovery.survivors(),
-            Recovery.take_confirmation,
-        )  # fmt: skip
+            "confirm", lambda group, name: group.recovery.survivors(), Recovery.take_confirmation
+        )
         self._each(Recovery.confirmations)
         self._phase(
-            grid, "open", lambda group, name: group.recovery.confirmations(), Recovery.take_opening
+            "open", lambda group, name: group.recovery.confirmations(), Recovery.take_opening
         )
-        ends: dict[str, Adapter] = {}
-        metrics: list[dict[str, float]] = []
         for group in self._groups:
             summed: tuple[str, ...] = ()
             if not group.lost:
                 try:
-                    ends[group.name], summed = self._mean(group)
-                except WireError as error:
-                    group.lost = one_line(f"{error.code}: {error}")
-            metrics += [self._metrics[client] for client in summed]
+                    summed = self._contribute(group)
+                except (WireError, FullError) as error:
+                    group.lost = _why(error)
             self._journal(group, summed)
-        return Gathered(
-            names=list(ends),
-            starts=[self._whole] * len(ends),
-            ends=ends.values(),
-            metrics=metrics,
-            bytes_up=self._bytes_up,
-            bytes_down=self._bytes_down,
-            refused=self._refused,
+        rows = [row for row in self._store.notes("secure") if row["round"] == self._round]
+        clients = sum(len(row["summed"]) for row in rows)
+        return Sums(clients, self._bytes_up, self._bytes_down, self._refused)
+
+    def _contribute(self, group: _Group) -> tuple[str, ...]:
+        """Open a group's sum and keep its mean as one contribution; whose updates are in it.
+
+        Raises:
+            WireError: The sum cannot be opened.
+            FullError: There is no room for it.
+        """
+        total_D, names = group.recovery.total()
+        plan, nonce = group.start.plan, secrets.token_bytes(16)
+        mean = unflatten(
+            total_D / len(names), layout_of(group.start.adapter, group.start.plan.trained)
         )
+        claims_of = [self._metrics[name] for name in names]
+        meta = UpdateMeta(
+            kind="update",
+            base_hash=plan.base_hash,
+            start_hash=plan.start_hash,
+            federation=plan.federation,
+            run=plan.run,
+            round=plan.round,
+            client=group.name,
+            nonce=nonce,
+            seed=plan.seed,
+            examples=int(sum(row.get("num-examples", 0) for row in claims_of)),
+            issued_s=int(time.time()),
+        )
+        blob = encode_update(mean, meta, plan.codec, self._trust.key).blob
+        shared = sorted(set.intersection(*(set(row) for row in claims_of)))
+        self._store.admit(
+            Contribution(
+                round=plan.round,
+                client=group.name,
+                digest=self._store.put(blob),
+                size_bytes=len(blob),
+                nonce=nonce.hex(),
+                metrics={name: fmean(row[name] for row in claims_of) for name in shared},
+            )
+        )
+        return names
 
     def _journal(self, group: _Group, summed: tuple[str, ...]) -> None:
         """Record whose updates a group's sum is of, and who dropped out in which phase."""
         facts = {
-            "round": self._whole.plan.round,
+            "round": self._round,
             "group": group.name,
             "asked": list(group.names),
             "summed": list(summed),
@@ -220,11 +269,10 @@ class SecureRound:
                 try:
                     close(group.recovery)
                 except WireError as error:
-                    group.lost = one_line(f"{error.code}: {error}")
+                    group.lost = _why(error)
 
     def _phase(
         self,
-        grid: Grid,
         phase: Phase,
         say: Callable[[_Group, str], bytes],
         take: Callable[[Recovery, str, bytes], None],
@@ -243,11 +291,11 @@ class SecureRound:
                         node,
                         f"{MessageType.TRAIN}.{phase}",
                         ttl=self._secure.phase_s + 60,
-                        group_id=str(self._whole.plan.round),
+                        group_id=str(self._round),
                     )
                 )
         incoming: Iterable[Reply] = replies(
-            grid, orders, deadline_s=self._secure.phase_s, poll_s=self._config.poll_s
+            self._grid, orders, deadline_s=self._secure.phase_s, poll_s=self._config.poll_s
         )
         for reply in incoming:
             name = self._nodes[reply.node]
@@ -282,26 +330,16 @@ class SecureRound:
             )
         return seal.open(array.data, most_bytes(session, phase)) if seal else bytes(array.data)
 
-    def _mean(self, group: _Group) -> tuple[Adapter, tuple[str, ...]]:
-        """The start with the mean of a group's changes, and whose they are.
-
-        Raises:
-            WireError: The sum cannot be opened.
-        """
-        total_D, names = group.recovery.total()
-        before = group.start.adapter.tensors()
-        layout = layout_of(group.start.adapter, group.start.plan.trained)
-        mean = unflatten(total_D / len(names), layout)
-        moved = {name: before[name] + change for name, change in mean.items()}
-        return group.start.adapter.with_tensors({**before, **moved}), names
-
     def _refuse(self, client: str, code: str, reason: str) -> None:
         self._refused += 1
-        refusal = Refusal(
-            round=self._whole.plan.round, client=client, code=code, reason=one_line(reason)
-        )
+        refusal = Refusal(round=self._round, client=client, code=code, reason=one_line(reason))
         self._store.refuse(refusal)
 
 
 def _record(said: bytes) -> ArrayRecord:
     return ArrayRecord({SECURE_KEY: Array("uint8", (len(said),), SECURE_STYPE, said)})
+
+
+def _why(error: WireError | FullError) -> str:
+    """Why a group is lost, on one line."""
+    return one_line(f"{error.code if isinstance(error, WireError) else 'no-room'}: {error}")
