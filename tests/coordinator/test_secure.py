@@ -360,9 +360,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(changes: dict[str, Any], mat
 
 def test_robust_steps_stand_before_groups_only() -> None:
     recipe = {"method": "mean", "pre": [{"name": "arc"}]}
-    with pytest.raises(
-        ValidationError, match=r"recipe\.modules and recipe\.suspicion"
-    ):
+    with pytest.raises(ValidationError, match=r"recipe\.modules and recipe\.suspicion"):
         config(trains="b", recipe=recipe)
     assert config(9, recipe=recipe, secure={"group": 3}).secure is not None
 
