@@ -21,6 +21,8 @@ from pydantic_core import PydanticCustomError
 ROBUST = "robust"
 """The method that stands for a composition, and the one recipe that is a word."""
 
+from anabranch.aggregation.backdoor.config import SuspicionConfig
+
 
 class Refactor(BaseModel):
     """How the merged ΔW becomes an adapter again."""
@@ -106,6 +108,9 @@ class Recipe(BaseModel):
     pre: tuple[PreStep, ...] = ()
     """Steps before the method, in order: robust mixtures of the contributions, in which each counts
     once, whatever its weight."""
+    suspicion: SuspicionConfig | None = None
+    """Which adapters stand out from the others, before anything else sees them; None: nobody
+    looks."""
     scale: Scale = 1.0
     """Factor on the merged task vector (λ in the papers)."""
     weights: tuple[Number, ...] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping, merge_one_factor
+from anabranch.aggregation.engine.suspected import check_suspicion
 from anabranch.coordinator.federation import FederationConfig, clients_asked
 from anabranch.coordinator.privacy.accountant import noise_multiplier
 from anabranch.coordinator.privacy.config import PrivacyConfig
@@ -96,8 +97,8 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
     """Refuse what no round of a federation could merge.
 
     Raises:
-        ValueError: A rank above the start adapter's, a method that needs one rank of all, or one
-            that leaves no rest to keep.
+        ValueError: Suspicion of too few, a rank above the start adapter's, a method that needs one
+            rank of all, or one that leaves no rest to keep.
     """
     own = max((factors.rank for factors in template.lora.values()), default=0)
     for client, rank in config.ranks.items():
@@ -105,6 +106,13 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
             raise ValueError(
                 f"ranks.{client}: {rank} is above {own}, the rank of the adapter; lower it"
             )
+    if config.recipe.suspicion is not None:
+        check_suspicion(config.recipe.suspicion, method, config.quorum)
+    if config.rest == "fedex" and config.recipe.suspicion is not None:
+        raise ValueError(
+            "rest: fedex trains on from plain means of A and B, which recipe.suspicion cannot "
+            'correct; set rest to "flora" or "drop", or leave suspicion out'
+        )
     if config.ranks and method.factors and method.merge is not None and method.weigh is None:
         raise ValueError(
             f"ranks: {method.name} averages factors of one rank; "

@@ -28,10 +28,11 @@ from anabranch.coordinator.in_service import InService, read_in_service, success
 from anabranch.coordinator.merging import check_method, merge_cohort, merge_privately
 from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
+from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
 from anabranch.coordinator.start import adapter_record
-from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
+from anabranch.coordinator.store import Contribution, Publication, Refusal, Store, TakenError
 from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.errors import one_line
@@ -133,6 +134,10 @@ class MergeStrategy(Strategy):
         if done:
             self._evaluate(done, grid, result)
         for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
+            if server_round <= self._done():
+                # An earlier adapter was put in service again between two rounds.
+                self._read_again()
+                continue
             if (spent := why_spent(self.config, self.store)) is not None:
                 log.warning("round %d is not begun: %s", server_round, spent)
                 self.store.note("stopped", {"round": server_round, "reason": spent})
@@ -274,7 +279,7 @@ class MergeStrategy(Strategy):
                 refused += 1
                 refused_bytes += update_bytes(reply)
                 self._refuse(server_round, self._orders.asked.get(reply.node, "unknown"), error)
-        cohort = self.store.contributions(server_round)
+        cohort, plan = self.store.contributions(server_round), self._orders.whole.plan
         facts: dict[str, Any] = {
             "round": server_round,
             "admitted": len(cohort),
@@ -297,7 +302,8 @@ class MergeStrategy(Strategy):
         if reason:
             log.warning("round %d abandoned: %s", server_round, reason)
             abandoned = {"status": "abandoned", "reason": reason, "seconds": seconds}
-            self.store.note("round", facts | abandoned)
+            receipt = abandoned_receipt(self.store, self.config, plan, cohort, reason, self._key)
+            self._end(lambda: self.store.abandon(server_round, facts | abandoned, receipt))
             return None, None
         published = {
             "status": "published",
@@ -306,10 +312,30 @@ class MergeStrategy(Strategy):
             "seconds": seconds,
             **spent_with_next(self.config, self.store),
         }
-        self.store.publish(publication, facts | published)
+        receipt = merge_receipt(
+            self.store, self.config, plan, cohort, publication, candidate, self._key
+        )
+        if not self._end(lambda: self.store.publish(publication, facts | published, [receipt])):
+            return self.arrays, None
         self.service = candidate
         log.info("round %d merged %d of %d", server_round, len(cohort), len(self._orders.asked))
         return self.arrays, mean_metrics([row.metrics for row in cohort])
+
+    def _end(self, write: Callable[[], None]) -> bool:
+        """End a round by writing it; False when it was ended otherwise meanwhile, as by a rollback.
+
+        What the store holds by then is in service.
+        """
+        try:
+            write()
+        except TakenError as error:
+            log.warning("the round comes to nothing: %s", error)
+            self._read_again()
+            return False
+        return True
+
+    def _read_again(self) -> None:
+        self.service = read_in_service(self.store, self.service.seeded, self.config)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
