@@ -6,6 +6,7 @@ Loads no torch.
 from __future__ import annotations
 
 from math import ceil
+
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 

@@ -18,10 +18,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from anabranch.aggregation.backdoor.config import SuspicionConfig
+
 ROBUST = "robust"
 """The method that stands for a composition, and the one recipe that is a word."""
-
-from anabranch.aggregation.backdoor.config import SuspicionConfig
 
 
 class Refactor(BaseModel):
