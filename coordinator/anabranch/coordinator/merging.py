@@ -119,10 +119,10 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
             f"ranks: {method.name} averages factors of one rank; "
             "set recipe.method to hetlora, or to one that merges ΔW, such as mean"
         )
-    if config.rest == "fedex" and config.recipe.pre:
+    if config.rest == "fedex" and config.recipe.has_steps:
         raise ValueError(
-            "rest: fedex trains on from plain means of A and B, which recipe.pre cannot go before; "
-            'set rest to "flora" or "drop", or leave pre out'
+            "rest: fedex trains on from plain means of A and B, which no step can go before; "
+            'set rest to "flora" or "drop", or leave pre out, and method "robust"'
         )
     if config.rest != "drop" and method.merge is not None:
         raise ValueError(
