@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from anabranch.aggregation.composition import composed, is_composition
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.methods import BUILT_IN
-from anabranch.aggregation.recipe import Recipe, validation_line
+from anabranch.aggregation.preset import MERGES_BY
+from anabranch.aggregation.recipe import ROBUST, Recipe, validation_line
 from anabranch.aggregation.robust import PRE_AGGREGATORS
 from anabranch.aggregation.robust.pre import PreAggregator
 
@@ -55,10 +56,13 @@ def named(recipe: Recipe, source: str = "recipe") -> MergeMethod:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     known = methods()
+    if recipe.method == ROBUST:
+        return known[MERGES_BY]
     if recipe.method not in known:
         raise ValueError(
             f"{source}: method: {recipe.method!r} is not a merge method; "
-            f"choose from {', '.join(sorted(known))}, or compose one, such as trim + sign + mean"
+            f"choose from {', '.join(sorted(known))}, {ROBUST}, "
+            "or compose one, such as trim + sign + mean"
         )
     return known[recipe.method]
 
@@ -90,6 +94,11 @@ def resolve_pre(
             found.append((step, step.config.model_validate(asked.params)))
         except ValidationError as error:
             raise ValueError(validation_line(error, source, f"pre.{number}.params")) from error
+    if found and method.needs_names:
+        raise ValueError(
+            f"{source}: pre: {method.name} singles out a contribution by name, and mixtures have "
+            "none; leave pre out"
+        )
     if found and (method.matrices is not None or method.factors or method.needs_importance):
         raise ValueError(
             f"{source}: pre: {method.name} takes whole matrices, factors or importance, which are "
@@ -110,6 +119,7 @@ def resolve(recipe: Recipe, source: str = "recipe") -> tuple[MergeMethod, Method
     """
     method = named(recipe, source)
     try:
-        return method, method.config.model_validate(recipe.params)
+        config = method.config.model_validate(recipe.params)
     except ValidationError as error:
         raise ValueError(validation_line(error, source, "params")) from error
+    return method.at(config), config

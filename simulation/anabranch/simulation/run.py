@@ -29,6 +29,7 @@ from anabranch.coordinator.merging import check_method
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.attacks.app import ATTACKERS_KEY
 from anabranch.simulation.attacks.app import app as attacked_app
+from anabranch.simulation.attacks.kinds import resolve_kind
 from anabranch.simulation.attacks.success import success_rates, victims
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
@@ -90,7 +91,10 @@ def prepare(scenario: Scenario) -> Session:
     session = open_task(scenario)
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
-    _check_recipe(config.recipe, session.template, config.quorum, scenario.asked(config.clients))
+    merged = [config.quorum, scenario.asked(config.clients)]
+    if config.secure is not None:
+        merged = [config.secure.contributions(count) for count in merged]
+    _check_recipe(config.recipe, session.template, *merged)
     method = named(config.recipe)
     if method.needs_importance and not isinstance(session.task, FisherTask):
         raise ValueError(
@@ -105,8 +109,22 @@ def prepare(scenario: Scenario) -> Session:
         )
     session.task.check_data()
     if scenario.attackers:
-        victims(session, scenario.plot(config.clients))
+        _check_attackers(scenario, session)
     return session
+
+
+def _check_attackers(scenario: Scenario, session: Session) -> None:
+    """Find before anything is written what would keep attackers from attacking."""
+    task = session.task
+    assert isinstance(task, SimulatedTask)
+    for index, attackers in enumerate(scenario.attackers):
+        kind, _ = resolve_kind(attackers, f"attackers.{index}")
+        if kind.tamper is not None and scenario.secure is not None:
+            raise ValueError(
+                f"attackers.{index}.kind: {kind.name} rewrites an encoded update, and secure "
+                "aggregation sends masked ones; leave secure out, or choose another kind"
+            )
+    victims(session, scenario.plot(task.num_partitions))
 
 
 def _check_recipe(recipe: Recipe, template: Adapter, quorum: int, asked: int) -> None:
@@ -198,6 +216,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "down": "fp32",
             "max_norm": None,
             "signed": False,
+            "secure": None,
             "trains": "both",
             "ranks": {},
             "rest": "drop",

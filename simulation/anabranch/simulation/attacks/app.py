@@ -61,6 +61,11 @@ def tamper(message: Message, context: Context, call_next: ClientAppCallable) -> 
 app = ClientApp(mods=[verify_plan, verify_base, tamper, compress])
 app.query()(honest.hello)
 app.evaluate()(honest.evaluate)
+# Secure aggregation's phases beside training, in which nobody lies here.
+app.train("advertise")(honest.advertise)
+app.train("deal")(honest.deal)
+app.train("confirm")(honest.confirm)
+app.train("open")(honest.open_sum)
 
 
 @app.train()
