@@ -24,6 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_private
+from anabranch.coordinator.secure.config import SecureConfig, why_not_secure
 from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
@@ -102,6 +103,23 @@ def _can_be_private(privacy: PrivacyConfig | None, info: ValidationInfo) -> Priv
 
 Privacy = Annotated[PrivacyConfig | None, AfterValidator(_can_be_private)]
 """The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it."""
+
+
+_BESIDE_SECURE = ("signed", "max_norm", "codec", "recipe", "trains", "ranks", "rest", "privacy")
+
+
+def _can_be_secure(secure: SecureConfig | None, info: ValidationInfo) -> SecureConfig | None:
+    """What sums alone cannot give."""
+    if secure is not None and info.data.keys() >= set(_BESIDE_SECURE):
+        problem = why_not_secure(secure, **{name: info.data[name] for name in _BESIDE_SECURE})
+        if problem is not None:
+            raise PydanticCustomError("secure", "{problem}", {"problem": problem})
+    return secure
+
+
+Secure = Annotated[SecureConfig | None, AfterValidator(_can_be_secure)]
+"""The model it stands in has fields ``signed``, ``max_norm``, ``codec``, ``recipe``, ``trains``,
+``ranks``, ``rest`` and ``privacy`` before it."""
 
 
 def _can_be_a_change(codec: CodecConfig | None, info: ValidationInfo) -> CodecConfig | None:
@@ -201,6 +219,9 @@ class FederationConfig(BaseModel):
     ``down`` says."""
     privacy: Privacy = None
     """Differential privacy of the clients; None promises none."""
+    secure: Secure = None
+    """Secure aggregation: the coordinator gets sums over groups of clients, and no single update.
+    None: it sees each. Needs ``signed``."""
 
     @field_validator("sealed")
     @classmethod

@@ -31,6 +31,7 @@ from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
+from anabranch.coordinator.secure.round import SecureRound
 from anabranch.coordinator.start import adapter_record
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store, TakenError
 from anabranch.coordinator.trust import Trust
@@ -67,7 +68,10 @@ class MergeStrategy(Strategy):
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
         self._method = named(config.recipe)
-        groups(config.recipe, [*template.lora, *template.dense], config.quorum)
+        merged = config.quorum
+        if config.secure is not None:
+            merged = config.secure.contributions(config.quorum)
+        groups(config.recipe, [*template.lora, *template.dense], merged)
         check_method(config, template, self._method)
         self.config = config
         self.store = store
@@ -81,6 +85,7 @@ class MergeStrategy(Strategy):
         )
         self._orders = Orders(config, self._method)
         self._cohort = Cohort(store, trust, config.max_norm)
+        self._secure: SecureRound | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -203,6 +208,8 @@ class MergeStrategy(Strategy):
         done = {row.client for row in self.store.contributions(server_round)}
         sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
         asked = {node: name for node, name in sampled.items() if name not in done}
+        if done and self.config.secure is not None:
+            asked = {}  # sums were opened before an interruption: they are all there will be
         self.store.note(
             "planned",
             {
@@ -211,7 +218,15 @@ class MergeStrategy(Strategy):
                 "start_hash": plan.start_hash,
             },
         )
-        return self._orders.train(asked)
+        if self.config.secure is None:
+            return self._orders.train(asked)
+        assert self._trust is not None
+        self._secure = SecureRound(
+            self.config, self.config.secure, self._orders.whole, self.store, self._trust, grid
+        )
+        ready = self._secure.begin(asked)
+        self._orders.part(self._secure.starts)
+        return [self._secure.deliver(order) for order in self._orders.train(ready)]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -274,23 +289,27 @@ class MergeStrategy(Strategy):
             self._orders.learn(reply, self.service.hash)
             try:
                 client = self._orders.client(reply.node)
-                self._cohort.admit(reply, self._orders.start(client), client)
+                admitting = self._secure or self._cohort
+                admitting.admit(reply, self._orders.start(client), client)
             except RefusedError as error:
                 refused += 1
                 refused_bytes += update_bytes(reply)
                 self._refuse(server_round, self._orders.asked.get(reply.node, "unknown"), error)
+        sums = self._secure.finish() if self._secure is not None else None
         cohort, plan = self.store.contributions(server_round), self._orders.whole.plan
+        admitted = len(cohort) if sums is None else sums.clients
+        bytes_up = sum(row.size_bytes for row in cohort) if sums is None else sums.bytes_up
         facts: dict[str, Any] = {
             "round": server_round,
-            "admitted": len(cohort),
-            "refused": refused,
-            "bytes_up": sum(row.size_bytes for row in cohort) + refused_bytes,
-            "bytes_down": self._orders.bytes_down,
+            "admitted": admitted,
+            "refused": refused + (sums.refused if sums else 0),
+            "bytes_up": bytes_up + refused_bytes,
+            "bytes_down": self._orders.bytes_down + (sums.bytes_down if sums else 0),
         }
         began = time.perf_counter()
         reason = ""
-        if len(cohort) < self.config.quorum:
-            reason = f"{len(cohort)} admitted, the quorum is {self.config.quorum}"
+        if admitted < self.config.quorum:
+            reason = f"{admitted} admitted, the quorum is {self.config.quorum}"
         else:
             try:
                 candidate, publication = self._merge(cohort)
@@ -318,7 +337,7 @@ class MergeStrategy(Strategy):
         if not self._end(lambda: self.store.publish(publication, facts | published, [receipt])):
             return self.arrays, None
         self.service = candidate
-        log.info("round %d merged %d of %d", server_round, len(cohort), len(self._orders.asked))
+        log.info("round %d merged %d of %d", server_round, admitted, len(self._orders.asked))
         return self.arrays, mean_metrics([row.metrics for row in cohort])
 
     def _end(self, write: Callable[[], None]) -> bool:
