@@ -77,6 +77,16 @@ def test_what_a_federation_did_is_done_again_bit_by_bit(
         assert len([check for check in verdict.checks if check.what == "input"]) == 3
 
 
+def test_of_a_secure_federation_the_merge_of_its_sums_is_done_again(
+    run_federation: Run, tmp_path: Path
+) -> None:
+    changes = {"signed": True, "secure": {}, "recipe": {"method": "fedit"}}
+    folder = run_federation(tmp_path / "f", quorum=3, rounds=2, **changes)
+    verdicts = verify(folder)
+    assert [checks(verdict) for verdict in verdicts] == [[], []]
+    assert [len(verdict.receipt.inputs) for verdict in verdicts] == [1, 1]
+
+
 def test_a_change_s_remainder_is_lost_with_a_restart_and_found_again(
     run_federation: Run, tmp_path: Path
 ) -> None:

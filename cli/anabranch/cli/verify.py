@@ -43,7 +43,7 @@ def list_command(federation: Federation, as_json: Json = False) -> None:
 
     with opened(federation) as (_, store):
         found = [(receipt_hash(data), decode_receipt(data, None)) for data in store.receipts()]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "round": receipt.round,
             "kind": receipt.kind,

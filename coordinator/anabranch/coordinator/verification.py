@@ -146,7 +146,11 @@ class Verifier:
             return Check("input", one.client, "failed", f"artifact {one.artifact} was altered")
         try:
             manifest = read_manifest(blob)
-            if self._config.signed and self._clients is not None:
+            if self._config.secure is not None:
+                # The mean of a group, which the coordinator signed: nobody has single updates.
+                if self._ring is not None:
+                    check_message(manifest, self._ring)
+            elif self._config.signed and self._clients is not None:
                 check_message(manifest, self._clients, one.client)
         except WireError as error:
             return Check("input", one.client, "failed", f"{error} ({error.code})")
