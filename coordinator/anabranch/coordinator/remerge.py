@@ -14,6 +14,8 @@ from anabranch.coordinator.cohort import Cohort
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService, successor
 from anabranch.coordinator.merging import merge_cohort, merge_privately
+from anabranch.coordinator.privacy.ledger import Release
+from anabranch.coordinator.privacy.noise import noise_source
 from anabranch.coordinator.start import Start, at_rank
 from anabranch.coordinator.store import Contribution, Store
 from anabranch.vectors import Adapter, seeded_start
@@ -101,7 +103,9 @@ class Remerge:
         if config.privacy is None:
             merged, _ = merge_cohort(config, whole, starts, ends, names)
         else:
-            merged, _ = merge_privately(config.privacy, config, whole, ends, names)
+            release = Release.model_validate(self.receipt.release)
+            noise = noise_source(config.privacy.noise_seed, self.receipt.round)
+            merged, _ = merge_privately(release, noise, whole, ends, names)
         return successor(before, merged, whole.plan, config, None)
 
     def _before(self, number: int) -> InService:
