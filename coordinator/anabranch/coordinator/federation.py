@@ -24,6 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_private
+from anabranch.coordinator.rounds.policy import RoundPolicy
 from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
@@ -124,6 +125,27 @@ DownCodec = Annotated[CodecConfig | None, AfterValidator(_can_be_a_change)]
 """The model it stands in has fields ``down``, ``ranks`` and ``rest`` before it."""
 
 
+def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
+    """What updates of earlier rounds cannot be merged beside."""
+    trains, rest, ranks = (info.data.get(name) for name in ("trains", "rest", "ranks"))
+    problem = ""
+    if policy.stragglers == "drop":
+        return policy
+    if trains != "both":
+        problem = f'trains = "{trains}" merges factors, which compare from one start only'
+    elif rest != "drop" or ranks:
+        problem = "ranks and rest need one start of all; leave them out"
+    elif info.data.get("privacy") is not None:
+        problem = "no account holds for a client that counts in another round than it was asked in"
+    if problem:
+        raise keyed_error(("stragglers",), f'{problem}; or set stragglers = "drop"')
+    return policy
+
+
+Collect = Annotated[RoundPolicy, AfterValidator(_can_carry)]
+"""The model it stands in has fields ``trains``, ``ranks``, ``rest`` and ``privacy`` before it."""
+
+
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
     """An error at a key inside a field, for a field's validator to raise."""
     problem = PydanticCustomError("key", "{reason}", {"reason": reason})
@@ -201,6 +223,8 @@ class FederationConfig(BaseModel):
     ``down`` says."""
     privacy: Privacy = None
     """Differential privacy of the clients; None promises none."""
+    collect: Collect = RoundPolicy()
+    """When a round closes, and what becomes of updates that come after."""
 
     @field_validator("sealed")
     @classmethod
