@@ -21,6 +21,8 @@ UNSCALED = "mean (λ = 1)"
 SKIPPED = {
     "mean": f"scaled it is task arithmetic; it stands as '{UNSCALED}'",
     "slerp": "merges two contributions, not more",
+    "bulyan": "is Meamed without anybody malicious, and with one it takes seven",
+    "fltrust": "needs a contribution that the coordinator trained",
     "fisher": "needs every contribution's Fisher information, which takes data",
 }
 """Methods that are not scored, and why."""
@@ -44,6 +46,10 @@ def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
         "della_linear": tuple(reversed(densities)),
         "caf": once,
         "centred_clipping": once,
+        "crfl": tuple({"sigma": sigma} for sigma in (0.0, 1e-5)),
+        "dnc": once,
+        "flame": once,
+        "foolsgold": once,
         "fedit": once,
         "geometric_median": once,
         "hetlora": once,
@@ -68,4 +74,5 @@ def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
         "ties": tuple({"density": density} for density in (0.2, 0.1, 0.5)),
         "trimmed_mean": tuple({"trim": trim} for trim in (1, 2)),
         "tsv_m": once,
+        "rank_vote": tuple({"density": density} for density in (0.5, 0.2)),
     }

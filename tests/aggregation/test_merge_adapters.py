@@ -149,7 +149,11 @@ KEEP_ALL = {
     "della": {"density": 1.0, "epsilon": 0.0},
     "della_linear": {"density": 1.0, "epsilon": 0.0},
     "multi_krum": {"f": 0},
+    "bulyan": {"f": 0},
+    "crfl": {"sigma": 0},
+    "fltrust": {"root": "contribution 0"},
     "ties": {"density": 1.0},
+    "rank_vote": {"density": 1.0},
 }
 
 UNLIKE_THEIRS = {

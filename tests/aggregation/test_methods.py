@@ -288,7 +288,7 @@ def test_small_distances_between_large_vectors_survive() -> None:
 def test_robust_methods_ignore_what_clients_claim_to_weigh() -> None:
     deltas_CD = deltas(7)
     claimed = torch.tensor([1.0, 1, 1, 1, 1, 1, 1e6])
-    for name in ("median", "trimmed_mean", "multi_krum", "geometric_median"):
+    for name in ("median", "trimmed_mean", "multi_krum", "geometric_median", "rank_vote"):
         method = next(m for m in BUILT_IN if m.name == name)
         assert torch.equal(method(deltas_CD, claimed), method(deltas_CD)), name
 

@@ -16,6 +16,7 @@ from anabranch.aggregation import Recipe, merge, merge_checkpoints, plan_merge
 from anabranch.aggregation.engine.rows import ROW_BLOCK, WORKING_COPIES
 from anabranch.aggregation.planning.cost import COUNTER_BYTES
 from anabranch.aggregation.recipe import Refactor
+from anabranch.aggregation.whole import WHOLE_COPIES
 from anabranch.vectors import Adapter, safetensors_header
 from anabranch.vectors.peft_folder import adapter_layout, read_adapter, write_adapter
 
@@ -29,6 +30,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("sce", {}),
     ("pcb", {}),
     ("tsv_m", {}),
+    ("rank_vote", {}),
     ("opcm", {}),
 ]
 RULES = [{"match": "[ab]", "scale": 2}, {"match": "c", "exclude": True}]
@@ -78,6 +80,8 @@ def test_bytes_read_and_written_are_those_planned(
     base, *tuned = models
     if method in ("tsv_m", "opcm"):
         budget_bytes = max(budget_bytes, 300 * 64 * 4 * (3 + 32))
+    if method == "rank_vote":
+        budget_bytes = max(budget_bytes, 2 * 300 * 64 * 4 * WHOLE_COPIES)
     plan = plan_merge(tuned, recipe, base=base, budget_bytes=budget_bytes)
     read_bytes = []
     fill = safetensors_header.StoredTensor.fill

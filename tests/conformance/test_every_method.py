@@ -125,10 +125,17 @@ LOOPS = {
     "mda": "robust/test_rules.py",
     "smea": "robust/test_rules.py",
     "caf": "robust/test_rules.py",
+    "bulyan": "robust/test_trust.py",
+    "dnc": "robust/test_trust.py",
+    "flame": "robust/test_trust.py",
+    "foolsgold": "robust/test_trust.py",
+    "fltrust": "robust/test_trust.py",
+    "crfl": "robust/test_trust.py",
     "geometric_median": "test_methods.py",
     "hetlora": "test_mixed_ranks.py",
     "sign_vote": "test_sign_vote.py",
     "lora_lego": "test_lora_lego.py",
+    "rank_vote": "test_rank_vote.py",
 }
 """In tests/aggregation, by method that no package has."""
 

@@ -4,9 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from pydantic import ValidationError
 
 from anabranch.coordinator.federation import FederationConfig
@@ -16,7 +14,6 @@ from anabranch.coordinator.privacy.accountant import (
     rounds_left,
 )
 from anabranch.coordinator.privacy.config import PrivacyConfig
-from anabranch.coordinator.privacy.mechanism import clip_factor, noise_source, private_mean
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.run import simulate
 from anabranch.simulation.scenario import Scenario
@@ -56,39 +53,6 @@ def test_the_least_noise_lasts_for_the_planned_rounds_and_no_longer() -> None:
     assert 7.99 < epsilon_spent(multiplier, 8, 1e-5) <= 8.0
     assert rounds_left(BUDGET, multiplier, 7)
     assert not rounds_left(BUDGET, multiplier, 8)
-
-
-def test_no_update_counts_for_more_than_the_clip() -> None:
-    generator = torch.Generator().manual_seed(1)
-    for size in (1e-3, 1.0, 1e6):
-        change = {n: size * torch.randn(40, 3, generator=generator) for n in "ab"}
-        factor = clip_factor(change, 0.5)
-        norm = math.sqrt(sum(float((factor * t).double().square().sum()) for t in change.values()))
-        assert norm <= 0.5
-        assert factor == 1.0 or norm == pytest.approx(0.5, rel=1e-5)
-
-
-def test_the_mean_is_of_clipped_changes_over_a_fixed_number_plus_noise() -> None:
-    changes = [{"a": torch.full((2, 2), 10.0)}, {"a": torch.full((2, 2), 0.01)}]
-    tiny = private_mean(changes, 0.5, 1e-9, 4, noise_source(1))["a"]
-    assert torch.allclose(tiny, torch.full((2, 2), (0.25 + 0.01) / 4), rtol=1e-5)
-    nothing = {"a": torch.zeros(200_000), "b": torch.zeros(())}
-    noisy = private_mean([nothing], 0.5, 3.0, 4, noise_source(2))
-    assert noisy["b"].shape == ()
-    spread = float(noisy["a"].std())
-    # The standard error of a standard deviation of 200,000 draws is 0.16%.
-    assert spread == pytest.approx(0.5 * 3.0 / 4, rel=0.01)
-    assert abs(float(noisy["a"].mean())) < 5 * spread / math.sqrt(200_000)
-    sizes = np.abs(noisy["a"].numpy()) / spread
-    assert (sizes > 1.96).mean() == pytest.approx(0.05, abs=0.003)
-
-
-def test_noise_is_the_systems_unless_a_seed_is_given() -> None:
-    change = [{"a": torch.zeros(8)}]
-    draw = [private_mean(change, 1.0, 1.0, 1, noise_source(seed))["a"] for seed in (None, None)]
-    assert not torch.equal(*draw)
-    draw = [private_mean(change, 1.0, 1.0, 1, noise_source(seed))["a"] for seed in (7, 7)]
-    assert torch.equal(*draw)
 
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from anabranch.aggregation.backdoor.config import SuspicionConfig
+
 
 class Refactor(BaseModel):
     """How the merged ΔW becomes an adapter again."""
@@ -73,7 +75,7 @@ class PreStep(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
-    """``clip``, ``arc``, ``nnm``, ``bucketing`` or ``unit_norm``."""
+    """``clip``, ``arc``, ``nnm``, ``bucketing``, ``unit_norm`` or ``dedup``."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Its own parameters."""
 
@@ -93,6 +95,9 @@ class Recipe(BaseModel):
     pre: tuple[PreStep, ...] = ()
     """Steps before the method, in order: robust mixtures of the contributions, in which each counts
     once, whatever its weight."""
+    suspicion: SuspicionConfig | None = None
+    """Which adapters stand out from the others, before anything else sees them; None: nobody
+    looks."""
     scale: Scale = 1.0
     """Factor on the merged task vector (λ in the papers)."""
     weights: tuple[Number, ...] | None = None

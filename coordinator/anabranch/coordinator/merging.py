@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping, merge_one_factor
+from anabranch.aggregation.engine.suspected import check_suspicion
 from anabranch.coordinator.federation import FederationConfig, clients_asked
 from anabranch.coordinator.privacy.accountant import noise_multiplier
 from anabranch.coordinator.privacy.config import PrivacyConfig
-from anabranch.coordinator.privacy.mechanism import noise_source, private_mean
+from anabranch.coordinator.privacy.mechanism import private_mean
+from anabranch.coordinator.privacy.noise import noise_source
 from anabranch.coordinator.start import Start
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import join
@@ -85,8 +87,7 @@ def merge_privately(
     ]
     divisor = clients_asked(config.clients, config.fraction)
     multiplier = noise_multiplier(privacy, config.rounds)
-    seed = privacy.noise_seed
-    noise = noise_source(None if seed is None else seed + whole.plan.round)
+    noise = noise_source(privacy.noise_seed, whole.plan.round)
     mean = private_mean(changes, privacy.clip, multiplier, divisor, noise)
     moved = {name: before[name] + part for name, part in mean.items()}
     adapter = whole.adapter.with_tensors({**before, **moved})
@@ -98,8 +99,8 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
     """Refuse what no round of a federation could merge.
 
     Raises:
-        ValueError: A rank above the start adapter's, a method that needs one rank of all, or one
-            that leaves no rest to keep.
+        ValueError: Suspicion of too few, a rank above the start adapter's, a method that needs one
+            rank of all, or one that leaves no rest to keep.
     """
     own = max((factors.rank for factors in template.lora.values()), default=0)
     for client, rank in config.ranks.items():
@@ -107,6 +108,13 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
             raise ValueError(
                 f"ranks.{client}: {rank} is above {own}, the rank of the adapter; lower it"
             )
+    if config.recipe.suspicion is not None:
+        check_suspicion(config.recipe.suspicion, method, config.quorum)
+    if config.rest == "fedex" and config.recipe.suspicion is not None:
+        raise ValueError(
+            "rest: fedex trains on from plain means of A and B, which recipe.suspicion cannot "
+            'correct; set rest to "flora" or "drop", or leave suspicion out'
+        )
     if config.ranks and method.factors and method.merge is not None and method.weigh is None:
         raise ValueError(
             f"ranks: {method.name} averages factors of one rank; "

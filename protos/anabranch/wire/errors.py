@@ -43,6 +43,14 @@ class WireError(ValueError):
             replay        an update with this nonce was admitted before
             expired       it was made before its round was planned
             future        it was made at a time that is yet to come
+            phase         secure aggregation: a message out of turn, or of another session
+            threshold     secure aggregation: fewer take part than hide a vector
+            equivocation  secure aggregation: two lists of survivors, or of members, are about
+            share         secure aggregation: a share is not the one that was dealt
+            json          it cannot be read as JSON
+            canonical     it is JSON, spelled otherwise than RFC 8785 does
+            receipt       a field of a receipt is missing, unknown or impossible
+            chain         a receipt does not follow the one before it
             ============= =================================================================
     """
 

@@ -19,6 +19,7 @@ from anabranch.wire.manifest import Manifest
 MESSAGE = b"anabranch.message/1\0"
 PLAN = b"anabranch.plan/1\0"
 PUBLISHED = b"anabranch.published/1\0"
+RECEIPT = b"anabranch.receipt/1\0"
 
 PLAN_SIGNER_KEY = "plan-key-id"
 PLAN_SIGNATURE_KEY = "plan-signature"

@@ -122,6 +122,7 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
         "update_bytes": _update_bytes(measured),
         "rounds": _rounds(store),
         "privacy": _privacy(scenario, store),
+        "suspicions": _suspicions(store),
         "refused": [row.model_dump() for row in store.refusals()],
         "adapter_hash": latest.adapter_hash if latest else measured.start.hash(),
         "phases": {name: round(value, 3) for name, value in measured.phases.items()},
@@ -138,6 +139,18 @@ def _rounds(store: Store) -> list[dict[str, Any]]:
     return [
         {**row, "bytes_down": row["bytes_down"] + scoring.get(row["round"], 0)}
         for row in store.notes("round")
+    ]
+
+
+def _suspicions(store: Store) -> list[dict[str, Any]] | None:
+    """Who stood out in which round, by what, and what was done; None where nobody looked."""
+    looked = [row for row in store.publications() if row.report.get("suspicion") is not None]
+    if not looked:
+        return None
+    return [
+        {"round": row.round, **finding}
+        for row in looked
+        for finding in row.report["suspicion"]["findings"]
     ]
 
 

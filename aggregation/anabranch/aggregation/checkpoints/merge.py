@@ -22,6 +22,7 @@ from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.shard import shared_folder
+from anabranch.aggregation.engine.suspected import check_not_judged
 from anabranch.aggregation.method import MergeMethod
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
@@ -101,6 +102,7 @@ def merge_checkpoints(
         OSError: The disk refuses.
         LostRankError: Another rank is gone; nothing is left behind.
     """
+    check_not_judged(recipe.suspicion, "checkpoints")
     budget_bytes //= ranks.local_count
     paths = [str(path) for path in models] if names is None else names
     stay = withdraw(contribution_names(paths, len(models)), without, recipe, weights)
@@ -171,7 +173,7 @@ def check_groups(
         if group.excluded:
             continue
         warnings += _check_method(group.method, base)
-        check_count(group)
+        check_count(group, cohort.names)
         check_budget(cohort.only(group.modules), group.method, budget_bytes)
     if base is None and any(group.excluded for group in parts):
         raise ValueError(
@@ -196,7 +198,8 @@ def _check_method(method: MergeMethod, base: Path | None) -> list[str]:
             f"method: {method.name} works on the factors of adapters, checkpoints have none; "
             "choose another, such as mean or ties"
         )
-    if base is None and (method.statistics or method.draws or method.matrices is not None):
+    chooses = bool(method.statistics or method.draws or method.whole_tensors)
+    if base is None and (chooses or method.matrices is not None):
         raise ValueError(
             f"method: {method.name} chooses among the entries or directions of task vectors; "
             "name the checkpoint that all were fine-tuned from with --base"
@@ -207,14 +210,14 @@ def _check_method(method: MergeMethod, base: Path | None) -> list[str]:
     return []
 
 
-def check_count(group: Group) -> None:
+def check_count(group: Group, names: Sequence[str]) -> None:
     """Let a method refuse what it can tell without numbers, such as too few contributions.
 
     Raises:
         ValueError: What the method says to one entry of zero from each.
     """
     zeros = torch.zeros(len(group.weights_C), 1, 1)
-    group.method(zeros, group.weights_C, group.config)
+    group.method(zeros, group.weights_C, group.config, names=names)
 
 
 def _onto_base(

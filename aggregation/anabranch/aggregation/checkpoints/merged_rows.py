@@ -19,6 +19,7 @@ from anabranch.aggregation.engine.groups import Group
 from anabranch.aggregation.engine.mixture import mixture
 from anabranch.aggregation.engine.rows import FP32_BYTES, ModuleRows
 from anabranch.aggregation.engine.stream import group_coefficients
+from anabranch.aggregation.engine.whole_module import WholeModule
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 from anabranch.vectors.task_vector import held, norm
 
@@ -53,9 +54,9 @@ def merged_rows(
     if method.matrices is not None:
         matrices = _Matrices(cohort, method, config, weights_C)
         return replace(matrices, factor=matrices.to_mean_norm()) if method.mean_norm else matrices
-    mix_KC = mixture(cohort, group, budget_bytes)
+    seen = mixture(cohort, group, budget_bytes)
     return EntryMerge(
-        cohort, method, config, weights_C, budget_bytes, keep_model=alone, mix_KC=mix_KC
+        cohort, method, config, weights_C, budget_bytes, keep_model=alone, mixture=seen
     )
 
 
@@ -66,7 +67,9 @@ def check_budget(cohort: Cohort, method: MergeMethod, budget_bytes: int) -> None
         ValueError: It is; names the module and what would do.
     """
     for module in cohort.deltas:
-        if method.matrices is None:
+        if method.whole_tensors:
+            WholeModule(cohort, module, budget_bytes)
+        elif method.matrices is None:
             ModuleRows(cohort, module, budget_bytes, whole_vectors=method.whole_vectors)
         elif (needed := matrix_bytes(cohort, module, method)) > budget_bytes:
             raise ValueError(

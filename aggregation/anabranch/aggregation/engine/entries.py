@@ -14,6 +14,7 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.importance import normalised_cohort
+from anabranch.aggregation.engine.mixture import Mixture
 from anabranch.aggregation.engine.rows import (
     FP32_BYTES,
     ModuleRows,
@@ -22,6 +23,7 @@ from anabranch.aggregation.engine.rows import (
     large_ternary,
     merged_on,
 )
+from anabranch.aggregation.engine.whole_module import WholeModule
 from anabranch.aggregation.kernels.rows import has_kernel, load
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 from anabranch.aggregation.ranks import ALONE, Ranks
@@ -39,7 +41,7 @@ class EntryMerge:
         weights_C: Checked weights [C].
         budget_bytes: Memory for dense entries.
         keep_model: Whether what the statistics of a whole model read may be kept for the merge.
-        mix_KC: The method sees these mixtures of the contributions; None leaves them as they are.
+        mixture: What the method sees in place of the contributions.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class EntryMerge:
         weights_C: Tensor,
         budget_bytes: int,
         keep_model: bool = True,
-        mix_KC: Tensor | None = None,
+        mixture: Mixture = Mixture(),  # noqa: B008
     ) -> None:
         if method.needs_importance:
             cohort = normalised_cohort(cohort, method.normalise_of(config))
@@ -58,8 +60,10 @@ class EntryMerge:
         self.method = method
         self.config = config
         # Mixtures count alike.
+        mix_KC = mixture.mix_KC
         self.weights_C = weights_C if mix_KC is None else torch.ones(len(mix_KC)).double()
         self._mix_KC = mix_KC
+        self._gram: Found = {"gram_CC": mixture.gram_KK} if mixture.gram_KK is not None else {}
         self.budget_bytes = budget_bytes
         self._found: dict[str, Found] = {}
         self._sources: dict[str, ModuleRows] = {}
@@ -81,6 +85,12 @@ class EntryMerge:
         if (whole_mn := self._from_ternary(module)) is not None:
             yield 0, whole_mn.to(home)
             return
+        if self.method.whole_tensors:
+            assert self.method.merge is not None
+            parts = WholeModule(self.cohort, module, self.budget_bytes, self._mix_KC)
+            merged_D = self.method.merge(parts, self.weights_C, self.config)
+            yield 0, merged_D.view(matrix_shape(self.cohort.deltas[module][0].shape)).to(home)
+            return
         gathers = bool(self.method.statistics) and module not in self._found
         source = self._sources.get(module)
         if source is None:
@@ -89,7 +99,9 @@ class EntryMerge:
             self._found[module] = self._gather([source])
         found = self._found.get(module, {})
         for chunk in _mixed(source, self._mix_KC):
-            merged_D = self.method.merge_chunk(chunk, self.weights_C, self.config, found)
+            merged_D = self.method.merge_chunk(
+                chunk, self.weights_C, self.config, {**found, **self._gram}
+            )
             yield chunk.start, merged_D.view(-1, chunk.columns).to(home)
 
     def dense(self, module: str, scale: float = 1.0, onto: Delta | None = None) -> Tensor:

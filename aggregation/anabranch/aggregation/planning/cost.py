@@ -9,6 +9,7 @@ from anabranch.aggregation.checkpoints.merged_rows import matrix_bytes
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.groups import Group
 from anabranch.aggregation.engine.rows import FP32_BYTES, WORKING_COPIES, ModuleRows
+from anabranch.aggregation.engine.whole_module import WholeModule
 from anabranch.aggregation.method import MergeMethod
 
 COUNTER_BYTES = 8 << 16
@@ -52,6 +53,8 @@ def entry_cost(
 ) -> Cost:
     """What going through dense entries takes, by the rules ``EntryMerge`` and ``gram`` follow."""
     count, method, config = len(cohort), group.method, group.config
+    if method.whole_tensors:
+        return _whole_cost(cohort, group, budget_bytes, keeps_result)
     gathers = bool(method.statistics)
     whole_model = gathers and method.scope_of(config) == "model"
     everything = cohort.entries() * (cohort.held_per_entry + 1) * FP32_BYTES
@@ -77,3 +80,14 @@ def entry_cost(
             kept_bytes = max(kept_bytes, whole_bytes)
         working = max(working, min(rows.step, rows.rows) * row_bytes * WORKING_COPIES)
     return Cost(passes, working + kept_bytes + counters)
+
+
+def _whole_cost(cohort: Cohort, group: Group, budget_bytes: int, keeps_result: bool) -> Cost:
+    """What ranking whole tensors takes, one contribution at a time."""
+    passes, most_bytes = {}, 0
+    for module in cohort.deltas:
+        whole = WholeModule(cohort, module, budget_bytes)
+        passes[module] = -(-whole.entries // whole.side_by_side) + group.needs_gram
+        result_bytes = whole.entries * FP32_BYTES * keeps_result
+        most_bytes = max(most_bytes, whole.size_bytes + result_bytes)
+    return Cost(passes, most_bytes)

@@ -43,6 +43,8 @@ def why_not_private(recipe: Recipe, trains: Trains, ranks: object, rest: str) ->
         )
     if recipe.params or recipe.pre or recipe.modules or recipe.scale != 1.0:
         return "the mean must be plain; leave params, pre, modules and scale out of the recipe"
+    if recipe.suspicion is not None:
+        return "what is found of single clients is published without noise; leave suspicion out"
     if ranks:
         return "clients of several ranks have no common sensitivity; leave ranks out"
     if rest != "drop":

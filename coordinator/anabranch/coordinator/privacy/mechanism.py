@@ -1,33 +1,54 @@
 """The Gaussian mechanism on updates: clip each, add them up, add noise (DP-FedAvg, 1710.06963).
 
-The noise is drawn in floating point from a generator seeded by the system. Against an observer who
-can tell the lowest bits of what is published apart, the promise is that of an ideal Gaussian only
-up to rounding (Mironov, 2012).
+Floating point would give more away than the ideal mechanism: the lowest bits of a sum and its noise
+tell which sums were possible (Mironov, 2012). Therefore each clipped update is rounded to whole
+steps of a grid that is fixed beforehand, and so is the noise. Whole steps add up exactly, and
+x + round(n) = round(x + n) for whole x: what comes out is the ideal mechanism's answer, rounded,
+and rounding an answer tells nothing new. What is left is how close a float64 draw is to an ideal
+one.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch.coordinator.privacy.noise import GaussianStream
+
+STEPS = 1024
+"""Steps of the grid, at least, in each entry of an update of equal entries and norm ``clip``."""
+
+
+def grid_step(clip: float, entries: int) -> float:
+    """The grid's step, a power of two: rounding to it moves an update by under ``clip`` / 2048."""
+    return float(2.0 ** math.floor(math.log2(clip / math.sqrt(entries) / STEPS)))
+
 
 def clip_factor(change: Mapping[str, Tensor], clip: float) -> float:
-    """What an update is multiplied by so that its ‖·‖₂ over all tensors is at most ``clip``."""
+    """What an update is multiplied by so that, rounded to the grid, its ‖·‖₂ is at most ``clip``.
+
+    An update that is not finite counts as zeros: 0.0.
+    """
     norm = math.hypot(
         *(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in change.values())
     )
-    # A hair below one where it clips: the product is rounded.
-    return 1.0 if norm <= clip else clip / norm * (1 - 1e-6)
+    if not math.isfinite(norm):
+        return 0.0
+    entries = sum(part.numel() for part in change.values())
+    # Rounding may add half a step to every entry; the last factor is for float64's own rounding.
+    most = (clip - grid_step(clip, entries) * math.sqrt(entries) / 2) * (1 - 1e-12)
+    return 1.0 if norm <= most else most / norm
 
 
-def noise_source(seed: int | None) -> np.random.Generator:
-    """Where noise is drawn from: 128 bits of the system's randomness, or a seed."""
-    return np.random.Generator(np.random.PCG64(secrets.randbits(128) if seed is None else seed))
+def in_steps(part: Tensor, factor: float, step: float) -> Tensor:
+    """One tensor of an update, multiplied by its factor, as whole steps in float64."""
+    if factor == 0.0:
+        return torch.zeros_like(part, dtype=torch.float64)  # zero times infinity is none
+    return (part.double() * (factor / step)).round()
 
 
 def private_mean(
@@ -35,9 +56,11 @@ def private_mean(
     clip: float,
     multiplier: float,
     divisor: int,
-    noise: np.random.Generator,
+    noise: GaussianStream,
 ) -> dict[str, Tensor]:
     """(Σ clipped change + N(0, (multiplier·clip)²)) / divisor, entry by entry.
+
+    Replacing one change by zeros moves the sum by ``clip`` at most, and leaves the divisor.
 
     Args:
         changes: The updates, of equal names and shapes.
@@ -50,12 +73,13 @@ def private_mean(
         fp32 tensors by name.
     """
     factors = [clip_factor(change, clip) for change in changes]
+    step = grid_step(clip, sum(part.numel() for part in changes[0].values()))
     mean = {}
     for name in sorted(changes[0]):
-        total = torch.from_numpy(
-            noise.normal(0.0, multiplier * clip, tuple(changes[0][name].shape))
-        ).reshape(changes[0][name].shape)
+        shape = changes[0][name].shape
+        drawn = noise.normal(shape.numel()) * (multiplier * clip / step)
+        total = torch.from_numpy(np.rint(drawn)).reshape(shape)
         for factor, change in zip(factors, changes, strict=True):
-            total += factor * change[name].double()
-        mean[name] = (total / divisor).float()
+            total += in_steps(change[name], factor, step)
+        mean[name] = (total * (step / divisor)).float()
     return mean
