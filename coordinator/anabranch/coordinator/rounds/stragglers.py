@@ -60,7 +60,7 @@ def told(rows: Sequence[Carried]) -> dict[str, int]:
 
 def _counted(store: Store) -> set[tuple[str, int]]:
     """Client and round of every update that a published adapter holds."""
-    found = set()
+    found: set[tuple[str, int]] = set()
     for publication in store.publications():
         found.update((name, publication.round) for name in publication.report.get("names", ()))
     for row in store.notes("round"):
