@@ -25,6 +25,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_private
 from anabranch.coordinator.rounds.policy import RoundPolicy
+from anabranch.coordinator.secure.config import SecureConfig, why_not_secure
 from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
@@ -105,6 +106,23 @@ Privacy = Annotated[PrivacyConfig | None, AfterValidator(_can_be_private)]
 """The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it."""
 
 
+_BESIDE_SECURE = ("signed", "max_norm", "codec", "recipe", "trains", "ranks", "rest", "privacy")
+
+
+def _can_be_secure(secure: SecureConfig | None, info: ValidationInfo) -> SecureConfig | None:
+    """What sums alone cannot give."""
+    if secure is not None and info.data.keys() >= set(_BESIDE_SECURE):
+        problem = why_not_secure(secure, **{name: info.data[name] for name in _BESIDE_SECURE})
+        if problem is not None:
+            raise PydanticCustomError("secure", "{problem}", {"problem": problem})
+    return secure
+
+
+Secure = Annotated[SecureConfig | None, AfterValidator(_can_be_secure)]
+"""The model it stands in has fields ``signed``, ``max_norm``, ``codec``, ``recipe``, ``trains``,
+``ranks``, ``rest`` and ``privacy`` before it."""
+
+
 def _can_be_a_change(codec: CodecConfig | None, info: ValidationInfo) -> CodecConfig | None:
     """What a change of the adapter cannot stand beside."""
     problem = ""
@@ -137,13 +155,16 @@ def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
         problem = "ranks and rest need one start of all; leave them out"
     elif info.data.get("privacy") is not None:
         problem = "no account holds for a client that counts in another round than it was asked in"
+    elif info.data.get("secure") is not None:
+        problem = "secure aggregation sums the updates of one round"
     if problem:
         raise keyed_error(("stragglers",), f'{problem}; or set stragglers = "drop"')
     return policy
 
 
 Collect = Annotated[RoundPolicy, AfterValidator(_can_carry)]
-"""The model it stands in has fields ``trains``, ``ranks``, ``rest`` and ``privacy`` before it."""
+"""The model it stands in has fields ``trains``, ``ranks``, ``rest``, ``privacy`` and ``secure``
+before it."""
 
 
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
@@ -223,6 +244,9 @@ class FederationConfig(BaseModel):
     ``down`` says."""
     privacy: Privacy = None
     """Differential privacy of the clients; None promises none."""
+    secure: Secure = None
+    """Secure aggregation: the coordinator gets sums over groups of clients, and no single update.
+    None: it sees each. Needs ``signed``."""
     collect: Collect = RoundPolicy()
     """When a round closes, and what becomes of updates that come after."""
 

@@ -100,8 +100,13 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
 
     Raises:
         ValueError: Suspicion of too few, a rank above the start adapter's, a method that needs one
-            rank of all, or one that leaves no rest to keep.
+            rank of all, one that leaves no rest to keep, or one that sums are not enough for.
     """
+    if config.secure is not None and (method.needs_importance or method.needs_names):
+        raise ValueError(
+            f"secure: {method.name} asks who a contribution is of, or what matters to it, which a "
+            "sum does not say; set recipe.method to another"
+        )
     own = max((factors.rank for factors in template.lora.values()), default=0)
     for client, rank in config.ranks.items():
         if rank > own:

@@ -15,9 +15,10 @@ from anabranch.coordinator.start import Start, at_rank
 
 @dataclass
 class _Asked:
-    """What a round hands out: starts by rank, and clients by node."""
+    """Starts by rank, starts of a client's own where not even rank decides, and clients by node."""
 
     starts: dict[int | None, Start]
+    own: Mapping[str, Start] = field(default_factory=dict)
     clients: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -56,6 +57,10 @@ class Orders:
         self._rounds = {number: self._rounds[number] for number in late if number in self._rounds}
         self._rounds[self._now] = _Asked({None: whole})
 
+    def part(self, own: Mapping[str, Start]) -> None:
+        """Give clients starts of their own for this round: those of their group."""
+        self._rounds[self._now].own = own
+
     def recall(self, whole: Start) -> None:
         """Take up an earlier round again, with what it handed the clients of full rank."""
         self._rounds[whole.plan.round] = _Asked({None: whole})
@@ -74,7 +79,10 @@ class Orders:
 
     def start(self, client: str, number: int) -> Start:
         """What a client is handed in a round."""
-        starts, rank = self._rounds[number].starts, self._config.ranks.get(client)
+        asked, rank = self._rounds[number], self._config.ranks.get(client)
+        if client in asked.own:
+            return asked.own[client]
+        starts = asked.starts
         if rank not in starts:
             assert rank is not None
             starts[rank] = at_rank(starts[None], rank, self._method, self._config.down)

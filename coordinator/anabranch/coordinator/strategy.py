@@ -28,14 +28,16 @@ from anabranch.coordinator.in_service import InService, in_service, read_in_serv
 from anabranch.coordinator.merging import check_method, merge_cohort, merge_privately
 from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
+from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.rounds.control import Control, Want
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
 from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, State
 from anabranch.coordinator.rounds.stragglers import Carried, carried, told
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
+from anabranch.coordinator.secure.round import SecureRound
 from anabranch.coordinator.start import Start, adapter_record
-from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
+from anabranch.coordinator.store import Contribution, Publication, Refusal, Store, TakenError
 from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.errors import one_line
@@ -70,7 +72,10 @@ class MergeStrategy(Strategy):
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
         self._method = named(config.recipe)
-        groups(config.recipe, [*template.lora, *template.dense], config.quorum)
+        merged = config.quorum
+        if config.secure is not None:
+            merged = config.secure.contributions(config.quorum)
+        groups(config.recipe, [*template.lora, *template.dense], merged)
         check_method(config, template, self._method)
         self.config = config
         self.store = store
@@ -86,6 +91,7 @@ class MergeStrategy(Strategy):
         self._cohort = Cohort(store, trust, config.max_norm)
         self._control = Control(store)
         self._deadline_s = config.deadline_s
+        self._secure: SecureRound | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -142,13 +148,19 @@ class MergeStrategy(Strategy):
         if done:
             self._evaluate(done, grid, result)
         for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
+            if server_round <= self._done():
+                # An earlier adapter was put in service again between two rounds.
+                self._read_again()
+                continue
             if (reason := self._why_no_more()) is not None:
                 log.warning("round %d is not begun: %s", server_round, reason)
                 self.store.note("stopped", {"round": server_round, "reason": reason})
                 break
             # Nodes come and go between rounds: one that cannot reach its quorum is not begun.
             self.roster.wait_for(grid, needed, self.config.join_timeout_s)
-            orders = self._plan_round(server_round, train_config or ConfigRecord(), mail.owed())
+            orders = self._plan_round(
+                server_round, train_config or ConfigRecord(), grid, mail.owed()
+            )
             arrays, metrics = self._aggregate(server_round, self._collect(mail, orders))
             if arrays is not None:
                 result.arrays = arrays
@@ -196,7 +208,7 @@ class MergeStrategy(Strategy):
 
         Each is sent the adapter in service at its rank; ``arrays`` is not used.
         """
-        return self._plan_round(server_round, config)
+        return self._plan_round(server_round, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -241,27 +253,23 @@ class MergeStrategy(Strategy):
         return why_spent(self.config, self.store)
 
     def _plan_round(
-        self, server_round: int, train: ConfigRecord, owed: Sequence[tuple[int, str]] = ()
+        self,
+        server_round: int,
+        train: ConfigRecord,
+        grid: Grid,
+        owed: Sequence[tuple[int, str]] = (),
     ) -> list[Message]:
         """Begin a round; ``owed`` are nodes whose reply is still to come, and since which round."""
         plan = self.plan(server_round, train)
         if self._trust is not None:
             plan = self._trust.begin_round(plan)
-        self._orders.begin(
-            self.service.start(plan, self._key), late={int(group) for _, group in owed}
-        )
+        late = {int(group) for _, group in owed}
+        self._orders.begin(self.service.start(plan, self._key), late)
         self._cohort = Cohort(self.store, self._trust, self.config.max_norm)
-        self._round = Driver(
-            server_round, terms_of(self.config, self._deadline_s), self.store, self._control
-        )
+        terms = terms_of(self.config, self._deadline_s)
+        self._round = Driver(server_round, terms, self.store, self._control)
         done = {row.client for row in self.store.contributions(server_round)}
-        sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
-        if was_closed(self.store, server_round):
-            sampled = {}
-        busy = {node for node, _ in owed}
-        asked = {
-            node: name for node, name in sampled.items() if name not in done and node not in busy
-        }
+        asked = self._to_ask(server_round, done, {node for node, _ in owed})
         self.store.note(
             "planned",
             {
@@ -270,8 +278,28 @@ class MergeStrategy(Strategy):
                 "start_hash": plan.start_hash,
             },
         )
-        self._round.asked(len(asked), len(done) + len(self._carried(server_round)))
-        return self._orders.train(asked)
+        if self.config.secure is None:
+            self._round.asked(len(asked), len(done) + len(self._carried(server_round)))
+            return self._orders.train(asked)
+        assert self._trust is not None
+        self._secure = SecureRound(
+            self.config, self.config.secure, self._orders.whole, self.store, self._trust, grid
+        )
+        ready = self._secure.begin(asked)
+        self._orders.part(self._secure.starts)
+        self._round.asked(len(ready), self._secure.summed())
+        return [self._secure.deliver(order) for order in self._orders.train(ready)]
+
+    def _to_ask(self, server_round: int, done: set[str], busy: set[int]) -> dict[int, str]:
+        """Nodes and clients to ask in a round, beside those that contributed, or are at work."""
+        # Sums that were opened before an interruption are all there will be.
+        settled = bool(done) if self.config.secure else was_closed(self.store, server_round)
+        if settled:
+            return {}
+        sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
+        return {
+            node: name for node, name in sampled.items() if name not in done and node not in busy
+        }
 
     def _collect(self, mail: Mail, orders: Sequence[Message]) -> Iterator[Reply]:
         """The replies that the round under way takes, and one for each that it gives up."""
@@ -339,17 +367,25 @@ class MergeStrategy(Strategy):
         # Replies that Flower's own loop did not bring will not come.
         while self._round.round.state is State.COLLECTING:
             self._round.lost()
+        sums = self._secure.finish() if self._secure is not None else None
         cohort, late = self.store.contributions(server_round), self._carried(server_round)
+        plan = self._orders.whole.plan
+        admitted = len(cohort) + len(late) if sums is None else sums.clients
+        bytes_up = sum(row.size_bytes for row in cohort) if sums is None else sums.bytes_up
         facts: dict[str, Any] = {
             "round": server_round,
-            "admitted": len(cohort),
-            "refused": refused,
-            "bytes_up": sum(row.size_bytes for row in cohort) + refused_bytes,
-            "bytes_down": self._orders.bytes_down,
+            "admitted": admitted,
+            "refused": refused + (sums.refused if sums else 0),
+            "bytes_up": bytes_up + refused_bytes,
+            "bytes_down": self._orders.bytes_down + (sums.bytes_down if sums else 0),
         }
         if late:
             facts["carried"] = told(late)
         began = time.perf_counter()
+        if self._round.round.state is State.MERGING and admitted < self._round.round.needed:
+            # Sums that could not be opened.
+            needed = self._round.round.needed
+            self._round.happen(Failed(f"{admitted} admitted, the quorum is {needed}"))
         if self._round.round.state is State.MERGING:
             try:
                 candidate, publication = self._merge(cohort, late)
@@ -359,10 +395,12 @@ class MergeStrategy(Strategy):
             except (ValueError, RuntimeError) as error:
                 self._round.happen(Failed(one_line(f"the merge failed: {error}")))
         seconds = self._round.seconds
+        rows = [*cohort, *(one.row for one in late)]
         if reason := self._round.round.reason:
             log.warning("round %d abandoned: %s", server_round, reason)
             abandoned = {"status": "abandoned", "reason": reason, "seconds": seconds}
-            self.store.note("round", facts | abandoned)
+            receipt = abandoned_receipt(self.store, self.config, plan, cohort, reason, self._key)
+            self._end(lambda: self.store.abandon(server_round, facts | abandoned, receipt))
             return None, None
         published = {
             "status": "published",
@@ -371,11 +409,45 @@ class MergeStrategy(Strategy):
             "seconds": seconds,
             **spent_with_next(self.config, self.store),
         }
-        self.store.publish(publication, facts | published)
+        receipt = merge_receipt(
+            self.store,
+            self.config,
+            plan,
+            rows,
+            publication,
+            candidate,
+            self._key,
+            self._factors(cohort, late),
+        )
+        if not self._end(lambda: self.store.publish(publication, facts | published, [receipt])):
+            return self.arrays, None
         self.service = candidate
         self._round.happen(Passed())
-        log.info("round %d merged %d of %d", server_round, len(cohort), self._round.round.asked)
+        log.info("round %d merged %d of %d", server_round, admitted, self._round.round.asked)
         return self.arrays, mean_metrics([row.metrics for row in cohort])
+
+    def _factors(
+        self, cohort: Sequence[Contribution], late: Sequence[Carried]
+    ) -> list[float] | None:
+        """How much each update counts; None: all alike."""
+        exponent = self.config.collect.staleness_exponent
+        return [1.0] * len(cohort) + [one.weight(exponent) for one in late] if late else None
+
+    def _end(self, write: Callable[[], None]) -> bool:
+        """End a round by writing it; False when it was ended otherwise meanwhile, as by a rollback.
+
+        What the store holds by then is in service.
+        """
+        try:
+            write()
+        except TakenError as error:
+            log.warning("the round comes to nothing: %s", error)
+            self._read_again()
+            return False
+        return True
+
+    def _read_again(self) -> None:
+        self.service = read_in_service(self.store, self.service.seeded, self.config)
 
     def _admit(self, reply: Reply, client: str | None, number: int) -> None:
         """Count the reply to an order of this round.
@@ -387,7 +459,8 @@ class MergeStrategy(Strategy):
             raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
         start = self._orders.start(client, number)
         self._orders.learn(reply, start.plan.start_hash)
-        self._cohort.admit(reply, start, client)
+        admitting = self._secure or self._cohort
+        admitting.admit(reply, start, client)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -406,9 +479,7 @@ class MergeStrategy(Strategy):
         starts = [self._start_of(row) for row in rows]
         ends = [self._cohort.end(row, start) for row, start in zip(rows, starts, strict=True)]
         if config.privacy is None:
-            exponent = config.collect.staleness_exponent
-            stale = [one.weight(exponent) for one in late]
-            weights = [*(1.0 for _ in cohort), *stale] if late else None
+            weights = self._factors(cohort, late)
             merged, report = merge_cohort(config, whole, starts, ends, names, weights)
         else:
             merged, report = merge_privately(config.privacy, config, whole, ends, names)

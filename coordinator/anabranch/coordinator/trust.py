@@ -54,16 +54,20 @@ class Trust:
         """The key that updates of a round are sealed to."""
         return self.rounds[number][1]
 
+    def ring(self) -> KeyRing:
+        """The clients' keys, as the lists say now."""
+        stamp = changed(self.folder)
+        if stamp != self._stamp:
+            self._ring, self._stamp = client_keys(self.folder), stamp
+        return self._ring
+
     def signed_by(self, manifest: Manifest, client: str) -> None:
         """Check who signed an update.
 
         Raises:
             WireError: Not an enrolled key of this client.
         """
-        stamp = changed(self.folder)
-        if stamp != self._stamp:
-            self._ring, self._stamp = client_keys(self.folder), stamp
-        check_message(manifest, self._ring, client)
+        check_message(manifest, self.ring(), client)
 
     def fresh(self, meta: UpdateMeta) -> None:
         """Check that an update was made for its round, which was planned here, and not seen before.

@@ -26,6 +26,7 @@ from anabranch.coordinator.federation import (
     Privacy,
     Ranks,
     Rest,
+    Secure,
     clients_asked,
     keyed_error,
 )
@@ -124,6 +125,9 @@ class Scenario(BaseModel):
     """How a new adapter travels to clients that hold the one before; None: whole."""
     privacy: Privacy = None
     """Differential privacy of the clients: clip, epsilon, delta."""
+    secure: Secure = None
+    """Secure aggregation: threshold, group, clip, bits; needs ``signed``. A round that is
+    interrupted is lost."""
     baselines: Baselines = Baselines()
     """What to compare with."""
 
@@ -180,6 +184,7 @@ class Scenario(BaseModel):
             train=self.train,
             down_codec=self.down_codec,
             privacy=self.privacy,
+            secure=self.secure,
         )
 
 
