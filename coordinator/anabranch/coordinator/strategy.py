@@ -27,7 +27,14 @@ from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService, in_service, read_in_service, successor
 from anabranch.coordinator.merging import check_method, merge_cohort, merge_privately
 from anabranch.coordinator.orders import Orders
-from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
+from anabranch.coordinator.privacy.budget import (
+    check_account,
+    next_release,
+    spent_with,
+    why_spent,
+)
+from anabranch.coordinator.privacy.ledger import RELEASE_KEY
+from anabranch.coordinator.privacy.noise import noise_source
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.rounds.control import Control, Want
@@ -56,8 +63,8 @@ class MergeStrategy(Strategy):
         trust: Keys, where the federation is signed.
 
     Raises:
-        ValueError: The template names no base, the method cannot merge what is asked, or keys are
-            missing.
+        ValueError: The template names no base, the method cannot merge what is asked, keys are
+            missing, or the store's rounds were not private as the configuration is.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class MergeStrategy(Strategy):
             merged = config.secure.contributions(config.quorum)
         groups(config.recipe, [*template.lora, *template.dense], merged)
         check_method(config, template, self._method)
+        check_account(config, store)
         self.config = config
         self.store = store
         self._trust = trust
@@ -152,7 +160,7 @@ class MergeStrategy(Strategy):
                 # An earlier adapter was put in service again between two rounds.
                 self._read_again()
                 continue
-            if (reason := self._why_no_more()) is not None:
+            if (reason := self._why_no_more(server_round)) is not None:
                 log.warning("round %d is not begun: %s", server_round, reason)
                 self.store.note("stopped", {"round": server_round, "reason": reason})
                 break
@@ -244,13 +252,13 @@ class MergeStrategy(Strategy):
         over: list[int] = [row["round"] for row in self.store.notes("round")]
         return max([*over, latest.round if latest else 0])
 
-    def _why_no_more(self) -> str | None:
+    def _why_no_more(self, server_round: int) -> str | None:
         """Why no further round begins; None when one may. While the operator pauses, it waits."""
         while (want := self._control.want()) is Want.PAUSE:
             time.sleep(max(self.config.poll_s, 0.1))
         if want is not Want.RUN:
             return f"the operator asked to {want.value}"
-        return why_spent(self.config, self.store)
+        return why_spent(self.config, self.store, server_round)
 
     def _plan_round(
         self,
@@ -296,10 +304,15 @@ class MergeStrategy(Strategy):
         settled = bool(done) if self.config.secure else was_closed(self.store, server_round)
         if settled:
             return {}
-        sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
-        return {
+        count = self.config.asked(len(self.roster.nodes()))
+        sampled = self.roster.sample(count, f"{self.config.seed}/{server_round}")
+        asked = {
             node: name for node, name in sampled.items() if name not in done and node not in busy
         }
+        if self.config.privacy is None:
+            return asked
+        # Others may be there than when the round began, and what is divided by stays.
+        return dict(list(asked.items())[: max(0, count - len(done))])
 
     def _collect(self, mail: Mail, orders: Sequence[Message]) -> Iterator[Reply]:
         """The replies that the round under way takes, and one for each that it gives up."""
@@ -407,7 +420,7 @@ class MergeStrategy(Strategy):
             "merge_seconds": time.perf_counter() - began,
             "truncation_error": publication.report["overall_truncation"],
             "seconds": seconds,
-            **spent_with_next(self.config, self.store),
+            **spent_with(self.config, self.store, publication),
         }
         receipt = merge_receipt(
             self.store,
@@ -478,18 +491,24 @@ class MergeStrategy(Strategy):
         names = [*(row.client for row in cohort), *(one.name for one in late)]
         starts = [self._start_of(row) for row in rows]
         ends = [self._cohort.end(row, start) for row, start in zip(rows, starts, strict=True)]
+        release: dict[str, Any] = {}
         if config.privacy is None:
             weights = self._factors(cohort, late)
             merged, report = merge_cohort(config, whole, starts, ends, names, weights)
         else:
-            merged, report = merge_privately(config.privacy, config, whole, ends, names)
+            spends = next_release(config, self.store, whole.plan.round)
+            if spends is None:
+                raise ValueError(why_spent(config, self.store, whole.plan.round))
+            noise = noise_source(config.privacy.noise_seed, whole.plan.round)
+            merged, report = merge_privately(spends, noise, whole, ends, names)
+            release = {RELEASE_KEY: spends.model_dump()}
         candidate = successor(self.service, merged, whole.plan, config, self._key)
         assert candidate.blob is not None
         publication = Publication(
             round=whole.plan.round,
             digest=self.store.put(candidate.blob),
             adapter_hash=candidate.hash,
-            report=_plain(report),
+            report=_plain(report) | release,
         )
         return candidate, publication
 
