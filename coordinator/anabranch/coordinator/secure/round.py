@@ -125,7 +125,9 @@ class SecureRound:
         Raises:
             RefusedError: It does not count, and why.
         """
-        group = self._of[client]
+        group = self._of.get(client)
+        if group is None or start.plan.round != self._round:
+            raise RefusedError("late", "its group's sum was opened without it, or is lost")
         try:
             blob = self._read(reply, client, group.session, "mask", UPDATE_KEY)
             group.recovery.take_masked(client, blob)
