@@ -151,6 +151,7 @@ KEEP_ALL = {
     "multi_krum": {"f": 0},
     "ties": {"density": 1.0},
     "rank_vote": {"density": 1.0},
+    "robust_ties": {"density": 1.0},
 }
 
 UNLIKE_THEIRS = {
