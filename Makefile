@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test check bench quality gpu fuzz clean
+.PHONY: install demo test check bench quality scoreboard gpu fuzz clean
 
 install: $(STAMP)
 
@@ -42,6 +42,11 @@ bench: install
 
 quality: install
 	$(BIN)/python -m benchmarks.quality
+
+# A is minutes on one core; make scoreboard BLOCK=B trains.
+BLOCK ?= A
+scoreboard: install
+	$(BIN)/python -m benchmarks.scoreboard --block $(BLOCK)
 
 # On a machine with a CUDA device, and a build of torch for it in .venv.
 gpu: install

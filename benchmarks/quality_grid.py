@@ -22,6 +22,8 @@ SKIPPED = {
     "mean": f"scaled it is task arithmetic; it stands as '{UNSCALED}'",
     "slerp": "merges two contributions, not more",
     "supermask": "merges scores of frozen weights, not task vectors",
+    "bulyan": "is Meamed without anybody malicious, and with one it takes seven",
+    "fltrust": "needs a contribution that the coordinator trained",
     "fisher": "needs every contribution's Fisher information, which takes data",
 }
 """Methods that are not scored, and why."""
@@ -45,6 +47,10 @@ def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
         "della_linear": tuple(reversed(densities)),
         "caf": once,
         "centred_clipping": once,
+        "crfl": tuple({"sigma": sigma} for sigma in (0.0, 1e-5)),
+        "dnc": once,
+        "flame": once,
+        "foolsgold": once,
         "fedit": once,
         "geometric_median": once,
         "hetlora": once,

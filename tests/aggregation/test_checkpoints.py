@@ -55,7 +55,11 @@ def expected(recipe: Recipe, tuned: list[dict[str, Tensor]], **given: Any) -> di
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{m.name: (m.name, {}) for m in BUILT_IN if not m.factors and not m.needs_importance},
+    **{
+        m.name: (m.name, {"f": 0} if m.name == "bulyan" else {})
+        for m in BUILT_IN
+        if not m.factors and not m.needs_importance and not m.needs_names
+    },
     "ties over the model": ("ties", {"scope": "model", "density": 0.3}),
     "karcher over the model": ("karcher", {"scope": "model"}),
     "pcb per tensor": ("pcb", {"scope": "tensor", "ratio": 0.4}),

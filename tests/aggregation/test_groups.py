@@ -29,11 +29,14 @@ SHAPES = {
     for part, shape in (("q", (12, 9)), ("up", (20, 12)), ("norm", (12,)))
 }
 METHODS = [m for m in BUILT_IN if not m.needs_importance and m.name != "slerp"]
-WITH_SCOPES: list[tuple[str, dict[str, str]]] = [
+NEEDS = {"bulyan": {"f": 0}, "fltrust": {"root": "contribution 0"}}
+WITH_SCOPES: list[tuple[str, dict[str, Any]]] = [
     (method.name, params)
     for method in METHODS
     for params in (
-        [{"scope": scope} for scope in ("tensor", "model")]
+        [NEEDS[method.name]]
+        if method.name in NEEDS
+        else [{"scope": scope} for scope in ("tensor", "model")]
         if "scope" in method.config.model_fields
         else [{}]
     )

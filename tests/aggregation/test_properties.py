@@ -11,9 +11,13 @@ from torch import Tensor
 from anabranch.aggregation.method import MethodConfig
 from anabranch.aggregation.methods import BUILT_IN
 from anabranch.aggregation.methods.breadcrumbs import BreadcrumbsConfig
+from anabranch.aggregation.methods.bulyan import BulyanConfig
 from anabranch.aggregation.methods.consensus import ConsensusConfig
+from anabranch.aggregation.methods.crfl import CrflConfig
 from anabranch.aggregation.methods.dare_linear import DareConfig
 from anabranch.aggregation.methods.della_linear import DellaConfig
+from anabranch.aggregation.methods.dnc import DncConfig
+from anabranch.aggregation.methods.fltrust import FlTrustConfig
 from anabranch.aggregation.methods.geometric_median import GeometricMedianConfig
 from anabranch.aggregation.methods.multi_krum import MultiKrumConfig
 from anabranch.aggregation.methods.rank_vote import RankVoteConfig
@@ -25,6 +29,7 @@ BY_NAME = {method.name: method for method in BUILT_IN if method.matrices is None
 
 KEEP_ALL = {
     "breadcrumbs": BreadcrumbsConfig(density=1.0),
+    "crfl": CrflConfig(sigma=0.0),
     "breadcrumbs_ties": BreadcrumbsConfig(density=1.0),
     "consensus": ConsensusConfig(mask_scale=0.0),
     "dare_linear": DareConfig(density=1.0),
@@ -36,7 +41,15 @@ KEEP_ALL = {
     "robust_ties": RobustTiesConfig(density=1.0),
 }
 
+NEEDS: dict[str, MethodConfig] = {
+    "bulyan": BulyanConfig(f=0),
+    "fltrust": FlTrustConfig(root="contribution 0"),
+    "multi_krum": MultiKrumConfig(f=0),
+}
+
 ORDERED = {
+    "flame": "of equal clusters the earlier one is merged",
+    "fltrust": "goes by names, which the order gives",
     "dare_linear": "masks are drawn by position",
     "dare_ties": "masks are drawn by position",
     "della": "masks are drawn by position",
@@ -44,7 +57,8 @@ ORDERED = {
     "karcher": "starts at the first where unit vectors cancel",
     "caf": "equal eigenvalues leave the direction open",
     "mda": "equal scores go to the earlier one",
-    "meamed": "equal distances go to the earlier one",
+    "bulyan": "equal scores go to the earlier one",
+    "dnc": "equal scores go to the earlier one",
     "multi_krum": "equal scores go to the earlier one",
     "smea": "equal scores go to the earlier one",
     "pcb": "rounding decides between equal scores",
@@ -56,8 +70,8 @@ def merged(
     name: str, deltas_CD: Tensor, weights_C: Tensor, config: MethodConfig | None = None
 ) -> Tensor:
     """The method at its defaults, and at the size it can take."""
-    if name == "multi_krum":
-        config = config or MultiKrumConfig(f=0)
+    if name in NEEDS:
+        config = config or NEEDS[name]
     if name == "slerp":
         deltas_CD, weights_C = deltas_CD[:2], weights_C[:2]
     return BY_NAME[name](deltas_CD, weights_C, config)
@@ -108,7 +122,14 @@ def test_the_order_of_clients_does_not_matter(
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("multi_krum", MultiKrumConfig(f=2, m=4)), ("karcher", None), ("pcb", None)],
+    [
+        ("multi_krum", MultiKrumConfig(f=2, m=4)),
+        ("karcher", None),
+        ("pcb", None),
+        ("flame", None),
+        ("bulyan", BulyanConfig(f=1)),
+        ("dnc", DncConfig(f=2)),
+    ],
 )
 def test_the_order_of_clients_decides_between_equals_only(
     name: str, config: MethodConfig | None
@@ -139,8 +160,10 @@ def test_equal_contributions_merge_to_themselves(name: str, cohort: tuple[Tensor
 @settings(max_examples=8, deadline=None)
 @given(cohort=cohorts())
 def test_merging_keeps_scale(name: str, cohort: tuple[Tensor, Tensor]) -> None:
-    """Smoothing is in the unit of the norms, so ν is scaled along. PCB-Merging has tanh."""
+    """ν and σ are in the unit of the norms, and scaled along. PCB-Merging has tanh."""
     deltas_CD, weights_C = cohort
-    config = GeometricMedianConfig(nu=4e-6) if name == "geometric_median" else None
-    merged_D = merged(name, deltas_CD, weights_C)
-    torch.testing.assert_close(merged(name, 4 * deltas_CD, weights_C, config), 4 * merged_D)
+    before = {"crfl": CrflConfig(sigma=0.25)}.get(name)
+    scaled = {"crfl": CrflConfig(sigma=1.0), "geometric_median": GeometricMedianConfig(nu=4e-6)}
+    merged_D = merged(name, deltas_CD, weights_C, before)
+    again_D = merged(name, 4 * deltas_CD, weights_C, scaled.get(name))
+    torch.testing.assert_close(again_D, 4 * merged_D)

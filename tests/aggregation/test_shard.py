@@ -31,8 +31,11 @@ LAYOUT = {**SHAPES, "norm": (130,), "conv": (8, 3, 5)}
 TIGHT = 1 << 20
 """Several chunks a module, so that statistics are gathered from streams."""
 
+NEEDS: dict[str, dict[str, Any]] = {"bulyan": {"f": 0}, "fltrust": {"root": "contribution 1"}}
 RECIPES = {
-    **{method.name: Recipe(method=method.name) for method in BUILT_IN},
+    **{m.name: Recipe(method=m.name, params=NEEDS.get(m.name, {})) for m in BUILT_IN},
+    "dnc that looks at few": Recipe(method="dnc", params={"size": 500, "iterations": 2}),
+    "flame with noise": Recipe(method="flame", params={"noise": 0.1}),
     **{
         f"{name} over the model": Recipe(method=name, params={"scope": "model"})
         for name in ("breadcrumbs", "karcher", "model_stock", "multi_slerp", "slerp", "ties")
@@ -128,7 +131,8 @@ CASES = [
     (way, name)
     for way in WAYS
     for name, recipe in RECIPES.items()
-    if way == "adapters" or not resolve(recipe)[0].factors
+    # Checkpoints go by the names of their folders.
+    if way == "adapters" or not (resolve(recipe)[0].factors or recipe.method == "fltrust")
 ]
 
 

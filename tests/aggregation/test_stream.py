@@ -23,12 +23,23 @@ COUNT = 5
 ALONE = [m for m in BUILT_IN if not m.needs_importance]
 """Methods that are given nothing but task vectors; test_fisher.py has the other."""
 NAMES = sorted(method.name for method in ALONE)
+NEEDS: dict[str, dict[str, Any]] = {
+    "bulyan": {"f": 0},
+    "fltrust": {"root": "contribution 0"},
+    "crfl": {"sigma": 0},
+}
+"""Without these, five contributions cannot be merged, or noise goes by the name of the module."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{m.name: (m.name, {}) for m in ALONE if m.matrices is None and not m.factors},
+    **{
+        m.name: (m.name, NEEDS.get(m.name, {}))
+        for m in ALONE
+        if m.matrices is None and not m.factors
+    },
     "ties over the model": ("ties", {"scope": "model", "density": 0.3}),
     "breadcrumbs over the model": ("breadcrumbs", {"scope": "model", "gamma": 0.1}),
     "breadcrumbs_ties over the model": ("breadcrumbs_ties", {"scope": "model", "gamma": 0.1}),
     "pcb per tensor": ("pcb", {"scope": "tensor", "ratio": 0.4}),
+    "dnc that looks at few": ("dnc", {"size": 200, "iterations": 2}),
     "sce that selects": ("sce", {"select": 0.3}),
     "sce that keeps the rest": ("sce", {"select": 0.3, "unselected": "keep"}),
     **{
@@ -37,6 +48,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
 }
 """Every method on entries at its defaults, and where it takes another way through the engine."""
+
+NOISY = {
+    "flame with noise": ("flame", {"noise": 0.1}),
+    "crfl with noise": ("crfl", {"sigma": 0.5}),
+}
 
 
 def vectors(count: int = COUNT, *, dense: bool = True) -> list[TaskVector]:
@@ -106,10 +122,10 @@ def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("_path")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", {**VARIANTS, **NOISY})
 def test_the_budget_changes_no_bit(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk, "PIECE", 500)
-    name, params = VARIANTS[variant]
+    name, params = {**VARIANTS, **NOISY}[variant]
     cohort = cohort_for(name)
     recipe = Recipe(method=name, params=params, weights=(1, 2, 3, 4, 5)[: len(cohort)])
     roomy = merge_task_vectors(cohort, recipe)
@@ -187,7 +203,8 @@ def test_dare_masks_are_named_by_seed_module_and_client() -> None:
 @pytest.mark.parametrize("name", [m.name for m in BUILT_IN if m.coefficients is not None])
 def test_linear_methods_stay_factors(name: str) -> None:
     cohort = vectors(2 if name == "slerp" else COUNT, dense=False)
-    merged = merge_task_vectors(cohort, Recipe(method=name))
+    params = NEEDS.get(name, {})
+    merged = merge_task_vectors(cohort, Recipe(method=name, params=params))
     assert all(isinstance(delta, LowRank) for delta in merged.deltas.values())
     assert merged.deltas["wide"].shape == (37, 130)
 
@@ -234,7 +251,7 @@ def test_bfloat16_contributions_are_merged_in_fp32() -> None:
 def test_an_all_zero_merge_is_zero() -> None:
     cohort = [TaskVector({"a": LowRank(torch.zeros(4, 1), torch.ones(1, 5))})] * 3
     for name in NAMES:
-        params = {"f": 0} if name == "multi_krum" else {}
+        params = {"multi_krum": {"f": 0}, **NEEDS}.get(name, {})
         some = cohort[:2] if name == "slerp" else cohort
         merged = entries(merge_task_vectors(some, Recipe(method=name, params=params)))
         assert torch.equal(merged["a"], torch.zeros(4, 5)), name

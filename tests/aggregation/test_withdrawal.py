@@ -32,7 +32,8 @@ def test_the_merge_is_the_one_that_never_had_it(
     count = enough(method)
     adapters = [make_adapter(seed) for seed in range(count)]
     names, weights = NAMES[:count], WEIGHTS[:count]
-    recipe = Recipe(method=method, weights=weights)
+    params = {"bulyan": {"f": 0}, "fltrust": {"root": "c"}}.get(method, {})
+    recipe = Recipe(method=method, params=params, weights=weights)
     rest = [index for index in range(count) if index != gone % count]
     found = merge(adapters, recipe, names=names, without=[names[gone]])
     never = merge(

@@ -19,6 +19,7 @@ from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.finite import check_finite, check_floating
 from anabranch.aggregation.kernels.rows import WEIGHTED_SUM, all_worthwhile, has_kernel, load
 from anabranch.aggregation.ranks import ALONE, Ranks
+from anabranch.aggregation.sample import positions
 from anabranch.aggregation.statistics import Draw, Statistic, gather_statistics
 from anabranch.aggregation.whole import InMemory
 from anabranch.vectors.importance import Over, normalised
@@ -61,7 +62,13 @@ class MergeMethod:
         coefficients: ``coefficients(weights_C, gram_CC, config) -> coefficients_C`` for methods
             whose result is Σ c_i·ΔW_i: the engine then never forms ΔW. ``gram_CC`` holds the fp64
             inner products of the task vectors over the scope, None unless ``needs_gram``.
-        needs_gram: Whether ``coefficients`` reads the Gram matrix (scope "tensor" or "model").
+        needs_gram: Whether ``coefficients`` reads the Gram matrix (scope "tensor" or "model"), or
+            ``merge`` takes it as the keyword ``gram_CC`` (scope "model").
+        needs_names: Whether ``coefficients`` takes ``names``, what the contributions are called.
+        sample: With ``coefficients``: how many entries of the scope it takes as the keyword
+            ``sample_CS``, at a configuration, drawn by its field ``seed`` (scope "model").
+        form: The method as another kind where its configuration asks for what this kind cannot do,
+            such as noise on each entry of a sum of products; None where it stays this one.
         matrices: ``matrices(deltas, weights_C, config) -> merged`` for methods that see a weight
             matrix as one: called once per module of two dimensions with its task vectors, as
             factors or entries, and positive weights of mean 1. It returns factors if it was given
@@ -95,8 +102,11 @@ class MergeMethod:
     needs_importance: bool = False
     whole_tensors: bool = False
     whole_vectors: bool = False
-    coefficients: Callable[[Tensor, Tensor | None, Any], Tensor] | None = None
+    coefficients: Callable[..., Tensor] | None = None
     needs_gram: bool = False
+    needs_names: bool = False
+    sample: Callable[[Any], int] | None = None
+    form: Callable[[Any], MergeMethod | None] | None = None
     matrices: Callable[[Sequence[Held], Tensor, Any], Held] | None = None
     mean_norm: bool = False
     matrix_copies: int = 1
@@ -117,6 +127,16 @@ class MergeMethod:
             raise ValueError(
                 f"method {self.name}: what it gathers is taken over a tensor or the model; "
                 "set scope to one of them"
+            )
+        over_model = self.sample is not None or (self.needs_gram and self.merge is not None)
+        if over_model and self.scope != "model":
+            raise ValueError(
+                f"method {self.name}: a sample, and a Gram matrix for merge, are of the whole "
+                'model; set scope to "model"'
+            )
+        if (self.sample is not None or self.needs_names) and self.coefficients is None:
+            raise ValueError(
+                f"method {self.name}: names and a sample are handed to coefficients; set those"
             )
         handed = self.statistics or self.draws or self.needs_importance or self.kernel
         if handed and (self.merge is None or self.factors):
@@ -146,6 +166,10 @@ class MergeMethod:
         scope: Scope = getattr(config, "scope", self.scope)
         return scope
 
+    def at(self, config: MethodConfig) -> MergeMethod:
+        """The method as the kind that a configuration asks for; mostly this one."""
+        return self if self.form is None else self.form(config) or self
+
     def normalise_of(self, config: MethodConfig) -> Over:
         """Over what importance has a mean of 1: the config's field ``normalise``, if any."""
         over: Over = getattr(config, "normalise", "none")
@@ -159,6 +183,7 @@ class MergeMethod:
         *,
         module: str = "",
         importances_CD: Tensor | None = None,
+        names: Sequence[str] | None = None,
     ) -> Tensor:
         """Merge entries held in memory, which are then the method's whole scope.
 
@@ -170,6 +195,8 @@ class MergeMethod:
             module: Names the seeded draws.
             importances_CD: For methods that need it: how much each entry matters, in the shape of
                 the task vectors; None takes all entries to matter alike.
+            names: What the contributions are called, for methods that single one out; None calls
+                them "contribution 0" and so on.
 
         Returns:
             Merged entries in the shape of one contribution, in fp32.
@@ -179,6 +206,8 @@ class MergeMethod:
                 are not floating-point or not finite; names the contribution.
         """
         config = self.config() if config is None else config
+        if (form := self.at(config)) is not self:
+            return form(deltas_CD, weights_C, config, module=module, names=names)
         count, shape = deltas_CD.shape[0], deltas_CD.shape[1:]
         for index, delta in enumerate(deltas_CD):
             check_floating(delta, f"contribution {index}")
@@ -205,10 +234,20 @@ class MergeMethod:
             chunk = replace(chunk, importances_CD=torch.stack(flat))
         if self.merge is not None:
             found = gather_statistics(self.statistics, [chunk], rows * columns, weights_C, config)
+            if self.needs_gram:
+                found["gram_CC"] = inner_products(chunk.deltas_CD).cpu()
             return self.merge_chunk(chunk, weights_C, config, found).view(shape)
         assert self.coefficients is not None
         gram_CC = inner_products(chunk.deltas_CD).cpu() if self.needs_gram else None
-        coefficients_C = self.coefficients(weights_C, gram_CC, config)
+        handed: dict[str, Any] = {}
+        if self.needs_names:
+            called = [f"contribution {index}" for index in range(count)]
+            handed["names"] = called if names is None else names
+        if self.sample is not None:
+            given = {module: flat_CD.shape[1]}
+            (positions_S,) = positions(given, self.sample(config), config).values()
+            handed["sample_CS"] = flat_CD[:, positions_S]
+        coefficients_C = self.coefficients(weights_C, gram_CC, config, **handed)
         sum_up = load(WEIGHTED_SUM, flat_CD.device) if fused else combine
         merged_D: Tensor = sum_up(flat_CD, coefficients_C)
         return merged_D.view(shape)

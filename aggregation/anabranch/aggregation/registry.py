@@ -90,6 +90,11 @@ def resolve_pre(
             found.append((step, step.config.model_validate(asked.params)))
         except ValidationError as error:
             raise ValueError(validation_line(error, source, f"pre.{number}.params")) from error
+    if found and method.needs_names:
+        raise ValueError(
+            f"{source}: pre: {method.name} singles out a contribution by name, and mixtures have "
+            "none; leave pre out"
+        )
     if found and (method.matrices is not None or method.factors or method.needs_importance):
         raise ValueError(
             f"{source}: pre: {method.name} takes whole matrices, factors or importance, which are "
@@ -110,6 +115,7 @@ def resolve(recipe: Recipe, source: str = "recipe") -> tuple[MergeMethod, Method
     """
     method = named(recipe, source)
     try:
-        return method, method.config.model_validate(recipe.params)
+        config = method.config.model_validate(recipe.params)
     except ValidationError as error:
         raise ValueError(validation_line(error, source, "params")) from error
+    return method.at(config), config

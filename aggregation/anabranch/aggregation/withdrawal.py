@@ -47,7 +47,7 @@ def withdraw(
         ValueError: A name that nobody or more than one has, nobody left, or not one weight for
             each.
     """
-    gone = {_place(name, names) for name in without}
+    gone = {place(name, names, "without") for name in without}
     stay = tuple(index for index in range(len(names)) if index not in gone)
     if names and not stay:
         raise ValueError(f"without: leaves none of {', '.join(names)}; keep at least one")
@@ -70,13 +70,22 @@ def withdraw(
     return Remaining(stay, tuple(names[index] for index in stay), mine)
 
 
-def _place(wanted: str, names: Sequence[str]) -> int:
-    """Which contribution a name stands for."""
+def place(wanted: str, names: Sequence[str], key: str) -> int:
+    """Which contribution a name stands for: its whole name, or the last part of a path.
+
+    Args:
+        wanted: The name.
+        names: Every contribution's.
+        key: What asks, for messages.
+
+    Raises:
+        ValueError: Nobody, or more than one, is called so.
+    """
     exact = [index for index, name in enumerate(names) if PurePath(name) == PurePath(wanted)]
     found = exact or [index for index, name in enumerate(names) if PurePath(name).name == wanted]
     if not found:
-        raise ValueError(f"without: {wanted!r} is none of {', '.join(names)}; name one of these")
+        raise ValueError(f"{key}: {wanted!r} is none of {', '.join(names)}; name one of these")
     if len(found) > 1:
         which = ", ".join(names[index] for index in found)
-        raise ValueError(f"without: {wanted!r} may be any of {which}; give its whole name")
+        raise ValueError(f"{key}: {wanted!r} may be any of {which}; give its whole name")
     return found[0]

@@ -30,6 +30,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Methods that go sparse; TIES at a density below that of the updates."""
 
+NEEDS: dict[str, dict[str, Any]] = {
+    **RECIPES,
+    "bulyan": {"f": 0},
+    "fltrust": {"root": "contribution 0"},
+}
+
 
 def updates(count: int, *shape: int, density: float = 0.1) -> list[SparseTernary]:
     generator = torch.Generator().manual_seed(count)
@@ -116,7 +122,7 @@ def test_every_method_takes_them(method: Any) -> None:
     if method.needs_importance:
         pytest.skip("reads what no update brings in this form")
     found = updates(2 if method.name == "slerp" else 3, 70, 12, density=0.3)
-    params = RECIPES.get(method.name, {})
+    params = NEEDS.get(method.name, {})
     expected = merged(dense(found), method.name, params=params)
     assert torch.equal(merged(found, method.name, params=params), expected)
     small = merged(found, method.name, params=params, budget_bytes=30_000)

@@ -182,7 +182,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(given: dict[str, Any], reaso
 def test_every_method_on_entries_takes_a_step() -> None:
     inputs = vectors()
     for name, method in methods().items():
-        if method.matrices or method.factors or method.needs_importance:
+        if method.matrices or method.factors or method.needs_importance or method.needs_names:
             continue
         some = inputs[:2] if name == "slerp" else inputs
         merged = flat(merge_task_vectors(some, recipe(name, [{"name": "clip"}])))

@@ -171,7 +171,7 @@ def check_groups(
         if group.excluded:
             continue
         warnings += _check_method(group.method, base)
-        check_count(group)
+        check_count(group, cohort.names)
         check_budget(cohort.only(group.modules), group.method, budget_bytes)
     if base is None and any(group.excluded for group in parts):
         raise ValueError(
@@ -207,14 +207,14 @@ def _check_method(method: MergeMethod, base: Path | None) -> list[str]:
     return []
 
 
-def check_count(group: Group) -> None:
+def check_count(group: Group, names: Sequence[str]) -> None:
     """Let a method refuse what it can tell without numbers, such as too few contributions.
 
     Raises:
         ValueError: What the method says to one entry of zero from each.
     """
     zeros = torch.zeros(len(group.weights_C), 1, 1)
-    group.method(zeros, group.weights_C, group.config)
+    group.method(zeros, group.weights_C, group.config, names=names)
 
 
 def _onto_base(

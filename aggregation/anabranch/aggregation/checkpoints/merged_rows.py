@@ -54,9 +54,9 @@ def merged_rows(
     if method.matrices is not None:
         matrices = _Matrices(cohort, method, config, weights_C)
         return replace(matrices, factor=matrices.to_mean_norm()) if method.mean_norm else matrices
-    mix_KC = mixture(cohort, group, budget_bytes)
+    seen = mixture(cohort, group, budget_bytes)
     return EntryMerge(
-        cohort, method, config, weights_C, budget_bytes, keep_model=alone, mix_KC=mix_KC
+        cohort, method, config, weights_C, budget_bytes, keep_model=alone, mixture=seen
     )
 
 

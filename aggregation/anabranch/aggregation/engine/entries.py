@@ -14,6 +14,7 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Chunk, matrix_shape
 from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.importance import normalised_cohort
+from anabranch.aggregation.engine.mixture import Mixture
 from anabranch.aggregation.engine.rows import (
     FP32_BYTES,
     ModuleRows,
@@ -40,7 +41,7 @@ class EntryMerge:
         weights_C: Checked weights [C].
         budget_bytes: Memory for dense entries.
         keep_model: Whether what the statistics of a whole model read may be kept for the merge.
-        mix_KC: The method sees these mixtures of the contributions; None leaves them as they are.
+        mixture: What the method sees in place of the contributions.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class EntryMerge:
         weights_C: Tensor,
         budget_bytes: int,
         keep_model: bool = True,
-        mix_KC: Tensor | None = None,
+        mixture: Mixture = Mixture(),  # noqa: B008
     ) -> None:
         if method.needs_importance:
             cohort = normalised_cohort(cohort, method.normalise_of(config))
@@ -59,8 +60,10 @@ class EntryMerge:
         self.method = method
         self.config = config
         # Mixtures count alike.
+        mix_KC = mixture.mix_KC
         self.weights_C = weights_C if mix_KC is None else torch.ones(len(mix_KC)).double()
         self._mix_KC = mix_KC
+        self._gram: Found = {"gram_CC": mixture.gram_KK} if mixture.gram_KK is not None else {}
         self.budget_bytes = budget_bytes
         self._found: dict[str, Found] = {}
         self._sources: dict[str, ModuleRows] = {}
@@ -96,7 +99,9 @@ class EntryMerge:
             self._found[module] = self._gather([source])
         found = self._found.get(module, {})
         for chunk in _mixed(source, self._mix_KC):
-            merged_D = self.method.merge_chunk(chunk, self.weights_C, self.config, found)
+            merged_D = self.method.merge_chunk(
+                chunk, self.weights_C, self.config, {**found, **self._gram}
+            )
             yield chunk.start, merged_D.view(-1, chunk.columns).to(home)
 
     def dense(self, module: str, scale: float = 1.0, onto: Delta | None = None) -> Tensor:

@@ -70,14 +70,14 @@ class AdapterMerge:
     def merged(self) -> EntryMerge:
         """The method on entries; made once, for what it gathers over the whole model."""
         group = self.group
-        mix_KC = mixture(self.cohort, group, self.budget_bytes, self.grams)
+        seen = mixture(self.cohort, group, self.budget_bytes, self.grams)
         return EntryMerge(
             self.cohort,
             group.method,
             group.config,
             group.weights_C,
             self.budget_bytes,
-            mix_KC=mix_KC,
+            mixture=seen,
         )
 
     @property

@@ -6,6 +6,7 @@ Shape legend: C contributions, D entries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,12 @@ from anabranch.aggregation.engine.cohort import (
 )
 from anabranch.aggregation.engine.device import placed
 from anabranch.aggregation.engine.entries import EntryMerge
-from anabranch.aggregation.engine.gram import module_grams, total_gram
+from anabranch.aggregation.engine.gram import module_grams
 from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.mixture import mixture
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of, large_ternary
+from anabranch.aggregation.engine.sample import sampled
 from anabranch.aggregation.kernels.rows import (
     TERNARY_SUM,
     WEIGHTED_SUM,
@@ -118,8 +120,8 @@ def _merge_group(cohort: Cohort, group: Group, budget_bytes: int) -> dict[str, D
             average = merge_factors(module, deltas, method, config, weights_C, cohort.names)
             merged[module] = scaled(average, group.scale)
     else:
-        mix_KC = mixture(cohort, group, budget_bytes)
-        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes, mix_KC=mix_KC)
+        seen = mixture(cohort, group, budget_bytes)
+        entries = EntryMerge(cohort, method, config, weights_C, budget_bytes, mixture=seen)
         for module, deltas in cohort.deltas.items():
             merged[module] = entries.dense(module, group.scale).view(deltas[0].shape)
     return merged
@@ -143,27 +145,31 @@ def group_coefficients(
         return dict.fromkeys(cohort.deltas, [0.0] * len(cohort))
     method, weights_C = group.method, group.weights_C
     assert method.coefficients is not None
-    if not group.needs_gram:
-        shared = method.coefficients(weights_C, None, group.config).tolist()
-        return dict.fromkeys(cohort.deltas, shared)
-    if grams is None:
+    if group.needs_gram and grams is None:
         grams = module_grams(cohort, budget_bytes)
-    mine = {module: grams[module] for module in group.modules}
-    if group.pre:
-        mix_KC = mixture(cohort, group, budget_bytes, grams)
-        assert mix_KC is not None
-        mine = {module: mix_KC @ gram_CC @ mix_KC.T for module, gram_CC in mine.items()}
+    seen = mixture(cohort, group, budget_bytes, grams)
+    mix_KC = seen.mix_KC
+    if mix_KC is not None:
         weights_C = torch.ones(len(mix_KC), dtype=torch.float64)
-    else:
-        mix_KC = torch.eye(len(cohort), dtype=torch.float64)
-    if method.scope_of(group.config) == "tensor":
-        return {
-            module: (method.coefficients(weights_C, gram_KK, group.config) @ mix_KC).tolist()
-            for module, gram_KK in mine.items()
-        }
-    gram_KK = total_gram(mine, len(mix_KC)) if method.needs_gram else None
-    shared = (method.coefficients(weights_C, gram_KK, group.config) @ mix_KC).tolist()
-    return dict.fromkeys(cohort.deltas, shared)
+    handed: dict[str, Any] = {"names": cohort.names} if method.needs_names else {}
+    if method.sample is not None:
+        sample_CS = sampled(cohort, method.sample(group.config), group.config, budget_bytes)
+        mixed_KS = sample_CS if mix_KC is None else (mix_KC @ sample_CS.double()).float()
+        handed["sample_CS"] = mixed_KS
+
+    def decided(gram_KK: Tensor | None) -> list[float]:
+        assert method.coefficients is not None
+        found_K = method.coefficients(weights_C, gram_KK, group.config, **handed)
+        mine_C: Tensor = found_K if mix_KC is None else found_K @ mix_KC
+        return mine_C.tolist()
+
+    if method.needs_gram and method.scope_of(group.config) == "tensor":
+        assert grams is not None
+        mine = {module: grams[module] for module in group.modules}
+        if mix_KC is not None:
+            mine = {module: mix_KC @ gram_CC @ mix_KC.T for module, gram_CC in mine.items()}
+        return {module: decided(gram_KK) for module, gram_KK in mine.items()}
+    return dict.fromkeys(cohort.deltas, decided(seen.gram_KK))
 
 
 def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Held:

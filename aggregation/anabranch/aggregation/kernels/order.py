@@ -1,4 +1,4 @@
-"""Median and trimmed mean: a sorting network over the contributions, many entries side by side.
+"""Median, trimmed mean and mean around the median: a sorting network, many entries side by side.
 
 Shape legend: C contributions, D entries of a chunk, B entries of a block, P pairs to compare.
 """
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from anabranch.aggregation.chunk import Chunk
-from anabranch.aggregation.kernels.compiled import Int64, compiled, entries_at, fma
+from anabranch.aggregation.chunk import Chunk, Rows
+from anabranch.aggregation.kernels.compiled import Fp32, Int64, compiled, entries_at, fma
 from anabranch.aggregation.kernels.rows import merge_rows
+from anabranch.aggregation.methods.bulyan import selected
+from anabranch.aggregation.robust.arc import check_minority
 
 _BLOCK_ENTRIES = 1 << 13
 """Entries of all contributions at once: every comparison reads and writes two rows, out of L1."""
@@ -31,10 +33,30 @@ def trimmed_mean(chunk: Chunk, weights_C: Tensor, config: Any) -> Tensor:
     return _merge(chunk, trim, len(chunk.rows) - trim, False)
 
 
+def meamed(chunk: Chunk, weights_C: Tensor, config: Any) -> Tensor:
+    """``methods.meamed.meamed``."""
+    check_minority("meamed", config.f, len(chunk.rows))
+    return _around(chunk.rows, config.f)
+
+
+def bulyan(chunk: Chunk, weights_C: Tensor, config: Any, *, gram_CC: Tensor) -> Tensor:
+    """``methods.bulyan.bulyan``."""
+    best = selected(gram_CC, config).tolist()
+    return _around([chunk.rows[place] for place in best], 2 * config.f)
+
+
+def _around(rows: Rows, f: int) -> Tensor:
+    return merge_rows(rows, _near_middle, network(len(rows)), f, block=_block(len(rows)))
+
+
 def _merge(chunk: Chunk, low: int, high: int, halves: bool) -> Tensor:
     count = len(chunk.rows)
-    block = max(64, _BLOCK_ENTRIES // count // 64 * 64)
-    return merge_rows(chunk.rows, _middle, network(count), low, high, halves, block=block)
+    pairs_P2 = network(count)
+    return merge_rows(chunk.rows, _middle, pairs_P2, low, high, halves, block=_block(count))
+
+
+def _block(count: int) -> int:
+    return max(64, _BLOCK_ENTRIES // count // 64 * 64)
 
 
 @lru_cache(maxsize=32)
@@ -58,6 +80,21 @@ def network(count: int) -> Int64:
 
 
 @compiled
+def _sort(addresses_C: Int64, start: int, size: int, pairs_P2: Int64, values_CB: Fp32) -> None:
+    """The entries of a block, each entry's from the smallest to the largest."""
+    for c in range(len(addresses_C)):
+        value_B, delta_B = values_CB[c], entries_at(addresses_C[c], start, size)
+        for i in range(size):
+            value_B[i] = delta_B[i]
+    for pair in range(len(pairs_P2)):
+        one_B, other_B = values_CB[pairs_P2[pair, 0]], values_CB[pairs_P2[pair, 1]]
+        for i in range(size):
+            one, other = one_B[i], other_B[i]
+            one_B[i] = one if one < other else other
+            other_B[i] = other if one < other else one
+
+
+@compiled
 def _middle(
     addresses_C: Int64,
     out_address: int,
@@ -78,16 +115,7 @@ def _middle(
     share = np.float32(1.0 / (high - low))
     for start in range(first, stop, block):
         size = min(block, stop - start)
-        for c in range(count):
-            value_B, delta_B = values_CB[c], entries_at(addresses_C[c], start, size)
-            for i in range(size):
-                value_B[i] = delta_B[i]
-        for pair in range(len(pairs_P2)):
-            one_B, other_B = values_CB[pairs_P2[pair, 0]], values_CB[pairs_P2[pair, 1]]
-            for i in range(size):
-                one, other = one_B[i], other_B[i]
-                one_B[i] = one if one < other else other
-                other_B[i] = other if one < other else one
+        _sort(addresses_C, start, size, pairs_P2, values_CB)
         out_B = entries_at(out_address, start, size)
         for i in range(size):
             out_B[i] = 0
@@ -99,3 +127,42 @@ def _middle(
             else:
                 for i in range(size):
                     out_B[i] = fma(value_B[i], share, out_B[i])
+
+
+@compiled
+def _near_middle(
+    addresses_C: Int64,
+    out_address: int,
+    first: int,
+    stop: int,
+    block: int,
+    pairs_P2: Int64,
+    f: int,
+) -> None:
+    """``methods.meamed.mean_around_median``."""
+    count = len(addresses_C)
+    left = count - f
+    half = np.float32(2)
+    values_CB = np.empty((count, block), np.float32)
+    middle_B, total_B = np.empty(block, np.float32), np.empty(block, np.float64)
+    first_B = np.empty(block, np.int32)
+    for start in range(first, stop, block):
+        size = min(block, stop - start)
+        _sort(addresses_C, start, size, pairs_P2, values_CB)
+        low_B, high_B = values_CB[(count - 1) // 2], values_CB[count // 2]
+        for i in range(size):
+            middle_B[i] = low_B[i] / half + high_B[i] / half
+            first_B[i] = 0
+            total_B[i] = 0
+        for c in range(f):
+            low_B, high_B = values_CB[c], values_CB[c + left]
+            for i in range(size):
+                first_B[i] += middle_B[i] - low_B[i] > high_B[i] - middle_B[i]
+        for c in range(count):
+            value_B = values_CB[c]
+            for i in range(size):
+                inside = (c >= first_B[i]) & (c < first_B[i] + left)
+                total_B[i] += value_B[i] if inside else np.float32(0)
+        out_B = entries_at(out_address, start, size)
+        for i in range(size):
+            out_B[i] = total_B[i] / left

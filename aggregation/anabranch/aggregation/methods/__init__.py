@@ -3,15 +3,21 @@
 from anabranch.aggregation.method import MergeMethod
 from anabranch.aggregation.methods.breadcrumbs import BREADCRUMBS
 from anabranch.aggregation.methods.breadcrumbs_ties import BREADCRUMBS_TIES
+from anabranch.aggregation.methods.bulyan import BULYAN
 from anabranch.aggregation.methods.caf import CAF
 from anabranch.aggregation.methods.centred_clipping import CENTRED_CLIPPING
 from anabranch.aggregation.methods.consensus import CONSENSUS
+from anabranch.aggregation.methods.crfl import CRFL
 from anabranch.aggregation.methods.dare_linear import DARE_LINEAR
 from anabranch.aggregation.methods.dare_ties import DARE_TIES
 from anabranch.aggregation.methods.della import DELLA
 from anabranch.aggregation.methods.della_linear import DELLA_LINEAR
+from anabranch.aggregation.methods.dnc import DNC
 from anabranch.aggregation.methods.fedit import FEDIT
 from anabranch.aggregation.methods.fisher import FISHER
+from anabranch.aggregation.methods.flame import FLAME
+from anabranch.aggregation.methods.fltrust import FLTRUST
+from anabranch.aggregation.methods.foolsgold import FOOLSGOLD
 from anabranch.aggregation.methods.geometric_median import GEOMETRIC_MEDIAN
 from anabranch.aggregation.methods.hetlora import HETLORA
 from anabranch.aggregation.methods.iso_c import ISO_C
@@ -70,6 +76,12 @@ BUILT_IN: tuple[MergeMethod, ...] = (
     MDA,
     SMEA,
     CAF,
+    BULYAN,
+    DNC,
+    FLAME,
+    FOOLSGOLD,
+    FLTRUST,
+    CRFL,
     FEDIT,
     HETLORA,
     TSV_M,

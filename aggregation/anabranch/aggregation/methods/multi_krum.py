@@ -58,11 +58,18 @@ def multi_krum_coefficients(
         raise ValueError(
             f"multi_krum: m: {chosen} of {count} contributions cannot be chosen; lower m"
         )
+    best_m = best_scores(gram_CC, config.f)[:chosen]
+    return torch.zeros(count, dtype=torch.float64).index_fill_(0, best_m, 1 / chosen)
+
+
+def best_scores(gram_CC: Tensor, f: int) -> Tensor:
+    """All contributions [C], those first whose C − f − 2 nearest others are nearest.
+
+    Of equal sums of squared distances the earlier contribution comes first.
+    """
     distances_CC = squared_distances(gram_CC).fill_diagonal_(torch.inf)
-    neighbours = count - config.f - 2
-    scores_C = distances_CC.sort(dim=1).values[:, :neighbours].sum(dim=1)
-    best_m = scores_C.argsort(stable=True)[:chosen]
-    return torch.zeros_like(scores_C).index_fill_(0, best_m, 1 / chosen)
+    neighbours = len(gram_CC) - f - 2
+    return distances_CC.sort(dim=1).values[:, :neighbours].sum(dim=1).argsort(stable=True)
 
 
 def multi_krum(

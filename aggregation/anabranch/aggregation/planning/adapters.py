@@ -106,7 +106,7 @@ def _cost(cohort: Cohort, group: Group, budget_bytes: int) -> Cost:
     method = group.method
     if group.excluded:
         return nothing(cohort)
-    check_count(group)
+    check_count(group, cohort.names)
     if method.merge is not None and not method.factors:
         return entry_cost(cohort, group, budget_bytes, keeps_result=True)
     return Cost(dict.fromkeys(cohort.deltas, 1 + group.needs_gram), 0)

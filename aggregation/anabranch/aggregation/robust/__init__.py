@@ -9,8 +9,9 @@ from __future__ import annotations
 from anabranch.aggregation.robust.arc import ARC
 from anabranch.aggregation.robust.bucketing import BUCKETING
 from anabranch.aggregation.robust.clip import CLIP
+from anabranch.aggregation.robust.dedup import DEDUP
 from anabranch.aggregation.robust.nnm import NNM
 from anabranch.aggregation.robust.pre import PreAggregator
 from anabranch.aggregation.robust.unit_norm import UNIT_NORM
 
-PRE_AGGREGATORS: tuple[PreAggregator, ...] = (ARC, BUCKETING, CLIP, NNM, UNIT_NORM)
+PRE_AGGREGATORS: tuple[PreAggregator, ...] = (ARC, BUCKETING, CLIP, DEDUP, NNM, UNIT_NORM)

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.scoreboard import heat, vectors
+from benchmarks.scoreboard.blocks import BLOCKS, Options
+from benchmarks.scoreboard.cells import Cell, Found, Kept, run
+from benchmarks.scoreboard.page import write_pages
+from benchmarks.scoreboard.result import by_rule, interval, over_seeds
+from benchmarks.scoreboard.rules import RECIPES, recipe
+
+from anabranch.aggregation.registry import resolve, resolve_pre
+
+SMALL = vectors.Setting(entries=400, attackers=(0, 4), misjudged=((6, 4),), seeds=(0, 1))
+
+
+def cell(rule: str, attack: str = "sign flip", f: int = 4, declared: int = 4) -> Cell:
+    return Cell(rule, attack, f, declared, 0)
+
+
+def test_cells_are_kept_one_by_one_and_not_measured_twice(tmp_path: Path) -> None:
+    asked: list[Cell] = []
+
+    def measure(one: Cell) -> Found:
+        asked.append(one)
+        if one.seed == 2:
+            raise KeyboardInterrupt
+        if one.rule == "b":
+            raise ValueError("b: too many")
+        return {"kappa": float(one.seed)}
+
+    wanted = [Cell("a", "none", 0, 0, 0), Cell("b", "none", 0, 0, 1), Cell("a", "none", 0, 0, 2)]
+    kept = Kept(tmp_path, "A", {"entries": 4})
+    with pytest.raises(KeyboardInterrupt):
+        run(measure, wanted, kept)
+    told: list[tuple[int, int]] = []
+    found = run(lambda one: {"kappa": 9.0}, wanted, kept, progress=lambda *done: told.append(done))
+    assert list(found.values()) == [{"kappa": 0.0}, {"na": "b: too many"}, {"kappa": 9.0}]
+    assert (len(asked), told) == (3, [(2, 3), (3, 3)])
+    # Another setting is another board; names that read alike are other cells.
+    assert Kept(tmp_path, "A", {"entries": 5}).get(wanted[0]) is None
+    assert Cell("a b", "c", 0, 0, 0).file != Cell("a", "b c", 0, 0, 0).file
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_honest_spread_and_mean_are_what_the_setting_says() -> None:
+    setting = vectors.Setting(entries=2000, mean=3.0)
+    honest_HD = torch.cat([vectors.honest(setting, 20, seed)[None] for seed in range(5)])
+    mean_D = honest_HD.double().mean(dim=1, keepdim=True)
+    spread = (honest_HD - mean_D).square().sum(dim=2).mean()
+    assert float(spread) == pytest.approx(19 / 20, rel=0.1)
+    assert float(mean_D.norm(dim=2).mean()) == pytest.approx((9 + 1 / 20) ** 0.5, rel=0.05)
+    assert torch.equal(honest_HD[3], vectors.honest(setting, 20, 3))
+
+
+def test_kappa_of_mean_and_oracle_by_hand() -> None:
+    """4 of 20 send −μ: the mean is μ·(16 − 4)/20, so it is .4 of μ away."""
+    honest_HD = vectors.honest(SMALL, 16, 0).double()
+    mean_D = honest_HD.mean(dim=0)
+    spread = (honest_HD - mean_D).square().sum(dim=1).mean()
+    found = vectors.measure(SMALL, cell("mean"))
+    assert found["kappa"] == pytest.approx(float(0.16 * mean_D.square().sum() / spread), rel=1e-5)
+    assert vectors.measure(SMALL, cell(vectors.ORACLE)) == {"kappa": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("median", "Flower: FedMedian"),
+        ("trimmed mean", "Flower: FedTrimmedAvg"),
+        ("Multi-Krum", "Flower: MultiKrum"),
+        ("median", "byzfl: Median"),
+        ("trimmed mean", "byzfl: TrMean"),
+        ("mean around median", "byzfl: Meamed"),
+        ("NNM, trimmed mean", "byzfl: NNM, TrMean"),
+    ],
+)
+def test_rivals_that_are_the_same_rule_get_the_same_cells(ours: str, theirs: str) -> None:
+    for attack in ("sign flip", "IPM 2", "Mimic"):
+        mine = vectors.measure(SMALL, cell(ours, attack))["kappa"]
+        assert vectors.measure(SMALL, cell(theirs, attack))["kappa"] == pytest.approx(
+            mine, rel=1e-3, abs=1e-6
+        )
+
+
+def test_what_cannot_be_says_why() -> None:
+    for name, reason in (
+        ("Flower: Bulyan", "9 malicious need 39"),
+        ("Flower: MultiKrum", "9 malicious need 21"),
+        ("byzfl: CAF", "f = 0"),
+        ("Multi-Krum", "9 malicious need at least 21"),
+    ):
+        f = 0 if "f = 0" in reason else 9
+        with pytest.raises(ValueError, match=reason):
+            vectors.measure(SMALL, cell(name, "none" if f == 0 else "sign flip", f, f))
+
+
+def test_every_recipe_can_be_read() -> None:
+    for name in RECIPES:
+        method, _ = resolve(recipe(name, 2), name)
+        resolve_pre(recipe(name, 2), method)
+
+
+def test_rules_that_are_not_told_f_cannot_be_told_wrong() -> None:
+    wanted = vectors.cells(SMALL, ["median", "trimmed mean", "Flower: FedTrimmedAvg"])
+    wrong = {one.rule for one in wanted if one.f != one.declared}
+    assert wrong == {"trimmed mean"}
+
+
+def test_over_seeds_and_worst() -> None:
+    found: dict[Cell, Found] = {}
+    for seed, value in enumerate((1.0, 2.0, 3.0)):
+        found[Cell("a", "x", 2, 2, seed)] = {"kappa": value}
+        found[Cell("a", "y", 2, 2, seed)] = {"kappa": 5.0}
+        found[Cell("a", "none", 0, 0, seed)] = {"kappa": 0.5}
+        found[Cell("a", "x", 2, 4, seed)] = {"na": "too many"}
+    entries = over_seeds(found)
+    assert entries[0]["kappa"] == 2.0
+    assert entries[0]["ci95"]["kappa"] == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert interval([1.0]) is None
+    assert by_rule(entries, "kappa") == {
+        "a": {
+            "tax": 0.5,
+            "worst": {"2": {"attack": "y", "kappa": 5.0}},
+            "misjudged": {"2 told 4": None},
+        }
+    }
+
+
+def test_block_a_in_short_and_its_page(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    options = Options(tmp_path / "runs", True, 1, lambda *done: told.append(done))
+    result = BLOCKS["A"].run(options)
+    assert told[-1][0] == told[-1][1] == len(result["cells"])
+    rows = {row["rule"]: row for row in result["rules"]}
+    assert rows["mean"]["tax"] == pytest.approx(0, abs=1e-9)
+    assert rows["mean"]["worst"]["4"]["attack"] == "adaptive"
+    assert rows["mean"]["worst"]["4"]["kappa"] > 100
+    assert rows["NNM, trimmed mean"]["worst"]["4"]["kappa"] < 0.3
+    assert "f = 4: " in BLOCKS["A"].text(result)
+    (tmp_path / "scoreboard-A.json").write_text(json.dumps(result))
+    write_pages(tmp_path, tmp_path)
+    page = (tmp_path / "scoreboard.md").read_text()
+    assert "| Flower: FedMedian |" in page
+    assert "| NNM, trimmed mean | " in page.split("### Told wrong")[1]
+    assert "honest-only oracle, sign flip, f = 4: 0" in (tmp_path / "scoreboard.html").read_text()
+    assert (tmp_path / "scoreboard-A.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_colours_run_from_good_to_bad_and_grey_is_neither() -> None:
+    entries = {("a", "x", 2): {"na": "too many"}}
+    drawn = heat.Heat("t", "kappa", 0.01, 10.0, True, ["a"], [("x", 2)], entries)
+    assert drawn.value("a", ("x", 2)) is None
+    assert drawn.colour(None) == heat.MISSING
+    assert drawn.colour(1e-9) == drawn.colour(0.01) != drawn.colour(10.0) == drawn.colour(1e9)
+    assert 'title="a, x, f = 2: too many">n/a' in heat.table(drawn)
+
+
+def test_workers_find_what_one_process_finds(tmp_path: Path) -> None:
+    wanted = [cell("mean"), cell("median"), cell("Multi-Krum", "sign flip", 9, 9)]
+    alone = run(asdict, wanted, Kept(tmp_path, "one", {}))
+    assert run(asdict, wanted, Kept(tmp_path, "two", {}), workers=2, batch=3) == alone
+    assert alone[wanted[2]]["f"] == 9
