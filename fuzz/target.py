@@ -37,6 +37,7 @@ KNOWN = seeded_start(
 )
 LAYOUT = {name: tuple(tensor.shape) for name, tensor in KNOWN.tensors().items()}
 SPARSE: dict[str, tuple[int, ...]] = {"x": (4000,)}
+RANKED: dict[str, tuple[int, ...]] = {"x": (40,), "y": (3,)}
 IMPORTANCE = {"m.rows": (20,), "m.columns": (30,)}
 CODECS = (
     CodecConfig(density=0.2),
@@ -49,6 +50,7 @@ CODECS = (
     CodecConfig(name="sign"),
     CodecConfig(name="rotated", bits=3),
     CodecConfig(name="dare", density=0.4, feedback=0),
+    CodecConfig(name="ranks"),
 )
 RING = KeyRing(by_id([seeded_key("c", 1).public]))
 _SEAL = new_seal_key()
@@ -136,6 +138,14 @@ def _draws(data: bytes) -> Decoded:
     return decode_update(message_of(_packed(raw, data[2:])), SPARSE)[1], SPARSE
 
 
+def _ranks(data: bytes) -> Decoded:
+    """Steps, zeros, a permutation and signs, of the length that they must have."""
+    manifest = pb.Manifest.FromString(_RANKS)
+    length = manifest.frames[0].raw_bytes
+    payload = data[:length].ljust(length, b"\0")
+    return decode_update(message_of(_packed(_RANKS, payload)), RANKED)[1], RANKED
+
+
 DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _as_it_came,
     _forged,
@@ -145,6 +155,7 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _sealed,
     _runs,
     _draws,
+    _ranks,
 )
 
 
@@ -188,6 +199,7 @@ def seeds() -> list[bytes]:
     (frame,) = pb.Manifest.FromString(_SPARSE).frames
     count, runs = frame.nonzeros[0], frame.raw_bytes - -(-frame.nonzeros[0] // 8)
     found.append(bytes([7, count, runs]) + _SPARSE_PAYLOAD)
+    found.append(b"\x08" + _RANKS_PAYLOAD)
     return found
 
 
@@ -223,3 +235,10 @@ _SPARSE_BLOB = encode_update(
 ).blob
 _SPARSE = _manifest_of(_SPARSE_BLOB)
 _SPARSE_PAYLOAD = _SPARSE_BLOB[read_manifest(_SPARSE_BLOB).payload_start :]
+_RANKS_BLOB = encode_update(
+    {name: torch.arange(1.0, 1 + size[0]) for name, size in RANKED.items()},
+    UpdateMeta("update", "ab" * 32, "", "f", "r", 1, "c", b"", 1, 9),
+    CodecConfig(name="ranks"),
+).blob
+_RANKS = _manifest_of(_RANKS_BLOB)
+_RANKS_PAYLOAD = _RANKS_BLOB[read_manifest(_RANKS_BLOB).payload_start :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -26,6 +27,7 @@ from anabranch.coordinator.federation import (
     Privacy,
     Ranks,
     Rest,
+    check_ranks,
     clients_asked,
     keyed_error,
 )
@@ -137,6 +139,11 @@ class Scenario(BaseModel):
                 ("seed",), "drawn for each client and round; set the scenario's own seed"
             )
         return train
+
+    @model_validator(mode="after")
+    def _ranks_are_voted_on(self) -> Self:
+        check_ranks(self.codec, self.recipe, self.trains, self.down_codec)
+        return self
 
     def asked(self, clients: int) -> int:
         """Clients asked in each round."""
