@@ -403,3 +403,27 @@ def test_a_federation_learns_by_a_vote_on_products(tmp_path: Path) -> None:
     vote = {"method": "rank_vote", "params": {"approvals": 0.3, "density": 0.3}}
     summary = simulate(scenario(**only, codec={"name": "dense"}, recipe=vote), tmp_path)
     assert summary["mean"]["merged"] > summary["mean"]["base"] + 0.08
+
+
+def test_the_report_says_who_stood_out_and_why(tmp_path: Path) -> None:
+    suspicion = {"action": "mask_module", "threshold": 0.5, "signals": ["spectrum", "energy"]}
+    one = scenario(
+        rounds=2, quorum=4,
+        recipe={"method": "mean", "suspicion": suspicion},
+        baselines={"local_only": False, "fedavg": False, "oracle": False},
+    )  # fmt: skip
+    summary = simulate(one, tmp_path / "out")
+    assert [row["status"] for row in summary["rounds"]] == ["published"] * 2
+    found = summary["suspicions"]
+    assert {row["round"] for row in found} == {1, 2}
+    assert {row["action"] for row in found} <= {"mask_module", "note"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Contributions that stood out" in page
+    assert "times the cohort" in page or "singular direction" in page
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_suspicion_is_refused_where_too_few_are_merged(tmp_path: Path) -> None:
+    one = scenario(quorum=3, recipe={"method": "mean", "suspicion": {}})
+    with pytest.raises(ValueError, match="suspicion: of 3 contributions none can be told"):
+        simulate(one, tmp_path / "out")
