@@ -174,9 +174,12 @@ class SecureRound:
                 except (WireError, FullError) as error:
                     group.lost = _why(error)
             self._journal(group, summed)
+        return Sums(self.summed(), self._bytes_up, self._bytes_down, self._refused)
+
+    def summed(self) -> int:
+        """Clients whose updates are in sums that were opened, before an interruption too."""
         rows = [row for row in self._store.notes("secure") if row["round"] == self._round]
-        clients = sum(len(row["summed"]) for row in rows)
-        return Sums(clients, self._bytes_up, self._bytes_down, self._refused)
+        return sum(len(row["summed"]) for row in rows)
 
     def _contribute(self, group: _Group) -> tuple[str, ...]:
         """Open a group's sum and keep its mean as one contribution; whose updates are in it.
@@ -322,7 +325,7 @@ class SecureRound:
             raise RefusedError("no-update", "the reply says nothing of this phase")
         if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
             raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
-        array, seal = record[key], self._trust.seal
+        array, seal = record[key], self._trust.seal(self._round)
         asked = SEALED_STYPE if seal else SECURE_STYPE
         if array.stype != asked:
             raise RefusedError(
