@@ -155,7 +155,6 @@ DownCodec = Annotated[CodecConfig | None, AfterValidator(_can_be_a_change)]
 """The model it stands in has fields ``down``, ``ranks`` and ``rest`` before it."""
 
 
-<<<<<<< HEAD
 TAKES_RANKS = ("rank_vote",)
 """Methods that read signs and ranks off task vectors, and no more of their sizes than a median."""
 
@@ -188,7 +187,8 @@ def check_ranks(
         problem = "recipe.pre mixes sizes, which ranks have not; leave pre out"
     if problem:
         raise keyed_error(("codec", "name"), problem)
-=======
+
+
 def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
     """What updates of earlier rounds cannot be merged beside."""
     trains, rest, ranks = (info.data.get(name) for name in ("trains", "rest", "ranks"))
@@ -211,7 +211,6 @@ def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
 Collect = Annotated[RoundPolicy, AfterValidator(_can_carry)]
 """The model it stands in has fields ``trains``, ``ranks``, ``rest``, ``privacy`` and ``secure``
 before it."""
->>>>>>> main
 
 
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
