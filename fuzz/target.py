@@ -30,6 +30,7 @@ from anabranch.wire.keys import by_id, seeded_key
 from anabranch.wire.sealing import new_seal_key, seal
 from anabranch.wire.signing import KeyRing, check_message
 from anabranch.wire.v1 import update_pb2 as pb
+from fuzz import secure
 
 KNOWN = seeded_start(
     Adapter({"m": LoraFactors(torch.zeros(2, 30), torch.zeros(20, 2), 4.0)}, {"h": torch.ones(3)}),
@@ -146,6 +147,16 @@ def _ranks(data: bytes) -> Decoded:
     return decode_update(message_of(_packed(_RANKS, payload)), RANKED)[1], RANKED
 
 
+def _of_a_member(data: bytes) -> Decoded:
+    secure.said_by_a_member(data)
+    return {}, {}
+
+
+def _to_a_member(data: bytes) -> Decoded:
+    secure.said_to_a_member(data)
+    return {}, {}
+
+
 DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _as_it_came,
     _forged,
@@ -156,6 +167,8 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _runs,
     _draws,
     _ranks,
+    _of_a_member,
+    _to_a_member,
 )
 
 
@@ -200,6 +213,10 @@ def seeds() -> list[bytes]:
     count, runs = frame.nonzeros[0], frame.raw_bytes - -(-frame.nonzeros[0] // 8)
     found.append(bytes([7, count, runs]) + _SPARSE_PAYLOAD)
     found.append(b"\x08" + _RANKS_PAYLOAD)
+
+    of_members, to_members = secure.seeds()
+    found += [b"\x08" + seed for seed in of_members]
+    found += [b"\x09" + seed for seed in to_members]
     return found
 
 
