@@ -166,9 +166,9 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _sealed,
     _runs,
     _draws,
-    _ranks,
     _of_a_member,
     _to_a_member,
+    _ranks,
 )
 
 
@@ -212,11 +212,10 @@ def seeds() -> list[bytes]:
     (frame,) = pb.Manifest.FromString(_SPARSE).frames
     count, runs = frame.nonzeros[0], frame.raw_bytes - -(-frame.nonzeros[0] // 8)
     found.append(bytes([7, count, runs]) + _SPARSE_PAYLOAD)
-    found.append(b"\x08" + _RANKS_PAYLOAD)
-
     of_members, to_members = secure.seeds()
     found += [b"\x08" + seed for seed in of_members]
     found += [b"\x09" + seed for seed in to_members]
+    found.append(b"\x0a" + _RANKS_PAYLOAD)
     return found
 
 

@@ -6,7 +6,6 @@ Shape legend: m outputs, n inputs.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +40,7 @@ class SupermaskLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., n] to outputs [..., m]."""
-        mask_mn: Tensor = _StraightThrough.apply(self.scores_mn, self.density)
+        mask_mn = supermask(self.scores_mn, self.density).to(self.scores_mn.dtype)
+        # Exactly the mask; its gradient is that of the scores.
+        mask_mn = mask_mn + (self.scores_mn - self.scores_mn.detach())
         return functional.linear(x, self.get_buffer("weight_mn") * mask_mn)
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, scores: Tensor, density: float) -> Tensor:
-        return supermask(scores, density).to(scores.dtype)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Any) -> Any:
-        return gradients[0], None
