@@ -516,8 +516,8 @@ def test_nodes_come_and_go_between_rounds(tmp_path: Path) -> None:
     strategy = MergeStrategy(config(clients=3, quorum=2, rounds=3), template(), store)
     publish = store.publish
 
-    def move(publication: Any, facts: Any) -> None:
-        publish(publication, facts)
+    def move(publication: Any, facts: Any, receipts: Any) -> None:
+        publish(publication, facts, receipts)
         if publication.round == 1:
             whole._contexts[12] = away  # arrives late
             del whole._contexts[10]

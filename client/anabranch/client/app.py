@@ -19,8 +19,10 @@ from torch import Tensor
 from anabranch.client.fisher import diagonal_fisher
 from anabranch.client.held import held, hold
 from anabranch.client.lora import read_adapter, training
-from anabranch.client.mods import compress, plan_of, verify_base
+from anabranch.client.mods import compress, verify_base
+from anabranch.client.order import plan_of
 from anabranch.client.records import pack, record_of
+from anabranch.client.secure import take_part
 from anabranch.client.session import Session, session_of, site_of
 from anabranch.client.task import FisherTask, TrainPlan
 from anabranch.client.trust import NodeKeys, keys_of, verify_plan
@@ -118,6 +120,30 @@ def hello(message: Message, context: Context) -> Message:
     site = site_of(context.node_config)
     content = RecordDict({CLIENT_KEY: ConfigRecord({CLIENT_KEY: site.name})})
     return Message(content, reply_to=message)
+
+
+@app.train("advertise")
+def advertise(message: Message, context: Context) -> Message:
+    """Secure aggregation, phase 1: say by which keys this client takes part."""
+    return take_part(message, context, "advertise")
+
+
+@app.train("deal")
+def deal(message: Message, context: Context) -> Message:
+    """Phase 2: deal shares to the other members. Phase 3 is the order to train."""
+    return take_part(message, context, "deal")
+
+
+@app.train("confirm")
+def confirm(message: Message, context: Context) -> Message:
+    """Phase 4: sign whose updates are to be in the sum."""
+    return take_part(message, context, "confirm")
+
+
+@app.train("open")
+def open_sum(message: Message, context: Context) -> Message:
+    """Phase 5: give the shares that open it."""
+    return take_part(message, context, "open")
 
 
 @app.train()

@@ -28,6 +28,7 @@ class Orders:
     def __init__(self, config: FederationConfig, method: MergeMethod) -> None:
         self._config, self._method = config, method
         self._starts: dict[int | None, Start] = {}  # by rank
+        self._own: Mapping[str, Start] = {}  # by client, where not even rank decides
         self._held: dict[int, str] = {}  # hash of the adapter, by node
         self.asked: Mapping[int, str] = {}
         self.bytes_down = 0
@@ -39,10 +40,16 @@ class Orders:
 
     def begin(self, whole: Start) -> None:
         """Begin a round with what it hands the clients of full rank."""
-        self._starts = {None: whole}
+        self._starts, self._own = {None: whole}, {}
+
+    def part(self, own: Mapping[str, Start]) -> None:
+        """Give clients starts of their own for this round: those of their group."""
+        self._own = own
 
     def start(self, client: str) -> Start:
         """What a client is handed."""
+        if client in self._own:
+            return self._own[client]
         rank = self._config.ranks.get(client)
         if rank not in self._starts:
             assert rank is not None

@@ -27,11 +27,20 @@ from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService, read_in_service, successor
 from anabranch.coordinator.merging import check_method, merge_cohort, merge_privately
 from anabranch.coordinator.orders import Orders
-from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
+from anabranch.coordinator.privacy.budget import (
+    check_account,
+    next_release,
+    spent_with,
+    why_spent,
+)
+from anabranch.coordinator.privacy.ledger import RELEASE_KEY
+from anabranch.coordinator.privacy.noise import noise_source
+from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
+from anabranch.coordinator.secure.round import SecureRound
 from anabranch.coordinator.start import adapter_record
-from anabranch.coordinator.store import Contribution, Publication, Refusal, Store
+from anabranch.coordinator.store import Contribution, Publication, Refusal, Store, TakenError
 from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.errors import one_line
@@ -50,8 +59,8 @@ class MergeStrategy(Strategy):
         trust: Keys, where the federation is signed.
 
     Raises:
-        ValueError: The template names no base, the method cannot merge what is asked, or keys are
-            missing.
+        ValueError: The template names no base, the method cannot merge what is asked, keys are
+            missing, or the store's rounds were not private as the configuration is.
     """
 
     def __init__(
@@ -66,8 +75,12 @@ class MergeStrategy(Strategy):
         if template.base_hash is None:
             raise ValueError("the start adapter names no base hash; write it with write_adapter")
         self._method = named(config.recipe)
-        groups(config.recipe, [*template.lora, *template.dense], config.quorum)
+        merged = config.quorum
+        if config.secure is not None:
+            merged = config.secure.contributions(config.quorum)
+        groups(config.recipe, [*template.lora, *template.dense], merged)
         check_method(config, template, self._method)
+        check_account(config, store)
         self.config = config
         self.store = store
         self._trust = trust
@@ -80,6 +93,7 @@ class MergeStrategy(Strategy):
         )
         self._orders = Orders(config, self._method)
         self._cohort = Cohort(store, trust, config.max_norm)
+        self._secure: SecureRound | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -133,7 +147,11 @@ class MergeStrategy(Strategy):
         if done:
             self._evaluate(done, grid, result)
         for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
-            if (spent := why_spent(self.config, self.store)) is not None:
+            if server_round <= self._done():
+                # An earlier adapter was put in service again between two rounds.
+                self._read_again()
+                continue
+            if (spent := why_spent(self.config, self.store, server_round)) is not None:
                 log.warning("round %d is not begun: %s", server_round, spent)
                 self.store.note("stopped", {"round": server_round, "reason": spent})
                 break
@@ -196,8 +214,14 @@ class MergeStrategy(Strategy):
         self._cohort = Cohort(self.store, self._trust, self.config.max_norm)
         self._began = time.monotonic()
         done = {row.client for row in self.store.contributions(server_round)}
-        sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
+        count = self.config.asked(len(self.roster.nodes()))
+        sampled = self.roster.sample(count, f"{self.config.seed}/{server_round}")
         asked = {node: name for node, name in sampled.items() if name not in done}
+        if self.config.privacy is not None:
+            # Others may be there than when the round began, and what is divided by stays.
+            asked = dict(list(asked.items())[: max(0, count - len(done))])
+        if done and self.config.secure is not None:
+            asked = {}  # sums were opened before an interruption: they are all there will be
         self.store.note(
             "planned",
             {
@@ -206,7 +230,15 @@ class MergeStrategy(Strategy):
                 "start_hash": plan.start_hash,
             },
         )
-        return self._orders.train(asked)
+        if self.config.secure is None:
+            return self._orders.train(asked)
+        assert self._trust is not None
+        self._secure = SecureRound(
+            self.config, self.config.secure, self._orders.whole, self.store, self._trust, grid
+        )
+        ready = self._secure.begin(asked)
+        self._orders.part(self._secure.starts)
+        return [self._secure.deliver(order) for order in self._orders.train(ready)]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -269,23 +301,27 @@ class MergeStrategy(Strategy):
             self._orders.learn(reply, self.service.hash)
             try:
                 client = self._orders.client(reply.node)
-                self._cohort.admit(reply, self._orders.start(client), client)
+                admitting = self._secure or self._cohort
+                admitting.admit(reply, self._orders.start(client), client)
             except RefusedError as error:
                 refused += 1
                 refused_bytes += update_bytes(reply)
                 self._refuse(server_round, self._orders.asked.get(reply.node, "unknown"), error)
-        cohort = self.store.contributions(server_round)
+        sums = self._secure.finish() if self._secure is not None else None
+        cohort, plan = self.store.contributions(server_round), self._orders.whole.plan
+        admitted = len(cohort) if sums is None else sums.clients
+        bytes_up = sum(row.size_bytes for row in cohort) if sums is None else sums.bytes_up
         facts: dict[str, Any] = {
             "round": server_round,
-            "admitted": len(cohort),
-            "refused": refused,
-            "bytes_up": sum(row.size_bytes for row in cohort) + refused_bytes,
-            "bytes_down": self._orders.bytes_down,
+            "admitted": admitted,
+            "refused": refused + (sums.refused if sums else 0),
+            "bytes_up": bytes_up + refused_bytes,
+            "bytes_down": self._orders.bytes_down + (sums.bytes_down if sums else 0),
         }
         began = time.perf_counter()
         reason = ""
-        if len(cohort) < self.config.quorum:
-            reason = f"{len(cohort)} admitted, the quorum is {self.config.quorum}"
+        if admitted < self.config.quorum:
+            reason = f"{admitted} admitted, the quorum is {self.config.quorum}"
         else:
             try:
                 candidate, publication = self._merge(cohort)
@@ -297,19 +333,40 @@ class MergeStrategy(Strategy):
         if reason:
             log.warning("round %d abandoned: %s", server_round, reason)
             abandoned = {"status": "abandoned", "reason": reason, "seconds": seconds}
-            self.store.note("round", facts | abandoned)
+            receipt = abandoned_receipt(self.store, self.config, plan, cohort, reason, self._key)
+            self._end(lambda: self.store.abandon(server_round, facts | abandoned, receipt))
             return None, None
         published = {
             "status": "published",
             "merge_seconds": time.perf_counter() - began,
             "truncation_error": publication.report["overall_truncation"],
             "seconds": seconds,
-            **spent_with_next(self.config, self.store),
+            **spent_with(self.config, self.store, publication),
         }
-        self.store.publish(publication, facts | published)
+        receipt = merge_receipt(
+            self.store, self.config, plan, cohort, publication, candidate, self._key
+        )
+        if not self._end(lambda: self.store.publish(publication, facts | published, [receipt])):
+            return self.arrays, None
         self.service = candidate
-        log.info("round %d merged %d of %d", server_round, len(cohort), len(self._orders.asked))
+        log.info("round %d merged %d of %d", server_round, admitted, len(self._orders.asked))
         return self.arrays, mean_metrics([row.metrics for row in cohort])
+
+    def _end(self, write: Callable[[], None]) -> bool:
+        """End a round by writing it; False when it was ended otherwise meanwhile, as by a rollback.
+
+        What the store holds by then is in service.
+        """
+        try:
+            write()
+        except TakenError as error:
+            log.warning("the round comes to nothing: %s", error)
+            self._read_again()
+            return False
+        return True
+
+    def _read_again(self) -> None:
+        self.service = read_in_service(self.store, self.service.seeded, self.config)
 
     def _refuse(self, server_round: int, client: str, error: RefusedError) -> None:
         reason = one_line(str(error))
@@ -324,17 +381,23 @@ class MergeStrategy(Strategy):
         starts = [self._orders.start(name) for name in names]
         ends = [self._cohort.end(row, start) for row, start in zip(cohort, starts, strict=True)]
         config, whole = self.config, self._orders.whole
+        told: dict[str, Any] = {}
         if config.privacy is None:
             merged, report = merge_cohort(config, whole, starts, ends, names)
         else:
-            merged, report = merge_privately(config.privacy, config, whole, ends, names)
+            release = next_release(config, self.store, whole.plan.round)
+            if release is None:
+                raise ValueError(why_spent(config, self.store, whole.plan.round))
+            noise = noise_source(config.privacy.noise_seed, whole.plan.round)
+            merged, report = merge_privately(release, noise, whole, ends, names)
+            told = {RELEASE_KEY: release.model_dump()}
         candidate = successor(self.service, merged, whole.plan, config, self._key)
         assert candidate.blob is not None
         publication = Publication(
             round=whole.plan.round,
             digest=self.store.put(candidate.blob),
             adapter_hash=candidate.hash,
-            report=_plain(report),
+            report=_plain(report) | told,
         )
         return candidate, publication
 

@@ -53,16 +53,20 @@ class Trust:
         self.seal = new_seal_key()
         return plan.model_copy(update={"seal_to": self.seal.public.hex()})
 
+    def ring(self) -> KeyRing:
+        """The clients' keys, as the lists say now."""
+        stamp = changed(self.folder)
+        if stamp != self._stamp:
+            self._ring, self._stamp = client_keys(self.folder), stamp
+        return self._ring
+
     def signed_by(self, manifest: Manifest, client: str) -> None:
         """Check who signed an update.
 
         Raises:
             WireError: Not an enrolled key of this client.
         """
-        stamp = changed(self.folder)
-        if stamp != self._stamp:
-            self._ring, self._stamp = client_keys(self.folder), stamp
-        check_message(manifest, self._ring, client)
+        check_message(manifest, self.ring(), client)
 
     def fresh(self, meta: UpdateMeta) -> None:
         """Check that an update was made for this round, and not seen before.

@@ -84,7 +84,10 @@ def prepare(scenario: Scenario) -> Session:
     session = open_task(scenario)
     assert isinstance(session.task, SimulatedTask)
     config = scenario.federation(session.task.num_partitions)
-    _check_recipe(config.recipe, session.template, config.quorum, scenario.asked(config.clients))
+    merged = [config.quorum, scenario.asked(config.clients)]
+    if config.secure is not None:
+        merged = [config.secure.contributions(count) for count in merged]
+    _check_recipe(config.recipe, session.template, *merged)
     method = named(config.recipe)
     if method.needs_importance and not isinstance(session.task, FisherTask):
         raise ValueError(
@@ -185,6 +188,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "down": "fp32",
             "max_norm": None,
             "signed": False,
+            "secure": None,
             "trains": "both",
             "ranks": {},
             "rest": "drop",

@@ -26,9 +26,11 @@ from anabranch.coordinator.federation import (
     Privacy,
     Ranks,
     Rest,
+    Secure,
     clients_asked,
     keyed_error,
 )
+from anabranch.coordinator.privacy.config import why_not_counted
 from anabranch.coordinator.store.config import JOURNAL_URL, StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
@@ -124,6 +126,9 @@ class Scenario(BaseModel):
     """How a new adapter travels to clients that hold the one before; None: whole."""
     privacy: Privacy = None
     """Differential privacy of the clients: clip, epsilon, delta."""
+    secure: Secure = None
+    """Secure aggregation: threshold, group, clip, bits; needs ``signed``. A round that is
+    interrupted is lost."""
     baselines: Baselines = Baselines()
     """What to compare with."""
 
@@ -155,6 +160,8 @@ class Scenario(BaseModel):
                 f"quorum: {quorum} updates cannot come from the {asked} clients that are asked "
                 f"(of {clients}); lower it, or raise fraction"
             )
+        if self.privacy is not None and (why := why_not_counted(clients, asked, quorum)):
+            raise ValueError(f"privacy: {why}")
         return FederationConfig(
             name=self.name,
             run=f"{self.name}-{self.seed}",
@@ -180,6 +187,7 @@ class Scenario(BaseModel):
             train=self.train,
             down_codec=self.down_codec,
             privacy=self.privacy,
+            secure=self.secure,
         )
 
 
