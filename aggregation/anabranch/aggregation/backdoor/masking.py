@@ -76,7 +76,8 @@ class Blend:
     def total(self, module: str, coefficients_C: Tensor) -> Tensor:
         """Σ c_i·ΔW_i of one module, differentiable in the coefficients."""
         if module in self.entries:
-            return torch.tensordot(coefficients_C, self.entries[module], dims=1)
+            entries: Tensor = torch.tensordot(coefficients_C, self.entries[module], dims=1)
+            return entries
         b_mK, a_Kn, owner_K = self.products[module]
         total_mn: Tensor = (b_mK * coefficients_C[owner_K]) @ a_Kn
         return total_mn
