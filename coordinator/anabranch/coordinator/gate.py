@@ -123,15 +123,15 @@ def decide(config: GateConfig, before: Scorecard, candidate: Scorecard) -> Verdi
                 f"({share:.1%}, at most {config.negative_flips:.1%} may)"
             )
     if before.asr is not None:
-        rates = dict(candidate.asr or {})
-        if sorted(rates) != sorted(before.asr) or not rates:
+        held, rates = before.asr, dict(candidate.asr or {})
+        if sorted(rates) != sorted(held) or not rates:
             raise ValueError(
-                f"gate: triggers were searched for {len(before.asr)} classes before and for "
+                f"gate: triggers were searched for {len(held)} classes before and for "
                 f"{len(rates)} now; search for the same ones"
             )
         # By class: that another class gives way as easily says nothing of this one.
-        key = max(sorted(rates), key=lambda one: rates[one] - before.asr[one])
-        was, is_ = before.asr[key], rates[key]
+        key = max(sorted(rates), key=lambda one: rates[one] - held[one])
+        was, is_ = held[key], rates[key]
         facts |= {"asr_class": key, "asr_before": was, "asr": is_, "asr_most": max(rates.values())}
         if not is_ - was <= config.asr_rise + 1e-12:
             reasons.append(
