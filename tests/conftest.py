@@ -92,3 +92,62 @@ def save_model(tmp_path: Path) -> SaveModel:
         return folder
 
     return save
+
+
+@pytest.fixture
+def run_federation(flower_identity: None) -> Callable[..., Path]:
+    """Runs a small federation as its ServerApp would, in this process; returns its folder."""
+    return _run_federation
+
+
+def _run_federation(folder: Path, garbage: tuple[int, int] = (0, 0), **changes: Any) -> Path:
+    """Three clients of the synthetic task; ``garbage`` is a round and a node that lies in it."""
+    from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    from anabranch.client.app import app as client_app
+    from anabranch.client.session import open_session
+    from anabranch.coordinator.federation import START_FOLDER, FederationConfig, write_federation
+    from anabranch.coordinator.store import open_store
+    from anabranch.coordinator.strategy import MergeStrategy
+    from anabranch.coordinator.trust import trust_of
+    from anabranch.simulation.engine.inprocess import InProcessGrid
+    from anabranch.simulation.keys import write_keys
+    from anabranch.vectors.peft_folder import read_adapter, write_adapter
+    from anabranch.wire.plan import UPDATE_KEY, UPDATE_STYPE
+
+    task, params = "anabranch.simulation.synthetic:SyntheticTask", '{"clients": 3}'
+    given = {
+        "name": "f", "run": "r", "rounds": 3, "clients": 3, "quorum": 2, "poll_s": 0.0,
+        "durable": False, "evaluate_every": 0,
+        "train": {"steps": 2, "batch_size": 16, "learning_rate": 0.01},
+        "recipe": {"method": "mean"}, "codec": {"name": "dense", "feedback": 0.0}, **changes,
+    }  # fmt: skip
+    config = FederationConfig.model_validate(given)
+    if not (folder / START_FOLDER).exists():
+        write_federation(config, folder)
+        write_adapter(open_session(task, params).template, folder / START_FOLDER)
+    keys = {"keys": str(write_keys(folder, config))} if config.signed else {}
+    contexts = {
+        node: Context(
+            1, node, {"partition-id": node - 10, **keys}, RecordDict(),
+            {"task": task, "task-params": params},
+        )
+        for node in (10, 11, 12)
+    }  # fmt: skip
+
+    class Lying(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            reply = client_app(message, context)
+            plan = message.content.config_records.get("plan", {})
+            if (plan.get("server-round"), message.metadata.dst_node_id) == garbage:
+                array = Array("uint8", (7,), UPDATE_STYPE, b"garbage")
+                reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: array})
+            return reply
+
+    store = open_store(config.store, folder, federation="f", run=config.run, durable=False)
+    trust = trust_of(folder, config, store) if config.signed else None
+    strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
+    strategy.start(InProcessGrid(Lying(), contexts))
+    store.close()
+    return folder

@@ -48,6 +48,8 @@ def _step(name: str, **params: Any) -> dict[str, Any]:
 
 
 RECIPES: Mapping[str, ByDeclared] = {
+    # ARC, NNM, geometric median: aggregation/preset.py.
+    "robust": lambda f: {"method": "robust", "params": {"f": f}},
     "mean": lambda f: {"method": "mean"},
     "clipped mean": lambda f: {"method": "mean", "pre": [_step("clip")]},
     "median": lambda f: {"method": "median"},
@@ -55,6 +57,10 @@ RECIPES: Mapping[str, ByDeclared] = {
     "mean around median": lambda f: {"method": "meamed", "params": {"f": f}},
     "geometric median": lambda f: {"method": "geometric_median"},
     "Multi-Krum": lambda f: {"method": "multi_krum", "params": {"f": f}},
+    "Bulyan": lambda f: {"method": "bulyan", "params": {"f": f}},
+    "DnC": lambda f: {"method": "dnc", "params": {"f": f}},
+    "FLAME": lambda f: {"method": "flame"},
+    "FoolsGold": lambda f: {"method": "foolsgold"},
     "centred clipping": lambda f: {"method": "centred_clipping"},
     "CAF": lambda f: {"method": "caf", "params": {"f": f}},
     "NNM, mean": lambda f: {"method": "mean", "pre": [_step("nnm", f=f)]},
@@ -67,6 +73,12 @@ RECIPES: Mapping[str, ByDeclared] = {
     "ARC, NNM, trimmed mean": lambda f: {
         "method": "trimmed_mean", "params": {"trim": f},
         "pre": [_step("arc", f=f), _step("nnm", f=f)],
+    },
+    "ARC, CAF": lambda f: {
+        "method": "caf", "params": {"f": f}, "pre": [_step("arc", f=f)],
+    },
+    "ARC, NNM, CAF": lambda f: {
+        "method": "caf", "params": {"f": f}, "pre": [_step("arc", f=f), _step("nnm", f=f)],
     },
     "bucketing, geometric median": lambda f: {
         "method": "geometric_median", "pre": [_step("bucketing", size=2)],

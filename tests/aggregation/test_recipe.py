@@ -45,7 +45,7 @@ def test_recipes_are_read(tmp_path: Path, name: str, text: str) -> None:
         ("a.toml", "method = ", "broken toml"),
         ("a.yaml", "method: [", "broken yaml"),
         ("a.yaml", "- ties", "holds no table"),
-        ("a.yaml", "recipe: 3", "recipe: must be a table"),
+        ("a.yaml", "recipe: 3", "recipe: must be a table of keys, or"),
         ("a.yaml", "method: ties\nscale: -1", "scale: Input should be greater than 0, got -1"),
         ("a.yaml", "method: ties\nspeed: 9", "speed: Extra inputs"),
         ("a.yaml", "method: ties\nrefactor: {rank: 0}", "refactor.rank: .* got 0"),

@@ -299,7 +299,8 @@ def test_with_the_rest_kept_nothing_of_a_round_is_lost(
         plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
         model = open_session(TASK, PARAMS).at_rank(plan.rank).model
         end = read_adapter(model).lora["hidden"].delta().dense()
-        start = strategy._orders._starts[plan.rank].adapter.lora["hidden"].delta().dense()
+        begun = strategy._orders.start(f"client-000{order.metadata.dst_node_id - 10}", plan.round)
+        start = begun.adapter.lora["hidden"].delta().dense()
         changes.append(end - start)
         return reply
 
@@ -516,8 +517,8 @@ def test_nodes_come_and_go_between_rounds(tmp_path: Path) -> None:
     strategy = MergeStrategy(config(clients=3, quorum=2, rounds=3), template(), store)
     publish = store.publish
 
-    def move(publication: Any, facts: Any) -> None:
-        publish(publication, facts)
+    def move(publication: Any, facts: Any, receipts: Any) -> None:
+        publish(publication, facts, receipts)
         if publication.round == 1:
             whole._contexts[12] = away  # arrives late
             del whole._contexts[10]

@@ -378,3 +378,27 @@ def test_a_method_on_matrices_is_tried_on_matrices(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engine_groups, "resolve", lambda *_: (picky, TSV_M.config()))
     with pytest.raises(ValueError, match=r"recipe: a round merges .* tsv_m cannot: too few: \d"):
         run.prepare(scenario())
+
+
+def test_the_report_says_who_stood_out_and_why(tmp_path: Path) -> None:
+    suspicion = {"action": "mask_module", "threshold": 0.5, "signals": ["spectrum", "energy"]}
+    one = scenario(
+        rounds=2, quorum=4,
+        recipe={"method": "mean", "suspicion": suspicion},
+        baselines={"local_only": False, "fedavg": False, "oracle": False},
+    )  # fmt: skip
+    summary = simulate(one, tmp_path / "out")
+    assert [row["status"] for row in summary["rounds"]] == ["published"] * 2
+    found = summary["suspicions"]
+    assert {row["round"] for row in found} == {1, 2}
+    assert {row["action"] for row in found} <= {"mask_module", "note"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Contributions that stood out" in page
+    assert "times the cohort" in page or "singular direction" in page
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_suspicion_is_refused_where_too_few_are_merged(tmp_path: Path) -> None:
+    one = scenario(quorum=3, recipe={"method": "mean", "suspicion": {}})
+    with pytest.raises(ValueError, match="suspicion: of 3 contributions none can be told"):
+        simulate(one, tmp_path / "out")

@@ -7,7 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from anabranch.aggregation.backdoor.config import SuspicionConfig
+
+ROBUST = "robust"
+"""The method that stands for a composition, and the one recipe that is a word."""
 
 
 class Refactor(BaseModel):
@@ -87,12 +101,16 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str
-    """A registered merge method; ``anabranch methods`` lists them."""
+    """A registered merge method; ``anabranch methods`` lists them. ``robust`` stands for steps and
+    a method chosen for ``params.f`` malicious contributions (``preset.py``)."""
     params: dict[str, Any] = Field(default_factory=dict)
     """The method's own parameters."""
     pre: tuple[PreStep, ...] = ()
     """Steps before the method, in order: robust mixtures of the contributions, in which each counts
     once, whatever its weight."""
+    suspicion: SuspicionConfig | None = None
+    """Which adapters stand out from the others, before anything else sees them; None: nobody
+    looks."""
     scale: Scale = 1.0
     """Factor on the merged task vector (λ in the papers)."""
     weights: tuple[Number, ...] | None = None
@@ -101,6 +119,22 @@ class Recipe(BaseModel):
     """What is otherwise in some modules. Those that are merged alike are merged as a model of their
     own: a method that looks at the whole model looks at these."""
     refactor: Refactor = Refactor()
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether anything goes before the method."""
+        return bool(self.pre) or self.method == ROBUST
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_word(cls, given: Any) -> Any:
+        if given == ROBUST:
+            return {"method": ROBUST}
+        if isinstance(given, str):
+            raise PydanticCustomError(
+                "recipe", 'is a table of keys, or the word "robust", not {given}', {"given": given}
+            )
+        return given
 
 
 def validation_line(error: ValidationError, source: str, prefix: str = "") -> str:
@@ -148,8 +182,8 @@ def load_recipe(path: Path) -> Recipe:
     """
     data = read_config(path)
     table = data.get("recipe", data)
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: recipe: must be a table of keys")
+    if not isinstance(table, dict) and table != ROBUST:
+        raise ValueError(f'{path}: recipe: must be a table of keys, or "{ROBUST}"')
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:

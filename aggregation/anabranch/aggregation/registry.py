@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from anabranch.aggregation.composition import composed, is_composition
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.methods import BUILT_IN
-from anabranch.aggregation.recipe import Recipe, validation_line
+from anabranch.aggregation.preset import MERGES_BY
+from anabranch.aggregation.recipe import ROBUST, Recipe, validation_line
 from anabranch.aggregation.robust import PRE_AGGREGATORS
 from anabranch.aggregation.robust.pre import PreAggregator
 
@@ -55,10 +56,13 @@ def named(recipe: Recipe, source: str = "recipe") -> MergeMethod:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     known = methods()
+    if recipe.method == ROBUST:
+        return known[MERGES_BY]
     if recipe.method not in known:
         raise ValueError(
             f"{source}: method: {recipe.method!r} is not a merge method; "
-            f"choose from {', '.join(sorted(known))}, or compose one, such as trim + sign + mean"
+            f"choose from {', '.join(sorted(known))}, {ROBUST}, "
+            "or compose one, such as trim + sign + mean"
         )
     return known[recipe.method]
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from functools import lru_cache
 
 import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -20,7 +18,9 @@ from flwr.app import (
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from anabranch.client.order import plan_of
 from anabranch.client.records import pack, record_of, unpack
+from anabranch.client.secure import as_array, mask
 from anabranch.client.session import session_of, site_of
 from anabranch.client.trust import keys_of
 from anabranch.wire import UpdateMeta, encode_update
@@ -29,12 +29,11 @@ from anabranch.wire.plan import (
     CLIENT_KEY,
     IMPORTANCE_KEY,
     METRICS_KEY,
-    PLAN_KEY,
+    SECURE_STYPE,
     UPDATE_KEY,
     UPDATE_STYPE,
     RoundPlan,
 )
-from anabranch.wire.sealing import SEALED_STYPE, seal
 
 BASE_MISMATCH = 1001
 """``Error.code`` of a reply: this node holds another base than the plan names."""
@@ -44,26 +43,9 @@ OWED_KEY = "anabranch.residual-before"
 RESIDUAL_OF_KEY = "anabranch.residual-of"
 
 
-def plan_of(message: Message) -> RoundPlan:
-    """The plan a message carries.
-
-    Raises:
-        ValueError: It carries none, or a broken one.
-    """
-    record = record_of(message.content, PLAN_KEY, ConfigRecord)
-    if record is None:
-        raise ValueError("the message holds no round plan; is the coordinator Anabranch's?")
-    return _parsed(str(record[PLAN_KEY]))
-
-
-@lru_cache(maxsize=4)
-def _parsed(plan: str) -> RoundPlan:
-    return RoundPlan.model_validate_json(plan)
-
-
 def verify_base(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Refuse to train on another base than the plan's, before anything is spent."""
-    if message.metadata.message_type != MessageType.QUERY:
+    if message.metadata.message_type in (MessageType.TRAIN, MessageType.EVALUATE):
         mine = session_of(context.run_config, context.node_config).base_hash
         theirs = plan_of(message).base_hash
         if mine != theirs:
@@ -94,6 +76,23 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
     owed = _residual(context, plan)
     left = unpack(owed)
     wanted = compensate(delta, _due(left, delta), plan.codec.feedback)
+    stype = UPDATE_STYPE if plan.secure is None else SECURE_STYPE
+    if plan.secure is None:
+        blob, sent = _encode(reply, context, plan, wanted, int(metrics["num-examples"]))  # type: ignore[arg-type]
+    else:
+        blob, sent = mask(message, context, plan, wanted)
+    if plan.codec.feedback:
+        _keep_residual(context, plan, owed, {**left, **remainder(wanted, sent)})
+    reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: as_array(blob, stype, plan)})
+    reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
+    metrics["encode-seconds"] = time.perf_counter() - started
+    return reply
+
+
+def _encode(
+    reply: Message, context: Context, plan: RoundPlan, wanted: dict[str, Tensor], examples: int
+) -> tuple[bytes, dict[str, Tensor]]:
+    """The update as a message, signed where the node has keys, and what its receiver will read."""
     meta = UpdateMeta(
         kind="update",
         base_hash=plan.base_hash,
@@ -101,10 +100,10 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         federation=plan.federation,
         run=plan.run,
         round=plan.round,
-        client=site.name,
+        client=site_of(context.node_config).name,
         nonce=secrets.token_bytes(16),
         seed=plan.seed,
-        examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
+        examples=examples,
         issued_s=int(time.time()),
     )
     importance = record_of(reply.content, IMPORTANCE_KEY, ArrayRecord)
@@ -118,15 +117,7 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         keys.own if keys else None,
         unpack(importance or ArrayRecord()),
     )
-    if plan.codec.feedback:
-        _keep_residual(context, plan, owed, {**left, **remainder(wanted, encoded.sent)})
-    stype, blob = UPDATE_STYPE, encoded.blob
-    if plan.seal_to is not None:
-        stype, blob = SEALED_STYPE, seal(blob, bytes.fromhex(plan.seal_to))
-    reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: Array("uint8", (len(blob),), stype, blob)})
-    reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
-    metrics["encode-seconds"] = time.perf_counter() - started
-    return reply
+    return encoded.blob, encoded.sent
 
 
 def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:

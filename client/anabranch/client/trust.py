@@ -16,6 +16,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
+from anabranch.client.order import plan_of
 from anabranch.client.records import record_of
 from anabranch.client.session import site_of
 from anabranch.wire import WireError
@@ -34,6 +35,9 @@ PLAN_REFUSED = 1002
 """``Error.code`` of a reply: the order is not signed by a coordinator this node knows."""
 
 KEYS_VARIABLE = "ANABRANCH_KEYS"
+MEMBERS_FILE = "members.pub"
+"""Public keys of the federation's clients, in a node's folder of keys. A node that has it sends its
+updates under masks, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,14 @@ class NodeKeys:
     Attributes:
         own: Signs its updates.
         coordinator: The keys in ``coordinator.pub``; several while one replaces another.
+        folder: Where they lie.
+        members: The keys in ``members.pub`` and its own; None where there is no such file.
     """
 
     own: PrivateKey
     coordinator: KeyRing
+    folder: Path
+    members: KeyRing | None = None
 
     def check_adapter(self, manifest: Manifest) -> None:
         """Check who signed an adapter, before anything of it is decoded.
@@ -69,8 +77,12 @@ def keys_of(node_config: Mapping[str, Scalar]) -> NodeKeys | None:
 
 @cache
 def _read(folder: str, name: str) -> NodeKeys:
-    coordinator = read_public(Path(folder) / "coordinator.pub")
-    return NodeKeys(read_private(Path(folder) / f"{name}.key"), KeyRing(by_id(coordinator)))
+    where = Path(folder)
+    coordinator = KeyRing(by_id(read_public(where / "coordinator.pub")))
+    own, members = read_private(where / f"{name}.key"), None
+    if (where / MEMBERS_FILE).exists():
+        members = KeyRing(by_id([*read_public(where / MEMBERS_FILE), own.public]))
+    return NodeKeys(own, coordinator, where, members)
 
 
 def verify_plan(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -85,6 +97,11 @@ def verify_plan(message: Message, context: Context, call_next: ClientAppCallable
             if not isinstance(key_id, bytes) or not isinstance(signature, bytes):
                 raise WireError("unsigned", "there is no signature")
             check_plan(str(plan), key_id, signature, keys.coordinator)
+            training = message.metadata.message_type == MessageType.TRAIN
+            if training and keys.members is not None and plan_of(message).secure is None:
+                raise WireError(
+                    "unsecured", f"this node has {MEMBERS_FILE}, and sends no update without masks"
+                )
         except WireError as error:
             return Message(
                 Error(PLAN_REFUSED, f"the plan is refused ({error.code}): {error}"),

@@ -23,7 +23,9 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
-from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_private
+from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_counted, why_not_private
+from anabranch.coordinator.rounds.policy import RoundPolicy
+from anabranch.coordinator.secure.config import SecureConfig, why_not_secure
 from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
@@ -95,13 +97,41 @@ def _can_be_private(privacy: PrivacyConfig | None, info: ValidationInfo) -> Priv
     if privacy is not None and info.data.keys() >= set(names):
         recipe, trains, ranks, rest = (info.data[name] for name in names)
         problem = why_not_private(recipe, trains, ranks, rest)
+        if problem is None and info.data.get("max_norm") is not None:
+            problem = (
+                "max_norm refuses an update for what is in it, which may cost a round its quorum, "
+                "and noise does not cover that; leave it out: clip bounds every update"
+            )
+        # A scenario has as many clients as its task.
+        counts = ("clients", "fraction", "quorum")
+        if problem is None and info.data.keys() >= set(counts):
+            clients, fraction, quorum = (info.data[name] for name in counts)
+            problem = why_not_counted(clients, clients_asked(clients, fraction), quorum)
         if problem is not None:
             raise PydanticCustomError("privacy", "{problem}", {"problem": problem})
     return privacy
 
 
 Privacy = Annotated[PrivacyConfig | None, AfterValidator(_can_be_private)]
-"""The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it."""
+"""The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it, and
+``max_norm``, ``fraction``, ``quorum`` and ``clients`` where it has those."""
+
+
+_BESIDE_SECURE = ("signed", "max_norm", "codec", "recipe", "trains", "ranks", "rest", "privacy")
+
+
+def _can_be_secure(secure: SecureConfig | None, info: ValidationInfo) -> SecureConfig | None:
+    """What sums alone cannot give."""
+    if secure is not None and info.data.keys() >= set(_BESIDE_SECURE):
+        problem = why_not_secure(secure, **{name: info.data[name] for name in _BESIDE_SECURE})
+        if problem is not None:
+            raise PydanticCustomError("secure", "{problem}", {"problem": problem})
+    return secure
+
+
+Secure = Annotated[SecureConfig | None, AfterValidator(_can_be_secure)]
+"""The model it stands in has fields ``signed``, ``max_norm``, ``codec``, ``recipe``, ``trains``,
+``ranks``, ``rest`` and ``privacy`` before it."""
 
 
 def _can_be_a_change(codec: CodecConfig | None, info: ValidationInfo) -> CodecConfig | None:
@@ -122,6 +152,30 @@ def _can_be_a_change(codec: CodecConfig | None, info: ValidationInfo) -> CodecCo
 
 DownCodec = Annotated[CodecConfig | None, AfterValidator(_can_be_a_change)]
 """The model it stands in has fields ``down``, ``ranks`` and ``rest`` before it."""
+
+
+def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
+    """What updates of earlier rounds cannot be merged beside."""
+    trains, rest, ranks = (info.data.get(name) for name in ("trains", "rest", "ranks"))
+    problem = ""
+    if policy.stragglers == "drop":
+        return policy
+    if trains != "both":
+        problem = f'trains = "{trains}" merges factors, which compare from one start only'
+    elif rest != "drop" or ranks:
+        problem = "ranks and rest need one start of all; leave them out"
+    elif info.data.get("privacy") is not None:
+        problem = "no account holds for a client that counts in another round than it was asked in"
+    elif info.data.get("secure") is not None:
+        problem = "secure aggregation sums the updates of one round"
+    if problem:
+        raise keyed_error(("stragglers",), f'{problem}; or set stragglers = "drop"')
+    return policy
+
+
+Collect = Annotated[RoundPolicy, AfterValidator(_can_carry)]
+"""The model it stands in has fields ``trains``, ``ranks``, ``rest``, ``privacy`` and ``secure``
+before it."""
 
 
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
@@ -151,11 +205,12 @@ class FederationConfig(BaseModel):
     rounds: int = Field(8, ge=1)
     """Number of rounds."""
     clients: int = Field(1, ge=1)
-    """Nodes to wait for before the first round."""
+    """Nodes to wait for before the first round; with ``privacy``, how many the federation has."""
     join_timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for those nodes before giving up."""
     fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the known clients asked in each round."""
+    """Share of the known clients asked in each round; with ``privacy``, of ``clients``: each round
+    asks as many, however many there are."""
     quorum: int = Field(1, ge=1)
     """Admitted updates a round needs; with fewer at the deadline it is abandoned."""
     deadline_s: float = Field(3600.0, gt=0)
@@ -201,6 +256,15 @@ class FederationConfig(BaseModel):
     ``down`` says."""
     privacy: Privacy = None
     """Differential privacy of the clients; None promises none."""
+    secure: Secure = None
+    """Secure aggregation: the coordinator gets sums over groups of clients, and no single update.
+    None: it sees each. Needs ``signed``."""
+    collect: Collect = RoundPolicy()
+    """When a round closes, and what becomes of updates that come after."""
+
+    def asked(self, known: int) -> int:
+        """How many clients a round should ask where so many are known."""
+        return clients_asked(known if self.privacy is None else self.clients, self.fraction)
 
     @field_validator("sealed")
     @classmethod

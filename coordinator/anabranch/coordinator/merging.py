@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping, merge_one_factor
-from anabranch.coordinator.federation import FederationConfig, clients_asked
-from anabranch.coordinator.privacy.accountant import noise_multiplier
-from anabranch.coordinator.privacy.config import PrivacyConfig
+from anabranch.aggregation.engine.suspected import check_suspicion
+from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.privacy.ledger import Release
 from anabranch.coordinator.privacy.mechanism import private_mean
-from anabranch.coordinator.privacy.noise import noise_source
+from anabranch.coordinator.privacy.noise import GaussianStream
 from anabranch.coordinator.start import Start
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import join
@@ -21,6 +21,7 @@ def merge_cohort(
     starts: Sequence[Start],
     ends: Sequence[Adapter],
     names: Sequence[str],
+    weights: Sequence[float] | None = None,
 ) -> tuple[Adapter, MergeReport]:
     """Merge what the clients trained into the next adapter in service.
 
@@ -30,6 +31,7 @@ def merge_cohort(
         starts: What each client started from.
         ends: What each trained from there.
         names: The clients.
+        weights: How much each counts, where that differs; some start elsewhere than ``whole`` then.
 
     Returns:
         The adapter, frozen ranks after the trained ones, and the report.
@@ -41,9 +43,9 @@ def merge_cohort(
     if trained != "both":
         result = merge_one_factor(ends, recipe, trained, start=start, names=names)
         return result.adapter, result.report
-    theirs = [one.adapter for one in starts] if config.ranks else None
+    theirs = [one.adapter for one in starts] if config.ranks or weights else None
     if config.rest == "drop":
-        result = merge(ends, recipe, start=start, starts=theirs, names=names)
+        result = merge(ends, recipe, start=start, starts=theirs, weights=weights, names=names)
         return result.adapter, result.report
     kept = merge_keeping(
         ends,
@@ -60,17 +62,17 @@ def merge_cohort(
 
 
 def merge_privately(
-    privacy: PrivacyConfig,
-    config: FederationConfig,
+    release: Release,
+    noise: GaussianStream,
     whole: Start,
     ends: Sequence[Adapter],
     names: Sequence[str],
 ) -> tuple[Adapter, MergeReport]:
-    """The start plus the noisy mean of the clipped changes, over the clients a round should ask.
+    """The start plus the noisy mean of the clipped changes, over the clients a round asks.
 
     Args:
-        privacy: How much is promised.
-        config: The federation.
+        release: How the sum is made; what the account is told.
+        noise: Where its noise comes from.
         whole: The round's start.
         ends: What each client trained from it.
         names: The clients.
@@ -82,13 +84,10 @@ def merge_privately(
     changes = [
         {name: part - before[name] for name, part in end.tensors(trained).items()} for end in ends
     ]
-    divisor = clients_asked(config.clients, config.fraction)
-    multiplier = noise_multiplier(privacy, config.rounds)
-    noise = noise_source(privacy.noise_seed, whole.plan.round)
-    mean = private_mean(changes, privacy.clip, multiplier, divisor, noise)
+    mean = private_mean(changes, release.clip, release.noise_multiplier, release.divisor, noise)
     moved = {name: before[name] + part for name, part in mean.items()}
     adapter = whole.adapter.with_tensors({**before, **moved})
-    shares = (1.0 / divisor,) * len(names)
+    shares = (1.0 / release.divisor,) * len(names)
     return adapter, MergeReport(tuple(names), shares, {}, 0.0, ())
 
 
@@ -96,24 +95,36 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
     """Refuse what no round of a federation could merge.
 
     Raises:
-        ValueError: A rank above the start adapter's, a method that needs one rank of all, or one
-            that leaves no rest to keep.
+        ValueError: Suspicion of too few, a rank above the start adapter's, a method that needs one
+            rank of all, one that leaves no rest to keep, or one that sums are not enough for.
     """
+    if config.secure is not None and (method.needs_importance or method.needs_names):
+        raise ValueError(
+            f"secure: {method.name} asks who a contribution is of, or what matters to it, which a "
+            "sum does not say; set recipe.method to another"
+        )
     own = max((factors.rank for factors in template.lora.values()), default=0)
     for client, rank in config.ranks.items():
         if rank > own:
             raise ValueError(
                 f"ranks.{client}: {rank} is above {own}, the rank of the adapter; lower it"
             )
+    if config.recipe.suspicion is not None:
+        check_suspicion(config.recipe.suspicion, method, config.quorum)
+    if config.rest == "fedex" and config.recipe.suspicion is not None:
+        raise ValueError(
+            "rest: fedex trains on from plain means of A and B, which recipe.suspicion cannot "
+            'correct; set rest to "flora" or "drop", or leave suspicion out'
+        )
     if config.ranks and method.factors and method.merge is not None and method.weigh is None:
         raise ValueError(
             f"ranks: {method.name} averages factors of one rank; "
             "set recipe.method to hetlora, or to one that merges ΔW, such as mean"
         )
-    if config.rest == "fedex" and config.recipe.pre:
+    if config.rest == "fedex" and config.recipe.has_steps:
         raise ValueError(
-            "rest: fedex trains on from plain means of A and B, which recipe.pre cannot go before; "
-            'set rest to "flora" or "drop", or leave pre out'
+            "rest: fedex trains on from plain means of A and B, which no step can go before; "
+            'set rest to "flora" or "drop", or leave pre out, and method "robust"'
         )
     if config.rest != "drop" and method.merge is not None:
         raise ValueError(

@@ -43,6 +43,7 @@ class WireError(ValueError):
             replay        an update with this nonce was admitted before
             expired       it was made before its round was planned
             future        it was made at a time that is yet to come
+            unsecured     a node that sends nothing without masks was asked to
             phase         secure aggregation: a message out of turn, or of another session
             threshold     secure aggregation: fewer take part than hide a vector
             equivocation  secure aggregation: two lists of survivors, or of members, are about

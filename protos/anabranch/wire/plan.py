@@ -18,12 +18,16 @@ ADAPTER_STYPE = "anabranch.adapter/1"
 CHANGE_STYPE = "anabranch.change/1"
 """``Array.stype`` of an encoded change of the adapter that the client holds."""
 
+SECURE_STYPE = "anabranch.secure/1"
+"""``Array.stype`` of what members and coordinator say in a secure aggregation, both ways."""
+
 PLAN_KEY = "plan"
 ADAPTER_KEY = "adapter"
 UPDATE_KEY = "update"
 IMPORTANCE_KEY = "importance"
 METRICS_KEY = "metrics"
 CLIENT_KEY = "client"
+SECURE_KEY = "secure"
 
 Scalar = bool | int | float | str
 
@@ -36,6 +40,25 @@ other factor, the mean of what they trained is the mean of their ΔW."""
 def sent_down(trains: Trains) -> Literal["both", "b"]:
     """The factors that an adapter holds on its way to the clients; what it lacks is the seed's."""
     return "b" if trains == "b" else "both"
+
+
+class SecurePlan(BaseModel):
+    """What a secure aggregation asks of a group's members; ``wire.secure.session`` has the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    group: int = Field(ge=0)
+    """Number of the group in its round."""
+    members: int = Field(ge=1)
+    """Clients asked."""
+    threshold: int = Field(ge=1)
+    """Members without whom nothing is opened."""
+    entries: int = Field(ge=1)
+    """Length of an update, over all that travels."""
+    clip: float = Field(gt=0)
+    """Largest magnitude of an entry; what is beyond is cut off, and owed to the next round."""
+    bits: Literal[32, 64]
+    """Width of the integers that entries become."""
 
 
 class RoundPlan(BaseModel):
@@ -68,6 +91,8 @@ class RoundPlan(BaseModel):
     hold: bool = False
     """Whether the client is to keep this round's start: later ones may come as changes of it, or
     not at all where nothing has changed."""
+    secure: SecurePlan | None = None
+    """How updates are hidden in a sum; None: the coordinator sees each of them."""
     seal_to: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """X25519 key of this round, in hexadecimal, that updates are sealed to; None: not sealed."""
     train: dict[str, Scalar] = Field(default_factory=dict)

@@ -27,21 +27,27 @@ LIMIT_BYTES = 8 << 20
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
+Kind = Literal["merge", "abandoned", "rollback", "withdrawal"]
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Input(_Part):
-    """An update that was merged."""
+    """An update that was admitted: merged, unless the round was abandoned."""
 
     client: Name
+    round: int = Field(ge=1)
+    """The round it was trained in; an earlier one than the receipt's where it came late."""
     artifact: Hash
     """sha256 of its bytes."""
     size_bytes: int = Field(ge=0)
     """Bytes in which it came."""
     nonce: str = Field("", pattern="^[0-9a-f]{0,128}$")
-    """Its nonce, in hexadecimal; empty where updates are not signed."""
+    """Its nonce, in hexadecimal; empty where it has none."""
+    factor: float = Field(1.0, ge=0)
+    """How much it counted beside the others; below 1 where it came late."""
     weight: float | None = None
     """c of the merge Σ c·ΔW, before the recipe's scale; None where there is no one number."""
 
@@ -67,8 +73,8 @@ class Output(_Part):
 class Restored(_Part):
     """Which earlier adapter a rollback put in service again."""
 
-    round: int = Field(ge=0)
-    """The round that made it; 0 is the start of the federation."""
+    round: int = Field(ge=1)
+    """The round that published it."""
     receipt: Hash | None
     """Hash of that round's receipt; None where it has none."""
 
@@ -77,10 +83,10 @@ class Receipt(_Part):
     """What became of one round."""
 
     format: Literal[1] = FORMAT
-    kind: Literal["merge", "abandoned", "rollback", "withdrawal"]
+    kind: Kind
     """``merge``: a cohort was merged and published. ``abandoned``: nothing changed, for a
-    ``reason``. ``rollback``: an earlier adapter is in service again. ``withdrawal``: the round's
-    merge was done again without the clients in ``without``."""
+    ``reason``. ``rollback``: an earlier adapter is in service again. ``withdrawal``: the merge of
+    the round ``redone`` was done again without the clients in ``without``."""
     federation: Name
     run: Name
     round: int = Field(ge=1)
@@ -100,10 +106,15 @@ class Receipt(_Part):
     exclusions: tuple[Exclusion, ...] = ()
     without: tuple[Name, ...] = ()
     """Clients that were withdrawn."""
+    redone: int | None = Field(None, ge=1)
+    """The round whose merge a withdrawal did again, without them."""
     recipe: dict[str, JsonValue] = {}
     """How the cohort was merged (``aggregation.Recipe``)."""
     settings: dict[str, JsonValue] = {}
     """The federation's further settings that the merge depended on."""
+    release: dict[str, JsonValue] = {}
+    """How noise was added, as the account of differential privacy holds it; empty where none
+    was."""
     codec: dict[str, JsonValue] = {}
     """How updates were encoded (``wire.CodecConfig``)."""
     scores: dict[str, float | None] = {}

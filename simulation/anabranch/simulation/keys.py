@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anabranch.client.session import client_name
+from anabranch.client.trust import MEMBERS_FILE
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.registry import COORDINATOR, KEYS_FOLDER, client_keys, enrol
 from anabranch.wire.keys import seeded_key, write_key
@@ -25,4 +26,7 @@ def write_keys(folder: Path, config: FederationConfig) -> Path:
             write_key(key, keys)
     known = client_keys(folder).enrolled
     enrol(folder, [key.public for key in clients if key.public.id not in known])
+    if config.secure is not None:
+        lines = "".join(f"{key.public.line}\n" for key in clients)
+        (keys / MEMBERS_FILE).write_text(lines)
     return keys

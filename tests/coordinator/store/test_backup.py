@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
 import itertools
+import json
+import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,8 @@ from anabranch.coordinator.store import (
     StoreConfig,
     open_store,
 )
-from anabranch.coordinator.store.backup import backup, restore
+from anabranch.coordinator.store.backup import ROWS, backup, restore
+from anabranch.wire.receipt import Receipt, encode_receipt, receipt_hash
 
 CONTENT = "what a start holds"
 
@@ -54,12 +58,20 @@ def run_rounds(store: Store) -> None:
             assert admit(store, number, client)
         store.refuse(Refusal(round=number, client="c", code="norm", reason="too large"))
         row = Publication(round=number, digest=store.put(b"%d" % number), adapter_hash="h")
-        store.publish(row, {"round": number})
+        last = store.last_receipt()
+        receipt = Receipt(
+            kind="merge", federation="f", run="r", round=number, time_s=1.5, software="ö",
+            previous=receipt_hash(last) if last else None, base_hash="ab" * 32,
+            start_hash="cd" * 32,
+        )  # fmt: skip
+        store.publish(row, {"round": number}, [encode_receipt(receipt, None)])
+    store.tag("champion", 1)
 
 
 def everything(store: Store) -> list[object]:
     return [
         store.contributions(), store.refusals(), store.publications(), store.notes("round"),
+        store.receipts(), store.tags(),
         [store.get(row.digest) for row in (*store.contributions(), *store.publications())],
     ]  # fmt: skip
 
@@ -131,6 +143,30 @@ def test_a_backup_of_a_live_coordinator_is_of_one_moment(database_url: str, tmp_
         writer.join()
     assert sizes == sorted(sizes)
     assert sizes[-1] > sizes[0]
+
+
+def test_a_backup_of_a_release_without_receipts_is_restored(tmp_path: Path) -> None:
+    make_federation(tmp_path / "f", "sqlite:///rounds.db")
+    before = opened(tmp_path / "f")
+    run_rounds(before)
+    backup(tmp_path / "f", tmp_path / "f.tar")
+    with tarfile.open(tmp_path / "f.tar") as tar, tarfile.open(tmp_path / "old.tar", "w") as old:
+        for member in tar:
+            stream = tar.extractfile(member)
+            data = stream.read() if stream else b""
+            if member.name == ROWS:
+                content = json.loads(data)
+                for table in ("receipts", "tags"):
+                    del content["tables"][table]
+                data = json.dumps(content).encode()
+                member.size = len(data)
+            old.addfile(member, io.BytesIO(data) if stream else None)
+    restore(tmp_path / "old.tar", tmp_path / "again")
+    after = opened(tmp_path / "again")
+    assert (after.receipts(), after.tags()) == ([], {})
+    assert after.publications() == before.publications()
+    after.close()
+    before.close()
 
 
 def test_artifacts_move_to_a_bucket(bucket: str, tmp_path: Path) -> None:

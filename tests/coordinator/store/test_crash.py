@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from anabranch.coordinator.store import Store
+from anabranch.wire.receipt import check_chain
 
 # Its children go on from what the store holds, as a coordinator does, and say what returned. Forked
 # and killed here, so that Python and what it loads start once.
@@ -17,6 +18,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from anabranch.coordinator.store import Contribution, Publication, StoreConfig, open_store
 import anabranch.coordinator.store.sql
+from anabranch.wire.receipt import Receipt, encode_receipt, receipt_hash
 
 url, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 
@@ -39,9 +41,15 @@ def work(up):
             )
             say("admitted" if store.admit(row) else "again", number, client)
         digest = store.put(b"adapter %d" % number)
+        last = store.last_receipt()
+        receipt = Receipt(
+            kind="merge", federation="f", run="r", round=number, time_s=1.0, software="",
+            previous=receipt_hash(last) if last else None, base_hash="0" * 64, start_hash="0" * 64,
+        )
         store.publish(
             Publication(round=number, digest=digest, adapter_hash=str(number)),
             {"round": number, "admitted": len(store.contributions(number))},
+            [encode_receipt(receipt, None)],
         )
         say("published", number)
         store.tidy()
@@ -51,11 +59,14 @@ def work(up):
 draw = random.Random(7)
 for _ in range(kills):
     ready, up = os.pipe()
+    began = time.monotonic()
     child = os.fork()
     if child == 0:
         work(up)
     os.read(ready, 2)
-    time.sleep(draw.uniform(0.0, 0.06))
+    # A machine that has others to serve takes longer for all of it.
+    slow = min(0.5, 3 * (time.monotonic() - began))
+    time.sleep(draw.uniform(0.0, max(0.06, slow)))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(ready)
@@ -86,6 +97,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_counted_twice(
     )
     assert [row["round"] for row in store.notes("round")] == rounds
     assert all(row["admitted"] == 4 for row in store.notes("round"))
+    assert [row.round for row in check_chain(store.receipts(), None)] == rounds
     # The bytes of what retention keeps are there, whole.
     for row in (*store.contributions(), *store.publications()):
         if row.round > len(rounds) - 3:

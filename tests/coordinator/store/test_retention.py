@@ -65,6 +65,25 @@ def test_the_adapter_in_service_stays_however_old(
         store.get(first["a"])
 
 
+def test_what_a_tag_stands_for_stays_until_the_tag_moves(
+    database_url: str, open_one: Opener, tmp_path: Path
+) -> None:
+    store = open_one(database_url, keep_rounds=1)
+    first = run_round(store, 1)
+    store.tag("champion", 1)
+    for number in range(2, 5):
+        run_round(store, number)
+    age(tmp_path)
+    store.tidy()
+    assert store.get(first["adapter"])
+    with pytest.raises(KeyError):
+        store.get(first["a"])
+    store.tag("champion", 4)
+    store.tidy()
+    with pytest.raises(KeyError):
+        store.get(first["adapter"])
+
+
 def test_what_another_run_holds_stays_and_remnants_go(
     database_url: str, open_one: Opener, tmp_path: Path
 ) -> None:

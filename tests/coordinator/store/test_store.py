@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.coordinator.store import Contribution, FolderStore, Publication, Refusal, Store
+from anabranch.coordinator.store import (
+    Contribution,
+    FolderStore,
+    Publication,
+    Refusal,
+    Store,
+    TakenError,
+)
+from anabranch.wire.receipt import Receipt, check_chain, encode_receipt, receipt_hash
 
 Opener = Callable[[], Store]
 
@@ -24,6 +32,17 @@ def publication(store: Store, server_round: int, blob: bytes = b"abc") -> Public
         adapter_hash="h" * 64,
         report={"names": ["a"], "similarity": math.nan},
     )
+
+
+def receipt(store: Store, server_round: int, last: bytes | None = None) -> bytes:
+    """One that follows the last of the store, or the one given."""
+    last = last or store.last_receipt()
+    written = Receipt(
+        kind="abandoned", federation="f", run="r", round=server_round, time_s=1.5, software="test",
+        previous=None if last is None else receipt_hash(last), base_hash="ab" * 32,
+        start_hash="cd" * 32, reason="größer als 2\u00b3",
+    )  # fmt: skip
+    return encode_receipt(written, None)
 
 
 def test_artifacts_are_kept_once_under_their_hash(open_again: Opener, tmp_path: Path) -> None:
@@ -65,12 +84,84 @@ def test_a_round_publishes_once_and_its_end_is_noted_with_it(open_again: Opener)
     first, second = publication(store, 1), publication(store, 2, b"second")
     store.publish(first, {"round": 1, "status": "published"})
     store.publish(second, {"round": 2, "status": "published"})
-    with pytest.raises(ValueError, match="round 2 has published already"):
+    with pytest.raises(TakenError, match="round 2 has published already"):
         store.publish(second, {"round": 2, "status": "twice"})
     again = open_again()
     assert [row.round for row in again.publications()] == [1, 2]
     assert again.latest() == again.publications()[1]
     assert [row["status"] for row in again.notes("round")] == ["published"] * 2
+
+
+def test_receipts_are_written_with_what_they_are_about_and_chain(open_again: Opener) -> None:
+    store = open_again()
+    assert (store.receipts(), store.last_receipt()) == ([], None)
+    one = receipt(store, 1)
+    store.publish(publication(store, 1), {"round": 1}, [one])
+    store.abandon(2, {"round": 2, "status": "abandoned"}, receipt(store, 2))
+    again = open_again()
+    three = receipt(again, 3)
+    again.publish(publication(again, 3), {"round": 3}, [three, receipt(again, 3, three)])
+    found = open_again().receipts()
+    assert found[0] == one
+    assert found[-1] == again.last_receipt()
+    assert [row.round for row in check_chain(found, None)] == [1, 2, 3, 3]
+    assert [row["round"] for row in again.notes("round")] == [1, 2, 3]
+
+
+def test_a_receipt_that_does_not_follow_changes_nothing(open_again: Opener) -> None:
+    store = open_again()
+    one = receipt(store, 1)
+    store.publish(publication(store, 1), {"round": 1}, [one])
+    row = publication(store, 2, b"second")
+    with pytest.raises(TakenError, match="the receipt of round 2 follows None, and the last one"):
+        store.publish(row, {"round": 2}, [receipt(FolderStore(Path("none")), 2)])
+    with pytest.raises(TakenError, match="the receipt of round 9 follows"):
+        store.publish(row, {"round": 2}, [receipt(store, 2), receipt(store, 9)])
+    with pytest.raises(TakenError, match="the receipt of round 3 follows"):
+        store.abandon(3, {"round": 3}, receipt(store, 3, receipt(store, 2)))
+    with pytest.raises(ValueError, match="no object of a receipt"):
+        store.abandon(3, {"round": 3}, b"{}")
+    again = open_again()
+    assert [found.round for found in again.publications()] == [1]
+    assert again.receipts() == [one]
+    assert [found["round"] for found in again.notes("round")] == [1]
+
+
+def test_a_round_that_was_overtaken_cannot_be_abandoned(open_again: Opener) -> None:
+    store = open_again()
+    store.publish(publication(store, 2), {"round": 2})
+    for server_round in (1, 2):
+        with pytest.raises(TakenError, match="round 2 has published already"):
+            store.abandon(server_round, {"round": server_round}, receipt(store, server_round))
+    with pytest.raises(TakenError, match="round 2 has published already"):
+        store.publish(publication(store, 1, b"late"), {"round": 1})
+    assert open_again().receipts() == []
+
+
+def test_a_tag_stands_for_one_round_until_it_is_moved(open_again: Opener) -> None:
+    store = open_again()
+    for server_round in (1, 2):
+        store.publish(publication(store, server_round), {"round": server_round})
+    assert store.tags() == {}
+    store.tag("champion", 1)
+    store.tag("Ärzte", 1)
+    store.tag("B", 2)
+    store.tag("champion", 2)
+    store.tag("Ärzte", None)
+    store.tag("never", None)
+    for taken in (store, open_again()):
+        assert taken.tags() == {"B": 2, "champion": 2}
+    with pytest.raises(KeyError, match="round 3 has published nothing"):
+        store.tag("champion", 3)
+    assert open_again().tags() == {"B": 2, "champion": 2}
+
+
+def test_refusals_of_a_round(open_again: Opener) -> None:
+    store = open_again()
+    for server_round in (1, 2, 1):
+        store.refuse(Refusal(round=server_round, client="b", code="norm", reason="x"))
+    assert [row.round for row in store.refusals()] == [1, 2, 1]
+    assert len(store.refusals(1)) == 2
 
 
 def test_everything_is_there_after_a_restart(open_again: Opener) -> None:

@@ -149,7 +149,7 @@ def test_a_session_that_protects_nobody_is_refused(changes: dict[str, object], m
 
 def test_every_field_of_a_session_is_in_its_name() -> None:
     changes: dict[str, object] = {
-        "federation": "g", "run": "s", "round": 4, "group": 1, "start_hash": "cd" * 32,
+        "federation": "g", "run": "s", "round": 4, "group": 1, "plan_hash": "cd" * 32,
         "members": 7, "threshold": 5, "entries": 1002, "clip": 2.5, "bits": 64,
     }  # fmt: skip
     assert set(changes) == set(Session.__dataclass_fields__)

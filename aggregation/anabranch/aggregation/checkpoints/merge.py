@@ -22,6 +22,7 @@ from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.job import Progress
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.shard import shared_folder
+from anabranch.aggregation.engine.suspected import check_not_judged
 from anabranch.aggregation.method import MergeMethod
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
@@ -101,6 +102,7 @@ def merge_checkpoints(
         OSError: The disk refuses.
         LostRankError: Another rank is gone; nothing is left behind.
     """
+    check_not_judged(recipe.suspicion, "checkpoints")
     budget_bytes //= ranks.local_count
     paths = [str(path) for path in models] if names is None else names
     stay = withdraw(contribution_names(paths, len(models)), without, recipe, weights)

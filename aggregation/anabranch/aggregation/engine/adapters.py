@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from anabranch.aggregation.backdoor.suspicion import SuspicionReport
 from anabranch.aggregation.engine.cohort import (
     checked,
     common_base,
@@ -25,6 +26,7 @@ from anabranch.aggregation.engine.job import AdapterMerge, Progress
 from anabranch.aggregation.engine.refactor import Spectrum
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
 from anabranch.aggregation.engine.stream import group_coefficients
+from anabranch.aggregation.engine.suspected import Portion, check_suspicion, judge, portions
 from anabranch.aggregation.method import MergeMethod, cosines
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
@@ -47,6 +49,7 @@ class MergeReport:
             Empty where nothing was truncated.
         overall_truncation: The same over all modules together.
         cosine: Cosine similarity of the task vectors, pair by pair [C][C].
+        suspicion: Who stood out, by what, and what was done; None where nobody looked.
     """
 
     names: tuple[str, ...]
@@ -54,6 +57,7 @@ class MergeReport:
     truncation: Mapping[str, float]
     overall_truncation: float
     cosine: tuple[tuple[float, ...], ...]
+    suspicion: SuspicionReport | None = None
 
 
 @dataclass(frozen=True)
@@ -109,27 +113,47 @@ def merge_adapters(
     stay = withdraw(contribution_names(names, len(adapters)), without, recipe, weights)
     adapters, names = [adapters[index] for index in stay.indices], stay.names
     starts = None if starts is None else [starts[index] for index in stay.indices]
-    vectors = _task_vectors(adapters, starts or [start] * len(adapters), names)
+    origins: Sequence[Adapter | None] = starts or [start] * len(adapters)
+    vectors = _task_vectors(adapters, origins, names)
     cohort = side_by_side(vectors, names)
     parts = groups(stay.recipe, cohort.deltas, len(cohort))
     for group in parts:
         check_refactor(recipe, group.method, adapters)
+        if recipe.suspicion is not None:
+            check_suspicion(recipe.suspicion, group.method, len(adapters))
     cohort = checked(cohort.share_of(ranks))
     grams = module_grams(cohort, budget_bytes)
     tick = _counter(progress, sum(module in adapters[0].lora for module in cohort.deltas))
+    suspicion = decided = None
+    if recipe.suspicion is not None:
+        suspicion, decided = judge(cohort, grams, adapters, origins, recipe.suspicion)
     merged = _Merged({}, {}, {}, {})
-    for group in parts:
-        alike = with_importance(cohort.only(group.modules), vectors, group.method)
+    for portion in (part for group in parts for part in portions(group, len(adapters), decided)):
+        group, kept = portion.group, portion.kept
+        alike = portion.cohort(cohort)
+        alike = with_importance(alike, [vectors[index] for index in kept], group.method)
         alike = placed(alike, group.method, device)
         job = AdapterMerge(
-            adapters, start, starts, recipe.refactor, group, alike, grams, budget_bytes, tick
+            [adapters[index] for index in kept],
+            start,
+            None if starts is None else [starts[index] for index in kept],
+            recipe.refactor,
+            group,
+            alike,
+            portion.grams(grams),
+            budget_bytes,
+            tick,
+            scaled=any(portion.factors[index] != 1 for index in kept),
         )
-        merged = merged.joined(_merge_group(job))
+        merged = merged.joined(_merge_group(job, portion))
     merged = reduce(_Merged.joined, ranks.gather(merged))
     base_hash = cohort.base_hash
     if start is not None:
         base_hash = common_base([base_hash, start.base_hash], [names[0], "the start"])
-    like = adapters[0] if start is None else start
+    first = adapters[0]
+    if decided is not None:
+        first = next(a for a, f in zip(adapters, decided.elsewhere, strict=True) if f)
+    like = first if start is None else start
     adapter = Adapter(_sorted(merged.lora), _sorted(merged.dense), base_hash, like.peft)
     spectra = _sorted(merged.spectra)
     norm, residual = (
@@ -142,6 +166,9 @@ def merge_adapters(
         truncation={m: s.residual / s.norm if s.norm else 0.0 for m, s in spectra.items()},
         overall_truncation=residual / norm if norm else 0.0,
         cosine=tuple(tuple(row) for row in cosines(total_gram(grams, len(cohort))).tolist()),
+        suspicion=None
+        if suspicion is None or decided is None
+        else SuspicionReport(scores=dict(suspicion.scores), findings=decided.findings),
     )
     return MergeResult(adapter, report)
 
@@ -167,8 +194,8 @@ class _Merged:
         )
 
 
-def _merge_group(job: AdapterMerge) -> _Merged:
-    """Merge one group's modules, in the way its method goes through adapters."""
+def _merge_group(job: AdapterMerge, portion: Portion) -> _Merged:
+    """Merge some modules of a group, in the way its method goes through adapters."""
     method = job.group.method
     coefficients = None
     spectra: dict[str, Spectrum] = {}
@@ -184,7 +211,10 @@ def _merge_group(job: AdapterMerge) -> _Merged:
         lora = job.factors()
     else:
         lora, spectra = job.entries()
-    return _Merged(lora, job.dense(coefficients), spectra, coefficients)
+    dense = job.dense(coefficients)
+    if coefficients is not None:
+        coefficients = {module: portion.spread(shared) for module, shared in coefficients.items()}
+    return _Merged(lora, dense, spectra, coefficients)
 
 
 def _sorted(by_module: Mapping[str, Value]) -> dict[str, Value]:

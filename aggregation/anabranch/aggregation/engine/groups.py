@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anabranch.aggregation.method import MergeMethod, MethodConfig
+from anabranch.aggregation.preset import spelled_out
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import resolve, resolve_pre
 from anabranch.aggregation.robust.pre import Step
@@ -72,8 +73,9 @@ def groups(recipe: Recipe, modules: Iterable[str], count: int) -> tuple[Group, .
         plain = recipe.model_copy(update={"params": settings.params})
         weights = (1.0,) * count if settings.weights is None else settings.weights
         try:
+            plain = spelled_out(plain, count)
             method, config = resolve(plain)
-            pre = resolve_pre(recipe, method)
+            pre = resolve_pre(plain, method)
             if pre and any(weight != 1 for weight in weights):
                 raise ValueError(
                     "pre: mixtures count each contribution once; leave weights out, or pre"

@@ -49,6 +49,7 @@ class AdapterMerge:
         grams: ⟨τ_i, τ_j⟩ by module [C, C]: the report needs them, whatever the method.
         budget_bytes: Memory for dense entries.
         progress: Called for every module that is done.
+        scaled: Whether the cohort's changes were scaled, and are not what the adapters say.
     """
 
     adapters: Sequence[Adapter]
@@ -60,6 +61,7 @@ class AdapterMerge:
     grams: Mapping[str, Tensor]
     budget_bytes: int
     progress: Callable[[], None]
+    scaled: bool = False
 
     @property
     def reference(self) -> Adapter:
@@ -112,7 +114,8 @@ class AdapterMerge:
         """Σ c_i·ΔW_i without forming any: stacked, then truncated or kept.
 
         Σ c_i(B_iA_i − B_sA_s) + B_sA_s is gathered as Σ c_iB_iA_i + (1 − Σc_i)B_sA_s: half the
-        inner rank, and the start drops out of a mean. It does not where starts differ.
+        inner rank, and the start drops out of a mean. It does not where starts differ, or where
+        changes were scaled.
 
         Args:
             coefficients: c_i by module, the recipe's scale not in them.
@@ -121,7 +124,7 @@ class AdapterMerge:
         spectra: dict[str, Spectrum] = {}
         for module in self.modules():
             factors = [c * self.group.scale for c in coefficients[module]]
-            if self.starts is None:
+            if self.starts is None and not self.scaled:
                 parts: list[Delta] = [one.lora[module].delta() for one in self.adapters]
                 rest = 1 - sum(factors)
             else:

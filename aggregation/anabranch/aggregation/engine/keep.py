@@ -64,8 +64,14 @@ def merge_keeping(
         names: What to call the contributions in messages and in the report.
 
     Raises:
-        ValueError: As ``merge_adapters``; also a method that gives no such sum.
+        ValueError: As ``merge_adapters``; also a method that gives no such sum, or steps before it
+            with ``fedex``.
     """
+    if rest == "fedex" and recipe.has_steps:
+        raise ValueError(
+            "fedex: trains on from plain means of A and B, which no step can go before; "
+            'take flora, or leave pre out, and method "robust"'
+        )
     stacked = recipe.model_copy(update={"refactor": Refactor(kind="stack")})
     exact = merge_adapters(adapters, stacked, start=start, starts=starts, names=names)
     if rest == "flora":

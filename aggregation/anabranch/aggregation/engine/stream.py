@@ -27,6 +27,7 @@ from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.mixture import mixture
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, device_of, large_ternary
 from anabranch.aggregation.engine.sample import sampled
+from anabranch.aggregation.engine.suspected import check_not_judged
 from anabranch.aggregation.kernels.rows import (
     TERNARY_SUM,
     WEIGHTED_SUM,
@@ -86,6 +87,7 @@ def merge_task_vectors(
     Raises:
         ValueError: Bad recipe, weights or task vectors, in one line.
     """
+    check_not_judged(recipe.suspicion, "task vectors")
     stay = withdraw(contribution_names(names, len(vectors)), without, recipe, weights)
     vectors = [vectors[index] for index in stay.indices]
     cohort = side_by_side(vectors, stay.names)

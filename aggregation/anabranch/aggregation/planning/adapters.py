@@ -15,6 +15,7 @@ from anabranch.aggregation.engine.cohort import Cohort, common_base, side_by_sid
 from anabranch.aggregation.engine.groups import Group, groups
 from anabranch.aggregation.engine.importance import with_importance
 from anabranch.aggregation.engine.rows import FP32_BYTES
+from anabranch.aggregation.engine.suspected import check_suspicion
 from anabranch.aggregation.planning.cost import Cost, entry_cost, joined, nothing
 from anabranch.aggregation.planning.groups import planned, widest_scope
 from anabranch.aggregation.planning.merge_plan import MergePlan, PlannedRank
@@ -68,6 +69,8 @@ def plan_adapters(
     parts = groups(recipe, alone, len(adapters))
     for group in parts:
         check_refactor(recipe, group.method, adapters)
+        if recipe.suspicion is not None:
+            check_suspicion(recipe.suspicion, group.method, len(adapters))
     like = adapters[0] if begun is None else begun
     held = sum(tensor.numel() for adapter in adapters for tensor in _tensors(adapter))
     read_bytes = sum(_size_bytes(adapter) for _, adapter in everyone)

@@ -13,6 +13,7 @@ from anabranch.aggregation.checkpoints.inputs import open_inputs
 from anabranch.aggregation.checkpoints.merge import check_groups
 from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES
+from anabranch.aggregation.engine.suspected import check_not_judged
 from anabranch.aggregation.planning.adapters import plan_adapters
 from anabranch.aggregation.planning.checkpoints import plan_checkpoints
 from anabranch.aggregation.planning.merge_plan import Kind, MergePlan
@@ -61,6 +62,7 @@ def plan_merge(
     )
     inputs = [inputs[index] for index in stay.indices]
     if kind == "checkpoints":
+        check_not_judged(recipe.suspicion, "checkpoints")
         if start is not None:
             raise ValueError(
                 f"{start}: --start is for adapters; name what checkpoints share as --base"

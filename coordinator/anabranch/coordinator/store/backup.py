@@ -215,7 +215,8 @@ def _insert(
                         f"{place(engine)}: holds run {config.run} of {config.name} already; "
                         "restore into another database"
                     )
-                if rows := tables[table.name]:
+                # A backup of an earlier release has no rows of later tables.
+                if rows := tables.get(table.name):
                     connection.execute(
                         insert(table), [{**row, "federation": number} for row in rows]
                     )

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from anabranch.wire.receipt import Receipt, decode_receipt, receipt_hash
+
 
 class FullError(RuntimeError):
     """There is no room: a disk or a quota is full. Nothing changed."""
+
+
+class TakenError(ValueError):
+    """Somebody else ended this round, or wrote the receipt that was to be next. Nothing changed."""
 
 
 class Contribution(BaseModel):
@@ -89,20 +96,61 @@ class Store(ABC):
         """A round's admitted updates, sorted by client; or all, sorted by round and client."""
 
     @abstractmethod
-    def refusals(self) -> list[Refusal]:
-        """Every refusal, oldest first."""
+    def refusals(self, round_number: int | None = None) -> list[Refusal]:
+        """A round's refusals, or all, oldest first."""
 
     @abstractmethod
-    def publish(self, publication: Publication, facts: dict[str, Any]) -> None:
-        """Make an adapter the one in service and note its round's end: both or neither.
+    def publish(
+        self, publication: Publication, facts: dict[str, Any], receipts: Sequence[bytes] = ()
+    ) -> None:
+        """Make an adapter the one in service, note its round's end, add receipts: all or nothing.
 
         Args:
             publication: The adapter.
             facts: What ``notes("round")`` will tell of the round.
+            receipts: What is to be kept of it for ever (``wire.receipt``), in their order.
 
         Raises:
-            ValueError: This round has published already.
+            TakenError: This round or a later one has published already, or a receipt does not
+                follow the one before it.
         """
+
+    @abstractmethod
+    def abandon(self, round_number: int, facts: dict[str, Any], receipt: bytes) -> None:
+        """Note the end of a round that published nothing, with its receipt: both or neither.
+
+        Args:
+            round_number: The round.
+            facts: What ``notes("round")`` will tell of it.
+            receipt: What is to be kept of it for ever.
+
+        Raises:
+            TakenError: As ``publish``.
+        """
+
+    @abstractmethod
+    def receipts(self) -> list[bytes]:
+        """Every receipt, oldest first. Retention keeps them all."""
+
+    @abstractmethod
+    def last_receipt(self) -> bytes | None:
+        """The newest receipt, which the next one has to follow."""
+
+    @abstractmethod
+    def tag(self, name: str, round_number: int | None) -> None:
+        """Let a name stand for what a round published, and no longer for what it stood for.
+
+        Args:
+            name: The tag.
+            round_number: The round; None takes the tag away.
+
+        Raises:
+            KeyError: This round has published nothing.
+        """
+
+    @abstractmethod
+    def tags(self) -> dict[str, int]:
+        """The round that each tag stands for, by tag. Retention keeps their adapters."""
 
     @abstractmethod
     def publications(self) -> list[Publication]:
@@ -127,3 +175,23 @@ class Store(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close connections; the store is not used afterwards."""
+
+
+def following(receipt: bytes, last: bytes | None) -> Receipt:
+    """Read a receipt that is to be added to a chain.
+
+    Args:
+        receipt: Its bytes.
+        last: The newest one there is.
+
+    Raises:
+        TakenError: It does not follow that one.
+    """
+    read = decode_receipt(receipt, None)
+    before = None if last is None else receipt_hash(last)
+    if read.previous != before:
+        raise TakenError(
+            f"the receipt of round {read.round} follows {str(read.previous)[:12]}, and the last "
+            f"one is {str(before)[:12]}: another process ended a round meanwhile"
+        )
+    return read

@@ -9,11 +9,20 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from anabranch.coordinator.store.artifacts import NO_ROOM, FolderArtifacts, flush_folder, full
-from anabranch.coordinator.store.base import Contribution, Publication, Refusal, Store
+from anabranch.coordinator.store.base import (
+    Contribution,
+    Publication,
+    Refusal,
+    Store,
+    TakenError,
+    following,
+)
+from anabranch.wire.receipt import receipt_hash
 
 JOURNAL = "metrics.jsonl"
 ARTIFACTS = "artifacts"
@@ -59,14 +68,36 @@ class FolderStore(Store):
         found = (Contribution(**row) for row in rows)
         return sorted(found, key=lambda row: (row.round, row.client))
 
-    def refusals(self) -> list[Refusal]:  # noqa: D102
-        return [Refusal(**row) for row in self.notes("refused")]
+    def refusals(self, round_number: int | None = None) -> list[Refusal]:  # noqa: D102
+        rows = [row for row in self.notes("refused") if round_number in (None, row["round"])]
+        return [Refusal(**row) for row in rows]
 
-    def publish(self, publication: Publication, facts: dict[str, Any]) -> None:  # noqa: D102
-        latest = self.latest()
-        if latest is not None and latest.round >= publication.round:
-            raise ValueError(f"round {publication.round} has published already")
-        self._append(("published", publication.model_dump()), ("round", facts))
+    def publish(  # noqa: D102
+        self, publication: Publication, facts: dict[str, Any], receipts: Sequence[bytes] = ()
+    ) -> None:
+        self._end(publication.round, facts, receipts, ("published", publication.model_dump()))
+
+    def abandon(  # noqa: D102
+        self, round_number: int, facts: dict[str, Any], receipt: bytes
+    ) -> None:
+        self._end(round_number, facts, (receipt,))
+
+    def receipts(self) -> list[bytes]:  # noqa: D102
+        return [row["content"].encode() for row in self.notes("receipt")]
+
+    def last_receipt(self) -> bytes | None:  # noqa: D102
+        rows = self.notes("receipt")
+        return rows[-1]["content"].encode() if rows else None
+
+    def tag(self, name: str, round_number: int | None) -> None:  # noqa: D102
+        published = {row["round"] for row in self.notes("published")}
+        if round_number is not None and round_number not in published:
+            raise KeyError(f"round {round_number} has published nothing")
+        self._append(("tag", {"name": name, "round": round_number}))
+
+    def tags(self) -> dict[str, int]:  # noqa: D102
+        last = {row["name"]: row["round"] for row in self.notes("tag")}
+        return {name: last[name] for name in sorted(last) if last[name] is not None}
 
     def publications(self) -> list[Publication]:  # noqa: D102
         return [Publication(**row) for row in self.notes("published")]
@@ -91,6 +122,24 @@ class FolderStore(Store):
 
     def close(self) -> None:
         """Nothing: no file is open between two calls."""
+
+    def _end(
+        self,
+        round_number: int,
+        facts: dict[str, Any],
+        receipts: Sequence[bytes],
+        *events: tuple[str, dict[str, Any]],
+    ) -> None:
+        latest = self.latest()
+        if latest is not None and latest.round >= round_number:
+            raise TakenError(f"round {latest.round} has published already")
+        last, rows = self.last_receipt(), [*events, ("round", facts)]
+        for data in receipts:
+            read = following(data, last)
+            row = {"round": read.round, "kind": read.kind, "hash": receipt_hash(data)}
+            rows.append(("receipt", {**row, "content": data.decode()}))
+            last = data
+        self._append(*rows)
 
     def _append(self, *events: tuple[str, dict[str, Any]]) -> None:
         now = round(time.time(), 3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, Engine, delete, func, select, union
 
 from anabranch.coordinator.store.artifacts import DIGEST, PARTIAL, Artifacts
-from anabranch.coordinator.store.schema import artifacts, contributions, publications
+from anabranch.coordinator.store.schema import artifacts, contributions, publications, tags
 
 GRACE_S = 3600.0
 """Bytes no row holds may be on their way to one for so long."""
@@ -17,7 +17,8 @@ GRACE_S = 3600.0
 def let_go(connection: Connection, federation: int, keep_rounds: int) -> None:
     """Hold no more what only rounds before the last ones name.
 
-    The adapter in service stays, however old; so does what the last rounds started from.
+    The adapter in service stays, however old, and what a tag stands for; so does what the last
+    rounds started from.
     """
     newest = max(
         connection.scalar(select(func.max(table.c.round)).where(table.c.federation == federation))
@@ -29,6 +30,7 @@ def let_go(connection: Connection, federation: int, keep_rounds: int) -> None:
         .where(publications.c.federation == federation)
         .scalar_subquery()
     )
+    tagged = select(tags.c.round).where(tags.c.federation == federation)
     first = newest - keep_rounds + 1
     named = union(
         select(contributions.c.digest).where(
@@ -36,7 +38,9 @@ def let_go(connection: Connection, federation: int, keep_rounds: int) -> None:
         ),
         select(publications.c.digest).where(
             publications.c.federation == federation,
-            (publications.c.round >= first - 1) | (publications.c.round == in_service),
+            (publications.c.round >= first - 1)
+            | (publications.c.round == in_service)
+            | publications.c.round.in_(tagged),
         ),
     )
     connection.execute(

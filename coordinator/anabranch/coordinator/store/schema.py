@@ -102,6 +102,28 @@ publications = Table(
     Column("report", Facts, nullable=False),
 )
 
+# ``number`` is the place in the chain: two processes cannot both write the one that is next.
+receipts = Table(
+    "receipts",
+    metadata,
+    _federation(primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("time", Float, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("kind", String(20), nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("content", Text, nullable=False),
+)
+
+tags = Table(
+    "tags",
+    metadata,
+    _federation(primary_key=True),
+    Column("name", String(100), primary_key=True),
+    Column("time", Float, nullable=False),
+    Column("round", Integer, nullable=False),
+)
+
 notes = Table(
     "notes",
     metadata,
@@ -112,5 +134,5 @@ notes = Table(
     Column("facts", Facts, nullable=False),
 )
 
-OF_A_FEDERATION = (artifacts, contributions, refusals, publications, notes)
+OF_A_FEDERATION = (artifacts, contributions, refusals, publications, receipts, tags, notes)
 """The tables that hold a federation's rows."""

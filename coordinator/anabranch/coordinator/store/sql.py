@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, Table, func, insert, select
+from sqlalchemy import Connection, Engine, Select, Table, delete, func, insert, select
 
 from anabranch.coordinator.store import retention
 from anabranch.coordinator.store.artifacts import Artifacts
-from anabranch.coordinator.store.base import Contribution, FullError, Publication, Refusal, Store
+from anabranch.coordinator.store.base import (
+    Contribution,
+    FullError,
+    Publication,
+    Refusal,
+    Store,
+    TakenError,
+    following,
+)
 from anabranch.coordinator.store.database import federation_id, insert_once, refusing_when_full
 from anabranch.coordinator.store.schema import (
     artifacts,
@@ -19,8 +27,11 @@ from anabranch.coordinator.store.schema import (
     federations,
     notes,
     publications,
+    receipts,
     refusals,
+    tags,
 )
+from anabranch.wire.receipt import receipt_hash
 
 
 class SqlStore(Store):
@@ -88,17 +99,55 @@ class SqlStore(Store):
         # Sorted here: databases sort text each by its own rules.
         return sorted(rows, key=lambda row: (row.round, row.client))
 
-    def refusals(self) -> list[Refusal]:  # noqa: D102
+    def refusals(self, round_number: int | None = None) -> list[Refusal]:  # noqa: D102
         query = self._select(refusals).order_by(refusals.c.id)
+        if round_number is not None:
+            query = query.where(refusals.c.round == round_number)
         return [Refusal(**row) for row in self._rows(query)]
 
-    def publish(self, publication: Publication, facts: dict[str, Any]) -> None:  # noqa: D102
+    def publish(  # noqa: D102
+        self, publication: Publication, facts: dict[str, Any], receipts: Sequence[bytes] = ()
+    ) -> None:
         size_bytes = self.kept.size(publication.digest)
         with self._writing() as connection:
+            self._open(connection, publication.round)
             if not self._add(connection, publications, publication.model_dump(), once=True):
-                raise ValueError(f"round {publication.round} has published already")
+                raise TakenError(f"round {publication.round} has published already")
             self._hold(connection, publication.digest, size_bytes)
-            self._add(connection, notes, {"event": "round", "facts": facts})
+            self._end(connection, facts, receipts)
+
+    def abandon(  # noqa: D102
+        self, round_number: int, facts: dict[str, Any], receipt: bytes
+    ) -> None:
+        with self._writing() as connection:
+            self._open(connection, round_number)
+            self._end(connection, facts, (receipt,))
+
+    def receipts(self) -> list[bytes]:  # noqa: D102
+        query = self._select(receipts).order_by(receipts.c.number)
+        return [row["content"].encode() for row in self._rows(query)]
+
+    def last_receipt(self) -> bytes | None:  # noqa: D102
+        with self.engine.connect() as connection:
+            return self._last(connection)[1]
+
+    def tag(self, name: str, round_number: int | None) -> None:  # noqa: D102
+        with self._writing() as connection:
+            connection.execute(
+                delete(tags).where(tags.c.federation == self.id, tags.c.name == name)
+            )
+            if round_number is None:
+                return
+            found = select(publications.c.round).where(
+                publications.c.federation == self.id, publications.c.round == round_number
+            )
+            if connection.scalar(found) is None:
+                raise KeyError(f"round {round_number} has published nothing")
+            self._add(connection, tags, {"name": name, "round": round_number})
+
+    def tags(self) -> dict[str, int]:  # noqa: D102
+        rows = self._rows(self._select(tags))
+        return {row["name"]: row["round"] for row in sorted(rows, key=lambda row: row["name"])}
 
     def publications(self) -> list[Publication]:  # noqa: D102
         query = self._select(publications).order_by(publications.c.round)
@@ -133,6 +182,40 @@ class SqlStore(Store):
         )
         with self.engine.connect() as connection:
             return int(connection.scalar(query) or 0)
+
+    def _open(self, connection: Connection, round_number: int) -> None:
+        """Refuse to end a round that is over."""
+        query = select(func.max(publications.c.round)).where(publications.c.federation == self.id)
+        last = connection.scalar(query)
+        if last is not None and last >= round_number:
+            raise TakenError(f"round {last} has published already")
+
+    def _end(self, connection: Connection, facts: dict[str, Any], added: Sequence[bytes]) -> None:
+        """Note a round's end, and add receipts to the chain."""
+        self._add(connection, notes, {"event": "round", "facts": facts})
+        place, last = self._last(connection) if added else (0, None)
+        for number, data in enumerate(added, start=place + 1):
+            read = following(data, last)
+            row = {
+                "number": number, "round": read.round, "kind": str(read.kind),
+                "hash": receipt_hash(data), "content": data.decode(),
+            }  # fmt: skip
+            if not self._add(connection, receipts, row, once=True):
+                raise TakenError(f"receipt {number} was written by another process meanwhile")
+            if read.output is not None:
+                self._hold(connection, read.output.artifact, read.output.size_bytes)
+            last = data
+
+    def _last(self, connection: Connection) -> tuple[int, bytes | None]:
+        """The newest receipt and its place; 0 and None before the first."""
+        query = (
+            select(receipts.c.number, receipts.c.content)
+            .where(receipts.c.federation == self.id)
+            .order_by(receipts.c.number.desc())
+            .limit(1)
+        )
+        row = connection.execute(query).first()
+        return (0, None) if row is None else (row.number, row.content.encode())
 
     def _hold(self, connection: Connection, digest: str, size_bytes: int) -> None:
         row = {"digest": digest, "size_bytes": size_bytes}

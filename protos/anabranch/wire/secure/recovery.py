@@ -100,8 +100,8 @@ class Recovery:
             raise WireError("counts", f"{client} did not deal a share to every other member")
         self._dealings[number] = body
 
-    def delivery(self, client: str) -> bytes:
-        """What phase 3 hands to a member that dealt: the shares it was dealt.
+    def close_dealing(self) -> None:
+        """End phase 2: whoever has not dealt yet is masked with by nobody.
 
         Raises:
             WireError: ``threshold``: too few dealt.
@@ -110,6 +110,15 @@ class Recovery:
             self._enough(len(self._dealings), "dealt")
             self._dealers = tuple(sorted(self._dealings))
             self._sum = np.zeros(self.session.entries, self.session.fixed.dtype)
+
+    def delivery(self, client: str) -> bytes:
+        """What phase 3 hands to a member that dealt: the shares it was dealt.
+
+        Raises:
+            WireError: As ``close_dealing``.
+        """
+        self.close_dealing()
+        assert self._dealers is not None
         number = self.roster().names.index(client)
         sealed = [self._dealings[dealer].sealed[number] for dealer in self._dealers]
         return pb.Delivery(dealers=self._dealers, sealed=sealed).SerializeToString()

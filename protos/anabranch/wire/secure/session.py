@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
+from anabranch.wire.plan import RoundPlan
 from anabranch.wire.secure.fixed import FixedPoint
 
 MOST_MEMBERS = 1000
@@ -24,7 +25,9 @@ class Session:
         run: Name of the run.
         round: Number of the round.
         group: Number of the group in it, from 0.
-        start_hash: Hash of the adapter that the vectors are changes of.
+        plan_hash: sha256 of the round's plan as it was signed, in hexadecimal. Members that were
+            told to train otherwise, or from elsewhere, are in no session together: a coordinator
+            could make all vectors but one vanish.
         members: Clients asked: no more can be in the sum.
         threshold: Members without whom nothing is opened; more than half of those asked.
         entries: Length of a vector.
@@ -39,7 +42,7 @@ class Session:
     run: str
     round: int
     group: int
-    start_hash: str
+    plan_hash: str
     members: int
     threshold: int
     entries: int
@@ -77,6 +80,27 @@ class Session:
     def vector_bytes(self) -> int:
         """Length of a masked vector on the wire."""
         return self.entries * self.bits // 8
+
+
+def session_of(plan: RoundPlan, text: str) -> Session:
+    """The session that a round's plan asks for.
+
+    Args:
+        plan: The plan.
+        text: Its JSON text as it travels.
+
+    Raises:
+        ValueError: It asks for none, or for one that protects nobody.
+    """
+    if plan.secure is None:
+        raise ValueError("the plan asks for no secure aggregation")
+    return Session(
+        federation=plan.federation,
+        run=plan.run,
+        round=plan.round,
+        plan_hash=hashlib.sha256(text.encode()).hexdigest(),
+        **plan.secure.model_dump(),
+    )
 
 
 def threshold_of(members: int, share: float) -> int:
