@@ -7,7 +7,6 @@ seals are put right first: blind damage would hardly ever get past them, and an 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 
 import torch
@@ -26,13 +25,12 @@ from anabranch.wire import (
     encode_update,
     zstd,
 )
-from anabranch.wire.canonical import canonical
 from anabranch.wire.header import LENGTH_BYTES, MAGIC, read_manifest
 from anabranch.wire.keys import by_id, seeded_key
-from anabranch.wire.receipt import Exclusion, Input, Output, Receipt, decode_receipt, encode_receipt
 from anabranch.wire.sealing import new_seal_key, seal
-from anabranch.wire.signing import RECEIPT, KeyRing, check_message
+from anabranch.wire.signing import KeyRing, check_message
 from anabranch.wire.v1 import update_pb2 as pb
+from fuzz import receipts, secure
 
 KNOWN = seeded_start(
     Adapter({"m": LoraFactors(torch.zeros(2, 30), torch.zeros(20, 2), 4.0)}, {"h": torch.ones(3)}),
@@ -54,8 +52,6 @@ CODECS = (
     CodecConfig(name="dare", density=0.4, feedback=0),
 )
 RING = KeyRing(by_id([seeded_key("c", 1).public]))
-_COORDINATOR = seeded_key("coordinator", 1)
-RECEIPT_RING = KeyRing(by_id([_COORDINATOR.public]))
 _SEAL = new_seal_key()
 
 
@@ -141,19 +137,18 @@ def _draws(data: bytes) -> Decoded:
     return decode_update(message_of(_packed(raw, data[2:])), SPARSE)[1], SPARSE
 
 
+def _of_a_member(data: bytes) -> Decoded:
+    secure.said_by_a_member(data)
+    return {}, {}
+
+
+def _to_a_member(data: bytes) -> Decoded:
+    secure.said_to_a_member(data)
+    return {}, {}
+
+
 def _receipt(data: bytes) -> Decoded:
-    """A receipt's inside, spelled and signed as a coordinator would, or its bytes as they are."""
-    message = data[1:]
-    if data[:1] != b"\0":
-        try:
-            body = json.loads(message)
-            signature = _COORDINATOR.sign(RECEIPT + canonical(body)).hex()
-            message = canonical({"receipt": body, "signature": signature})
-        # What is no JSON comes as it is.
-        except (ValueError, RecursionError):
-            pass
-    receipt = decode_receipt(message, RECEIPT_RING)
-    assert encode_receipt(receipt, _COORDINATOR) == message
+    receipts.written_by_a_coordinator(data)
     return {}, {}
 
 
@@ -166,6 +161,8 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _sealed,
     _runs,
     _draws,
+    _of_a_member,
+    _to_a_member,
     _receipt,
 )
 
@@ -210,7 +207,10 @@ def seeds() -> list[bytes]:
     (frame,) = pb.Manifest.FromString(_SPARSE).frames
     count, runs = frame.nonzeros[0], frame.raw_bytes - -(-frame.nonzeros[0] // 8)
     found.append(bytes([7, count, runs]) + _SPARSE_PAYLOAD)
-    found += [b"\x08\0" + _RECEIPT, b"\x08\1" + canonical(json.loads(_RECEIPT)["receipt"])]
+    of_members, to_members = secure.seeds()
+    found += [b"\x08" + seed for seed in of_members]
+    found += [b"\x09" + seed for seed in to_members]
+    found += [b"\x0a" + seed for seed in receipts.seeds()]
     return found
 
 
@@ -246,14 +246,3 @@ _SPARSE_BLOB = encode_update(
 ).blob
 _SPARSE = _manifest_of(_SPARSE_BLOB)
 _SPARSE_PAYLOAD = _SPARSE_BLOB[read_manifest(_SPARSE_BLOB).payload_start :]
-_RECEIPT = encode_receipt(
-    Receipt(
-        kind="merge", federation="f", run="r", round=1, time_s=1.5, software="s",
-        base_hash="ab" * 32, start_hash="cd" * 32,
-        inputs=(Input(client="c", round=1, artifact="ef" * 32, size_bytes=9, weight=1.0),),
-        exclusions=(Exclusion(client="d", code="norm", reason="too large"),),
-        recipe={"method": "mean", "scale": 1e-7}, scores={"start.accuracy": None},
-        output=Output(adapter_hash="ab" * 32, artifact="cd" * 32, size_bytes=9),
-    ),
-    _COORDINATOR,
-)  # fmt: skip
