@@ -81,6 +81,12 @@ def _lead(read: Receipt | None) -> str:
             f"A LoRA adapter that round {read.restored.round} of the federation made, put in "
             "service again by a rollback."
         )
+    if read.kind == "withdrawal":
+        return (
+            f"A LoRA adapter merged from the updates of {len(read.inputs)} clients, all merges up "
+            f"to round {read.redone} done again without {len(read.without)} who withdrew. "
+            f"{read.reason}"
+        )
     left = f"; {len(read.exclusions)} others were left out" if read.exclusions else ""
     return (
         f"A LoRA adapter merged from the updates of {len(read.inputs)} clients{left}. Their data "
