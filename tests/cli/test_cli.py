@@ -276,6 +276,21 @@ def test_simulate_prints_a_table_and_leaves_a_report(run: Any, tmp_path: Path) -
     assert "--resume" in err
 
 
+def test_simulate_says_what_privacy_is_spent(run: Any, tmp_path: Path) -> None:
+    scenario = tmp_path / "s.toml"
+    scenario.write_text(
+        'name = "s"\nrounds = 1\nrecipe = { method = "fedit" }\n'
+        "privacy = { clip = 0.5, epsilon = 8.0, delta = 1e-3 }\n"
+        "baselines = { local_only = false, fedavg = false, oracle = false }\n[task]\n"
+        'kind = "anabranch.simulation.synthetic:SyntheticTask"\nclients = 3\n'
+        "[train]\nsteps = 1\nbatch_size = 4\nlearning_rate = 0.01\n"
+    )
+    code, out, _ = run("simulate", scenario, "--out", tmp_path / "run")
+    assert code == 0
+    assert "an epsilon of 8 of 8 at a delta of 0.001 for each client" in out
+    assert "clipped to 0.5; rounds left: 0" in out
+
+
 def test_names_from_strangers_are_shown_as_they_are(run: Any, tmp_path: Path) -> None:
     meta = UpdateMeta("update", "ab" * 32, "cd" * 32, "f", "r", 4, "[/bold]x", b"n", 1, 99)
     file = tmp_path / "update"

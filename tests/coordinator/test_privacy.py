@@ -1,6 +1,5 @@
-"""Differential privacy: the account, the mechanism, and a federation that stops at its budget."""
+"""Differential privacy in a simulation: what it reports, where it stops, what it refuses."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,54 +7,15 @@ import pytest
 from pydantic import ValidationError
 
 from anabranch.coordinator.federation import FederationConfig
-from anabranch.coordinator.privacy.accountant import (
-    epsilon_spent,
-    noise_multiplier,
-    rounds_left,
-)
-from anabranch.coordinator.privacy.config import PrivacyConfig
+from anabranch.coordinator.privacy.accountant import squared_mu_of
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.run import simulate
 from anabranch.simulation.scenario import Scenario
 
-BUDGET = PrivacyConfig(clip=0.5, epsilon=8.0, delta=1e-5)
-
-
-def gaussian_delta(sigma: float, epsilon: float) -> float:
-    """Balle and Wang (1805.06530), theorem 8: delta of noise of sigma on a sensitivity of 1."""
-
-    def phi(x: float) -> float:
-        return math.erfc(-x / math.sqrt(2)) / 2  # exact far out in the tail
-
-    a, b = 1 / (2 * sigma), epsilon * sigma
-    return phi(a - b) - math.exp(epsilon) * phi(-a - b)
-
-
-@pytest.mark.parametrize("multiplier", [0.8, 1.7, 5.0])
-@pytest.mark.parametrize("rounds", [1, 8, 100])
-def test_the_account_is_the_gaussian_mechanisms_own(multiplier: float, rounds: int) -> None:
-    epsilon = epsilon_spent(multiplier, rounds, 1e-5)
-    assert gaussian_delta(multiplier / math.sqrt(rounds), epsilon) == pytest.approx(1e-5, rel=1e-3)
-
-
-def test_the_account_agrees_with_a_numeric_composition() -> None:
-    from dp_accounting import GaussianDpEvent
-    from dp_accounting.pld import PLDAccountant
-
-    accountant = PLDAccountant()
-    accountant.compose(GaussianDpEvent(1.7), 8)
-    assert epsilon_spent(1.7, 8, 1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
-    assert epsilon_spent(1.7, 0, 1e-5) == 0.0
-
-
-def test_the_least_noise_lasts_for_the_planned_rounds_and_no_longer() -> None:
-    multiplier = noise_multiplier(BUDGET, 8)
-    assert 7.99 < epsilon_spent(multiplier, 8, 1e-5) <= 8.0
-    assert rounds_left(BUDGET, multiplier, 7)
-    assert not rounds_left(BUDGET, multiplier, 8)
-
-
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
+
+
+PRIVACY = {"clip": 0.5, "epsilon": 8.0, "delta": 1e-3}
 
 
 def scenario(**changes: Any) -> Scenario:
@@ -63,19 +23,29 @@ def scenario(**changes: Any) -> Scenario:
         "name": "private", "rounds": 4, "task": TASK, "recipe": {"method": "fedit"},
         "train": {"steps": 5, "batch_size": 32, "learning_rate": 0.02},
         "baselines": {"local_only": False, "fedavg": False, "oracle": False},
-        "privacy": {"clip": 0.5, "epsilon": 8.0, "delta": 1e-3}, **changes,
+        "privacy": PRIVACY, **changes,
     }  # fmt: skip
     return Scenario.model_validate(given)
 
 
 def test_a_federation_reports_its_epsilon_and_stops_at_the_budget(tmp_path: Path) -> None:
     summary = simulate(scenario(), tmp_path / "planned")
-    spent = [row["epsilon"] for row in summary["rounds"]]
+    spent = [row["privacy"]["epsilon"] for row in summary["rounds"]]
     assert spent == sorted(spent)
     assert 7.9 < spent[-1] <= 8.0
     assert summary["privacy"]["stopped"] is None
+    assert [row["privacy"]["rounds_left"] for row in summary["rounds"]] == [3, 2, 1, 0]
+    assert summary["privacy"] == {
+        "clip": 0.5, "noise_multiplier": summary["rounds"][-1]["privacy"]["noise_multiplier"],
+        "divisor": 4, "sampling": "none", "adjacency": "zero-out", "seeded": False,
+        "epsilon": spent[-1], "delta": 1e-3, "rounds_left": 0, "budget": 8.0, "stopped": None,
+    }  # fmt: skip
+    page = (tmp_path / "planned" / "report.html").read_text()
+    assert "Epsilon 8 of 8 is spent at a\ndelta of 0.001; rounds left: 0." in page
+    assert "divided by 4" in page
+    assert [f"<td>{value:.3g}</td>" in page for value in spent] == [True] * 4
     # Chosen noise that spends the budget in two rounds: the other two are not begun.
-    multiplier = noise_multiplier(PrivacyConfig(clip=0.5, epsilon=8.0, delta=1e-3), 2)
+    multiplier = (2 / squared_mu_of(8.0, 1e-3)) ** 0.5
     privacy = {"clip": 0.5, "epsilon": 8.0, "delta": 1e-3, "noise_multiplier": multiplier}
     summary = simulate(scenario(privacy=privacy), tmp_path / "early")
     assert [row["status"] for row in summary["rounds"]] == ["published", "published"]
@@ -85,19 +55,31 @@ def test_a_federation_reports_its_epsilon_and_stops_at_the_budget(tmp_path: Path
 
 
 def test_two_runs_differ_but_for_a_seeded_noise_that_promises_nothing(tmp_path: Path) -> None:
-    free = [simulate(scenario(), tmp_path / name)["adapter_hash"] for name in "ab"]
+    free = [simulate(scenario(rounds=1), tmp_path / name)["adapter_hash"] for name in "ab"]
     assert free[0] != free[1]
-    seeded = {"clip": 0.5, "epsilon": 8.0, "delta": 1e-3, "noise_seed": 3}
-    runs = [simulate(scenario(privacy=seeded), tmp_path / name) for name in "cd"]
+    seeded = {**PRIVACY, "noise_seed": 3}
+    runs = [simulate(scenario(privacy=seeded, rounds=1), tmp_path / name) for name in "cd"]
     assert runs[0]["adapter_hash"] == runs[1]["adapter_hash"]
     assert runs[0]["privacy"]["epsilon"] is None
     assert runs[0]["privacy"]["seeded"]
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert "nothing is promised, and no epsilon" in page
+    assert "is spent" not in page
 
 
 @pytest.mark.parametrize("trains", ["b", "alternate"])
 def test_one_factor_is_averaged_privately_as_it_is(trains: str, tmp_path: Path) -> None:
-    summary = simulate(scenario(trains=trains, recipe={"method": "mean"}), tmp_path)
-    assert [row["status"] for row in summary["rounds"]] == ["published"] * 4
+    summary = simulate(scenario(trains=trains, rounds=2, recipe={"method": "mean"}), tmp_path)
+    assert [row["status"] for row in summary["rounds"]] == ["published"] * 2
+
+
+def test_a_quorum_that_the_divisor_cannot_reach_is_found_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    alone = {**TASK, "clients": 1, "group_count": 1}
+    with pytest.raises(ValueError, match=r"^privacy: .*; set clients, which is 1, to how many"):
+        simulate(scenario(task=alone), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +102,9 @@ def test_pairs_that_make_no_sense_are_refused_in_one_line(
 ) -> None:
     with pytest.raises(ValidationError, match=reason):
         scenario(**changes)
-    given = {"name": "f", "run": "r", "recipe": {"method": "fedit"}, "privacy": BUDGET, **changes}
+    given = {
+        "name": "f", "run": "r", "recipe": {"method": "fedit"}, "clients": 4, "privacy": PRIVACY,
+        **changes,
+    }  # fmt: skip
     with pytest.raises(ValidationError, match=reason):
         FederationConfig.model_validate(given)

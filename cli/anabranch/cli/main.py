@@ -11,6 +11,7 @@ import sys
 import click
 import typer
 
+from anabranch.cli.adapters import adapters_app
 from anabranch.cli.backup import backup_command, restore_command
 from anabranch.cli.inspect import inspect_command
 from anabranch.cli.keys import keys_app
@@ -18,6 +19,7 @@ from anabranch.cli.merge import merge_command
 from anabranch.cli.methods import methods_command
 from anabranch.cli.output import complain
 from anabranch.cli.simulate import simulate_command
+from anabranch.cli.verify import receipts_app, verify_command
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. "
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), 130 interrupted. "
     "ANABRANCH_DEBUG=1 shows tracebacks.",
 )
 app.command("simulate")(simulate_command)
@@ -37,7 +39,10 @@ app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
+app.command("verify")(verify_command)
 app.add_typer(keys_app)
+app.add_typer(receipts_app)
+app.add_typer(adapters_app)
 
 
 @app.callback()

@@ -148,8 +148,10 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         stdout.print("[yellow]privacy: the noise was drawn from a seed; nothing is promised[/]")
     elif privacy:
         stdout.print(
-            f"privacy: the adapters keep to an epsilon of {privacy['epsilon']:.3g} at a delta of "
-            f"{privacy['delta']:g} for each client; its update is clipped to {privacy['clip']:g}"
+            f"privacy: the adapters keep to an epsilon of {privacy['epsilon']:.3g} of "
+            f"{privacy['budget']:g} at a delta of {privacy['delta']:g} for each client, whose "
+            f"update is clipped to {privacy['clip']:g}; rounds left: {privacy['rounds_left']}",
+            soft_wrap=True,
         )
     if privacy and privacy["stopped"]:
         stdout.print(f"[yellow]stopped early: {privacy['stopped']}[/]")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
+from anabranch.coordinator.lineage import dress, published
 from anabranch.coordinator.published import sign_folder
 from anabranch.coordinator.store import open_store
 from anabranch.coordinator.strategy import MergeStrategy
@@ -36,20 +36,28 @@ def main(grid: Grid, context: Context) -> None:
         trust = trust_of(folder, config, store) if config.signed else None
         strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
         strategy.start(grid)
-        sign = partial(sign_folder, config=config, key=trust.key) if trust else None
-        publish(strategy.adapter, folder / ADAPTER_FOLDER, sign)
+        rows, adapter = published(store), strategy.adapter
+        key = trust.key if trust else None
+
+        def finish(partial: Path, _: Adapter) -> None:
+            if rows:
+                dress(partial, adapter, config, rows[-1], key)
+            elif key is not None:
+                sign_folder(partial, adapter, config, key)
+
+        publish(adapter, folder / ADAPTER_FOLDER, finish)
 
 
 def publish(
-    adapter: Adapter, folder: Path, sign: Callable[[Path, Adapter], None] | None = None
+    adapter: Adapter, folder: Path, finish: Callable[[Path, Adapter], None] | None = None
 ) -> None:
-    """Write an adapter's PEFT folder, in place of an earlier round's; signed before it appears."""
+    """Write an adapter's PEFT folder in place of an earlier one; finished before it appears."""
     fresh, old = (folder.with_name(f"{folder.name}.{word}") for word in ("new", "old"))
     for left in (fresh, old):
         shutil.rmtree(left, ignore_errors=True)
     write_adapter(adapter, fresh)
-    if sign is not None:
-        sign(fresh, adapter)
+    if finish is not None:
+        finish(fresh, adapter)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)

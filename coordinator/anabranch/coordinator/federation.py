@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
-from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_private
+from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_counted, why_not_private
 from anabranch.coordinator.secure.config import SecureConfig, why_not_secure
 from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
@@ -96,13 +96,24 @@ def _can_be_private(privacy: PrivacyConfig | None, info: ValidationInfo) -> Priv
     if privacy is not None and info.data.keys() >= set(names):
         recipe, trains, ranks, rest = (info.data[name] for name in names)
         problem = why_not_private(recipe, trains, ranks, rest)
+        if problem is None and info.data.get("max_norm") is not None:
+            problem = (
+                "max_norm refuses an update for what is in it, which may cost a round its quorum, "
+                "and noise does not cover that; leave it out: clip bounds every update"
+            )
+        # A scenario has as many clients as its task.
+        counts = ("clients", "fraction", "quorum")
+        if problem is None and info.data.keys() >= set(counts):
+            clients, fraction, quorum = (info.data[name] for name in counts)
+            problem = why_not_counted(clients, clients_asked(clients, fraction), quorum)
         if problem is not None:
             raise PydanticCustomError("privacy", "{problem}", {"problem": problem})
     return privacy
 
 
 Privacy = Annotated[PrivacyConfig | None, AfterValidator(_can_be_private)]
-"""The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it."""
+"""The model it stands in has fields ``recipe``, ``trains``, ``ranks`` and ``rest`` before it, and
+``max_norm``, ``fraction``, ``quorum`` and ``clients`` where it has those."""
 
 
 _BESIDE_SECURE = ("signed", "max_norm", "codec", "recipe", "trains", "ranks", "rest", "privacy")
@@ -169,11 +180,12 @@ class FederationConfig(BaseModel):
     rounds: int = Field(8, ge=1)
     """Number of rounds."""
     clients: int = Field(1, ge=1)
-    """Nodes to wait for before the first round."""
+    """Nodes to wait for before the first round; with ``privacy``, how many the federation has."""
     join_timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for those nodes before giving up."""
     fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the known clients asked in each round."""
+    """Share of the known clients asked in each round; with ``privacy``, of ``clients``: each round
+    asks as many, however many there are."""
     quorum: int = Field(1, ge=1)
     """Admitted updates a round needs; with fewer at the deadline it is abandoned."""
     deadline_s: float = Field(3600.0, gt=0)
@@ -222,6 +234,10 @@ class FederationConfig(BaseModel):
     secure: Secure = None
     """Secure aggregation: the coordinator gets sums over groups of clients, and no single update.
     None: it sees each. Needs ``signed``."""
+
+    def asked(self, known: int) -> int:
+        """How many clients a round should ask where so many are known."""
+        return clients_asked(known if self.privacy is None else self.clients, self.fraction)
 
     @field_validator("sealed")
     @classmethod

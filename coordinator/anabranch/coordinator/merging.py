@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping, merge_one_factor
 from anabranch.aggregation.engine.suspected import check_suspicion
-from anabranch.coordinator.federation import FederationConfig, clients_asked
-from anabranch.coordinator.privacy.accountant import noise_multiplier
-from anabranch.coordinator.privacy.config import PrivacyConfig
+from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.privacy.ledger import Release
 from anabranch.coordinator.privacy.mechanism import private_mean
-from anabranch.coordinator.privacy.noise import noise_source
+from anabranch.coordinator.privacy.noise import GaussianStream
 from anabranch.coordinator.start import Start
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.frozen import join
@@ -61,17 +60,17 @@ def merge_cohort(
 
 
 def merge_privately(
-    privacy: PrivacyConfig,
-    config: FederationConfig,
+    release: Release,
+    noise: GaussianStream,
     whole: Start,
     ends: Sequence[Adapter],
     names: Sequence[str],
 ) -> tuple[Adapter, MergeReport]:
-    """The start plus the noisy mean of the clipped changes, over the clients a round should ask.
+    """The start plus the noisy mean of the clipped changes, over the clients a round asks.
 
     Args:
-        privacy: How much is promised.
-        config: The federation.
+        release: How the sum is made; what the account is told.
+        noise: Where its noise comes from.
         whole: The round's start.
         ends: What each client trained from it.
         names: The clients.
@@ -83,13 +82,10 @@ def merge_privately(
     changes = [
         {name: part - before[name] for name, part in end.tensors(trained).items()} for end in ends
     ]
-    divisor = clients_asked(config.clients, config.fraction)
-    multiplier = noise_multiplier(privacy, config.rounds)
-    noise = noise_source(privacy.noise_seed, whole.plan.round)
-    mean = private_mean(changes, privacy.clip, multiplier, divisor, noise)
+    mean = private_mean(changes, release.clip, release.noise_multiplier, release.divisor, noise)
     moved = {name: before[name] + part for name, part in mean.items()}
     adapter = whole.adapter.with_tensors({**before, **moved})
-    shares = (1.0 / divisor,) * len(names)
+    shares = (1.0 / release.divisor,) * len(names)
     return adapter, MergeReport(tuple(names), shares, {}, 0.0, ())
 
 

@@ -13,6 +13,7 @@ import torch
 
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService
+from anabranch.coordinator.privacy.ledger import RELEASE_KEY
 from anabranch.coordinator.scores import mean_metrics
 from anabranch.coordinator.store import Contribution, Publication, Store
 from anabranch.wire.canonical import LARGEST_INT
@@ -63,6 +64,7 @@ def merge_receipt(
         update={
             "scores": _scores(store, config, plan.round, cohort)
             | {"truncation-error": _number(report.get("overall_truncation", 0.0))},
+            "release": _plain(report.get(RELEASE_KEY, {})),
             "output": Output(
                 adapter_hash=publication.adapter_hash,
                 artifact=publication.digest,

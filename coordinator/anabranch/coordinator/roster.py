@@ -10,7 +10,6 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from anabranch.coordinator.collect import Reply, replies
-from anabranch.coordinator.federation import clients_asked
 from anabranch.wire.errors import one_line
 from anabranch.wire.keys import NAME
 from anabranch.wire.plan import CLIENT_KEY
@@ -78,11 +77,10 @@ class Roster:
         """Every known node and its name, in the order of names."""
         return dict(sorted(self._names.items(), key=lambda pair: pair[1]))
 
-    def sample(self, fraction: float, seed: str) -> dict[int, str]:
-        """A share of the known nodes, at least one, drawn by name."""
+    def sample(self, count: int, seed: str) -> dict[int, str]:
+        """So many of the known nodes, drawn by name; at most all."""
         known = list(self.nodes().items())
-        count = min(clients_asked(len(known), fraction), len(known))
-        chosen = random.Random(seed).sample(range(len(known)), count)
+        chosen = random.Random(seed).sample(range(len(known)), min(count, len(known)))
         return dict(known[index] for index in sorted(chosen))
 
     def _meet(self, reply: Reply) -> None:

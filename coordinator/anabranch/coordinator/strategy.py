@@ -27,7 +27,14 @@ from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService, read_in_service, successor
 from anabranch.coordinator.merging import check_method, merge_cohort, merge_privately
 from anabranch.coordinator.orders import Orders
-from anabranch.coordinator.privacy.budget import spent_with_next, why_spent
+from anabranch.coordinator.privacy.budget import (
+    check_account,
+    next_release,
+    spent_with,
+    why_spent,
+)
+from anabranch.coordinator.privacy.ledger import RELEASE_KEY
+from anabranch.coordinator.privacy.noise import noise_source
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
@@ -52,8 +59,8 @@ class MergeStrategy(Strategy):
         trust: Keys, where the federation is signed.
 
     Raises:
-        ValueError: The template names no base, the method cannot merge what is asked, or keys are
-            missing.
+        ValueError: The template names no base, the method cannot merge what is asked, keys are
+            missing, or the store's rounds were not private as the configuration is.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class MergeStrategy(Strategy):
             merged = config.secure.contributions(config.quorum)
         groups(config.recipe, [*template.lora, *template.dense], merged)
         check_method(config, template, self._method)
+        check_account(config, store)
         self.config = config
         self.store = store
         self._trust = trust
@@ -143,7 +151,7 @@ class MergeStrategy(Strategy):
                 # An earlier adapter was put in service again between two rounds.
                 self._read_again()
                 continue
-            if (spent := why_spent(self.config, self.store)) is not None:
+            if (spent := why_spent(self.config, self.store, server_round)) is not None:
                 log.warning("round %d is not begun: %s", server_round, spent)
                 self.store.note("stopped", {"round": server_round, "reason": spent})
                 break
@@ -206,8 +214,12 @@ class MergeStrategy(Strategy):
         self._cohort = Cohort(self.store, self._trust, self.config.max_norm)
         self._began = time.monotonic()
         done = {row.client for row in self.store.contributions(server_round)}
-        sampled = self.roster.sample(self.config.fraction, f"{self.config.seed}/{server_round}")
+        count = self.config.asked(len(self.roster.nodes()))
+        sampled = self.roster.sample(count, f"{self.config.seed}/{server_round}")
         asked = {node: name for node, name in sampled.items() if name not in done}
+        if self.config.privacy is not None:
+            # Others may be there than when the round began, and what is divided by stays.
+            asked = dict(list(asked.items())[: max(0, count - len(done))])
         if done and self.config.secure is not None:
             asked = {}  # sums were opened before an interruption: they are all there will be
         self.store.note(
@@ -329,7 +341,7 @@ class MergeStrategy(Strategy):
             "merge_seconds": time.perf_counter() - began,
             "truncation_error": publication.report["overall_truncation"],
             "seconds": seconds,
-            **spent_with_next(self.config, self.store),
+            **spent_with(self.config, self.store, publication),
         }
         receipt = merge_receipt(
             self.store, self.config, plan, cohort, publication, candidate, self._key
@@ -369,17 +381,23 @@ class MergeStrategy(Strategy):
         starts = [self._orders.start(name) for name in names]
         ends = [self._cohort.end(row, start) for row, start in zip(cohort, starts, strict=True)]
         config, whole = self.config, self._orders.whole
+        told: dict[str, Any] = {}
         if config.privacy is None:
             merged, report = merge_cohort(config, whole, starts, ends, names)
         else:
-            merged, report = merge_privately(config.privacy, config, whole, ends, names)
+            release = next_release(config, self.store, whole.plan.round)
+            if release is None:
+                raise ValueError(why_spent(config, self.store, whole.plan.round))
+            noise = noise_source(config.privacy.noise_seed, whole.plan.round)
+            merged, report = merge_privately(release, noise, whole, ends, names)
+            told = {RELEASE_KEY: release.model_dump()}
         candidate = successor(self.service, merged, whole.plan, config, self._key)
         assert candidate.blob is not None
         publication = Publication(
             round=whole.plan.round,
             digest=self.store.put(candidate.blob),
             adapter_hash=candidate.hash,
-            report=_plain(report),
+            report=_plain(report) | told,
         )
         return candidate, publication
 

@@ -110,6 +110,9 @@ class Receipt(_Part):
     """How the cohort was merged (``aggregation.Recipe``)."""
     settings: dict[str, JsonValue] = {}
     """The federation's further settings that the merge depended on."""
+    release: dict[str, JsonValue] = {}
+    """How noise was added, as the account of differential privacy holds it; empty where none
+    was."""
     codec: dict[str, JsonValue] = {}
     """How updates were encoded (``wire.CodecConfig``)."""
     scores: dict[str, float | None] = {}

@@ -30,6 +30,7 @@ from anabranch.coordinator.federation import (
     clients_asked,
     keyed_error,
 )
+from anabranch.coordinator.privacy.config import why_not_counted
 from anabranch.coordinator.store.config import JOURNAL_URL, StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
@@ -159,6 +160,8 @@ class Scenario(BaseModel):
                 f"quorum: {quorum} updates cannot come from the {asked} clients that are asked "
                 f"(of {clients}); lower it, or raise fraction"
             )
+        if self.privacy is not None and (why := why_not_counted(clients, asked, quorum)):
+            raise ValueError(f"privacy: {why}")
         return FederationConfig(
             name=self.name,
             run=f"{self.name}-{self.seed}",

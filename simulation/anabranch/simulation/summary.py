@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from anabranch.client.session import client_name
+from anabranch.coordinator.privacy.budget import statement
+from anabranch.coordinator.privacy.ledger import read_ledger
 from anabranch.coordinator.store import Store
 from anabranch.simulation.baselines import Scores
 from anabranch.simulation.scenario import Scenario
@@ -156,16 +158,21 @@ def _suspicions(store: Store) -> list[dict[str, Any]] | None:
 
 def _privacy(scenario: Scenario, store: Store) -> dict[str, Any] | None:
     """What the adapters may tell of a client; None where nothing is promised about it."""
-    if scenario.privacy is None:
+    privacy = scenario.privacy
+    if privacy is None:
         return None
-    spent = [row for row in store.notes("round") if "epsilon" in row]
+    ledger = read_ledger(store.publications())
     stopped = [row["reason"] for row in store.notes("stopped")]
     return {
-        "epsilon": spent[-1]["epsilon"] if spent else 0.0,
-        "delta": scenario.privacy.delta,
-        "noise_multiplier": spent[-1]["noise_multiplier"] if spent else None,
-        "clip": scenario.privacy.clip,
-        "seeded": scenario.privacy.noise_seed is not None,
+        # Nothing is spent before the first adapter is public.
+        "epsilon": 0.0,
+        "delta": privacy.delta,
+        "clip": privacy.clip,
+        "noise_multiplier": None,
+        "rounds_left": scenario.rounds,
+        **(statement(privacy, ledger) if ledger.releases else {}),
+        "seeded": privacy.noise_seed is not None,
+        "budget": privacy.epsilon,
         "stopped": stopped[-1] if stopped else None,
     }
 

@@ -1,0 +1,148 @@
+"""Receipts are true of every kind of federation, and false of every one that was tampered with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anabranch.coordinator.federation import START_FOLDER, load_federation
+from anabranch.coordinator.registry import client_keys
+from anabranch.coordinator.store import Store, open_store
+from anabranch.coordinator.verification import Verdict, Verifier
+from anabranch.vectors.peft_folder import read_adapter
+from anabranch.wire.keys import by_id, seeded_key
+from anabranch.wire.receipt import decode_receipt
+from anabranch.wire.signing import KeyRing
+
+Run = Callable[..., Path]
+RING = KeyRing(by_id([seeded_key("coordinator", 0).public]))
+
+
+def opened(folder: Path) -> Store:
+    config = load_federation(folder)
+    return open_store(config.store, folder, federation=config.name, run=config.run, durable=False)
+
+
+def verify(folder: Path, ring: KeyRing | None = RING) -> list[Verdict]:
+    with closing(opened(folder)) as store:
+        config = load_federation(folder)
+        clients = KeyRing(client_keys(folder).enrolled) if config.signed else None
+        template = read_adapter(folder / START_FOLDER)
+        verifier = Verifier(store, config, template, ring, clients)
+        return [verifier.verify(data) for data in store.receipts()]
+
+
+def checks(verdict: Verdict, *but: str) -> list[tuple[str, str, str]]:
+    """What did not end well, or what did besides."""
+    return [
+        (check.what, check.about, check.status) for check in verdict.checks if check.status != "ok"
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"signed": True, "sealed": True},
+        {"recipe": {"method": "ties"}, "codec": {"density": 0.2, "feedback": 1.0}},
+        {"recipe": {"method": "dare_ties", "params": {"seed": 2**60}}, "rounds": 2},
+        {"recipe": {"method": "fisher"}, "down": "bf16"},
+        {"trains": "alternate"},
+        {"ranks": {"client-0000": 1, "client-0002": 2}, "recipe": {"method": "tsv_m"}},
+        {"ranks": {"client-0000": 1}, "recipe": {"method": "hetlora"}},
+        {"rest": "flora"},
+        {
+            "down_codec": {"density": 0.2, "feedback": 1.0},
+            "codec": {"density": 0.3, "feedback": 1.0},
+        },
+        {
+            "recipe": {"method": "fedit"},
+            "privacy": {"clip": 1.0, "epsilon": 50.0, "delta": 1e-3, "noise_seed": 7},
+        },
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_what_a_federation_did_is_done_again_bit_by_bit(
+    run_federation: Run, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = run_federation(tmp_path / "f", **changes)
+    for verdict in verify(folder):
+        assert checks(verdict) == []
+        assert verdict.outcome == "true"
+        done = {check.what: check.text for check in verdict.checks}
+        assert "bit by bit" in done["merge"]
+        assert len([check for check in verdict.checks if check.what == "input"]) == 3
+
+
+def test_of_a_secure_federation_the_merge_of_its_sums_is_done_again(
+    run_federation: Run, tmp_path: Path
+) -> None:
+    changes = {"signed": True, "secure": {}, "recipe": {"method": "fedit"}}
+    folder = run_federation(tmp_path / "f", quorum=3, rounds=2, **changes)
+    verdicts = verify(folder)
+    assert [checks(verdict) for verdict in verdicts] == [[], []]
+    assert [len(verdict.receipt.inputs) for verdict in verdicts] == [1, 1]
+
+
+def test_a_change_s_remainder_is_lost_with_a_restart_and_found_again(
+    run_federation: Run, tmp_path: Path
+) -> None:
+    changes = {
+        "down_codec": {"density": 0.1, "feedback": 1.0}, "codec": {"density": 0.3, "feedback": 0.0}
+    }  # fmt: skip
+    folder = run_federation(tmp_path / "f", **changes, rounds=2)
+    run_federation(folder, **changes, rounds=4)
+    assert [verdict.outcome for verdict in verify(folder)] == ["true"] * 4
+    one = run_federation(tmp_path / "g", **changes, rounds=4)
+    with closing(opened(folder)) as cut, closing(opened(one)) as whole:
+        ends = [store.publications()[-1].adapter_hash for store in (cut, whole)]
+    assert ends[0] != ends[1]
+
+
+def test_noise_that_nobody_keeps_leaves_it_undecided(run_federation: Run, tmp_path: Path) -> None:
+    privacy = {"clip": 1.0, "epsilon": 50.0, "delta": 1e-3}
+    folder = run_federation(tmp_path / "f", rounds=1, recipe={"method": "fedit"}, privacy=privacy)
+    (verdict,) = verify(folder)
+    assert (verdict.outcome, checks(verdict)) == ("undecided", [("merge", "", "open")])
+
+
+def test_without_a_key_a_signature_decides_nothing(run_federation: Run, tmp_path: Path) -> None:
+    folder = run_federation(tmp_path / "f", rounds=1, signed=True)
+    (verdict,) = verify(folder, None)
+    assert (verdict.outcome, checks(verdict)) == ("undecided", [("signature", "", "open")])
+    other = KeyRing(by_id([seeded_key("coordinator", 1).public]))
+    (verdict,) = verify(folder, other)
+    assert (verdict.outcome, checks(verdict)) == ("false", [("signature", "", "failed")])
+
+
+def test_a_missing_input_is_named_and_an_altered_one_too(
+    run_federation: Run, tmp_path: Path
+) -> None:
+    folder = run_federation(tmp_path / "f", garbage=(2, 11))
+    with closing(opened(folder)) as store:
+        receipts = [decode_receipt(data, None) for data in store.receipts()]
+    assert [len(receipt.inputs) for receipt in receipts] == [3, 2, 3]
+    missing, altered = receipts[0].inputs[1], receipts[1].inputs[0]
+    path = next(folder.rglob(missing.artifact))
+    path.unlink()
+    path = next(folder.rglob(altered.artifact))
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    one, two, three = verify(folder)
+    assert one.outcome == "undecided"
+    assert checks(one) == [("input", missing.client, "open"), ("merge", "", "open")]
+    assert two.outcome == "false"
+    assert checks(two) == [("input", altered.client, "failed"), ("merge", "", "open")]
+    assert three.outcome == "true"
+
+
+def test_a_lost_start_leaves_the_next_merge_open(run_federation: Run, tmp_path: Path) -> None:
+    folder = run_federation(tmp_path / "f")
+    with closing(opened(folder)) as store:
+        next(folder.rglob(store.publications()[0].digest)).unlink()
+    one, two, three = verify(folder)
+    assert checks(one) == [("output", "", "open")]
+    assert checks(two) == [("merge", "", "open")]
+    assert three.outcome == "true"
