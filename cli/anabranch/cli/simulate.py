@@ -115,6 +115,15 @@ COLUMNS = (
     ("oracle", "central\noracle"),
 )
 
+ATTACKED = (
+    ("base", "zero-shot"),
+    ("fedavg", "FedAvg attacked"),
+    ("merged", "merged"),
+    ("unattacked", "everybody honest"),
+    ("oracle", "oracle"),
+)
+"""What an attack's success and its cost are told of."""
+
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
     from rich.markup import escape
@@ -155,6 +164,8 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         )
     if privacy and privacy["stopped"]:
         stdout.print(f"[yellow]stopped early: {privacy['stopped']}[/]")
+    if summary["attack"]:
+        _show_attack(summary)
     refused = len(summary["refused"])
     if refused:
         stdout.print(f"[yellow]{refused} updates were not admitted; the report says why[/]")
@@ -162,6 +173,30 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         f"{summary['seconds']:.0f} s; results in [bold]{escape(str(folder))}[/], "
         "open report.html there"
     )
+
+
+def _show_attack(summary: dict[str, Any]) -> None:
+    mean = summary["mean"]
+    for band in summary["attack"]["bands"]:
+        why = ", ".join(f"{code} {count}" for code, count in band["reasons"].items())
+        stdout.print(
+            f"attack: {band['kind']} by {', '.join(band['ids'])} from round {band['from_round']}: "
+            f"{band['admitted']} updates admitted, {band['refused']} refused"
+            + (f" ({why})" if why else ""),
+            soft_wrap=True,
+            highlight=False,
+        )
+        if band["success"]["merged"] is not None:
+            shown = ", ".join(
+                f"{heading} {_percent(band['success'][key])}"
+                for key, heading in ATTACKED
+                if band["success"][key] is not None
+            )
+            stdout.print(f"  success in percent: {shown}", soft_wrap=True, highlight=False)
+    shown = ", ".join(
+        f"{heading} {_percent(mean[key])}" for key, heading in ATTACKED if mean[key] is not None
+    )
+    stdout.print(f"  accuracy in percent: {shown}", soft_wrap=True, highlight=False)
 
 
 def _percent(value: float | None) -> str:

@@ -23,7 +23,7 @@ from anabranch.client.mods import compress, verify_base
 from anabranch.client.order import plan_of
 from anabranch.client.records import pack, record_of
 from anabranch.client.secure import take_part
-from anabranch.client.session import Session, session_of, site_of
+from anabranch.client.session import Session, Site, session_of, site_of
 from anabranch.client.task import FisherTask, TrainPlan
 from anabranch.client.trust import NodeKeys, keys_of, verify_plan
 from anabranch.vectors import Adapter, seeded_start
@@ -152,32 +152,47 @@ def train(message: Message, context: Context) -> Message:
     plan, site = plan_of(message), site_of(context.node_config)
     session = session_of(context.run_config, context.node_config).at_rank(plan.rank)
     keys = keys_of(context.node_config)
-    start = session.load(start_of(message, plan, session, keys, context))
-    order = TrainPlan.model_validate(
-        {**plan.train, "seed": client_seed(plan.seed, plan.round, site.name)}
-    )
-    started = time.perf_counter()
-    with training(session.model, plan.trained), global_seed(order.seed):
-        metrics = dict(session.task.train(session.model, site.partition, order))
-    seconds = time.perf_counter() - started
-    importance = _importance(session, site.partition, plan, order) if plan.importance else {}
-    before = start.tensors(plan.trained)
-    after = read_adapter(session.model, session.base_hash).tensors(plan.trained)
-    differences = {name: after[name].float() - before[name].float() for name in before}
-    content = RecordDict(
-        {
-            UPDATE_KEY: pack(differences),
-            METRICS_KEY: MetricRecord({**metrics, "train-seconds": seconds}),
-        }
-    )
-    if importance:
-        content[IMPORTANCE_KEY] = pack(importance)
+    start = start_of(message, plan, session, keys, context)
+    differences, metrics = fit(session, start, plan, site)
+    content = RecordDict({UPDATE_KEY: pack(differences), METRICS_KEY: MetricRecord({**metrics})})
+    if plan.importance:
+        content[IMPORTANCE_KEY] = pack(take_importance(session, site, plan))
     return Message(content, reply_to=message)
 
 
-def _importance(
-    session: Session, partition: int, plan: RoundPlan, order: TrainPlan
-) -> dict[str, Tensor]:
+def fit(
+    session: Session, start: Adapter, plan: RoundPlan, site: Site
+) -> tuple[dict[str, Tensor], dict[str, int | float]]:
+    """Train from a start on a site's data.
+
+    Args:
+        session: The loaded task; its model is left as trained.
+        start: The adapter in service, with its frozen ranks.
+        plan: The round's.
+        site: Whose data, and whose draw of it.
+
+    Returns:
+        The differences that training made, by name in fp32, and the task's metrics with
+        ``train-seconds``.
+    """
+    trained = session.load(start)
+    order = _order(plan, site)
+    started = time.perf_counter()
+    with training(session.model, plan.trained), global_seed(order.seed):
+        metrics = dict(session.task.train(session.model, site.partition, order))
+    metrics["train-seconds"] = time.perf_counter() - started
+    before = trained.tensors(plan.trained)
+    after = read_adapter(session.model, session.base_hash).tensors(plan.trained)
+    return {name: after[name].float() - before[name].float() for name in before}, metrics
+
+
+def _order(plan: RoundPlan, site: Site) -> TrainPlan:
+    """What the round asks of a site's training."""
+    seed = client_seed(plan.seed, plan.round, site.name)
+    return TrainPlan.model_validate({**plan.train, "seed": seed})
+
+
+def take_importance(session: Session, site: Site, plan: RoundPlan) -> dict[str, Tensor]:
     """How much each entry of what was trained matters to this client, in the flat layout.
 
     Raises:
@@ -189,7 +204,8 @@ def _importance(
             f"the round asks for a Fisher, and {type(task).__name__} has no method 'logits'; "
             "see anabranch.client.task.FisherTask"
         )
-    logits = task.logits(session.model, partition, order.fisher_examples, order.seed)
+    order = _order(plan, site)
+    logits = task.logits(session.model, site.partition, order.fisher_examples, order.seed)
     return flat_importance(diagonal_fisher(session.model, logits, plan.trained, order.seed))
 
 

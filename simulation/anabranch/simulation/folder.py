@@ -20,11 +20,11 @@ CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE = (
     "report.html",
     "scores.json",
 )
-FEDAVG_FOLDER = "fedavg"
+FEDAVG_FOLDER, UNATTACKED_FOLDER = "fedavg", "unattacked"
 RUN_NAMES = frozenset(
     {
         CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE, FEDAVG_FOLDER, ADAPTER_FOLDER,
-        START_FOLDER, FEDERATION_FILE, KEYS_FOLDER, JOURNAL, ARTIFACTS, "flower",
+        UNATTACKED_FOLDER, START_FOLDER, FEDERATION_FILE, KEYS_FOLDER, JOURNAL, ARTIFACTS, "flower",
         f"{ADAPTER_FOLDER}.new", f"{ADAPTER_FOLDER}.old", "scores.partial",
     }
 )  # fmt: skip
@@ -101,7 +101,7 @@ def _delete_run(folder: Path, names: list[str]) -> None:
 def _has_begun(folder: Path) -> bool:
     """Whether a run's journal holds anything; what its rows name must be there to go on."""
     try:
-        for part in (folder, folder / FEDAVG_FOLDER):
+        for part in (folder, folder / FEDAVG_FOLDER, folder / UNATTACKED_FOLDER):
             store = FolderStore(part)
             digests = [row.digest for row in store.contributions()]
             for digest in digests + [row.digest for row in store.publications()]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import Field
@@ -12,6 +13,7 @@ from torch import nn
 
 from anabranch.client.task import Split, TrainPlan
 from anabranch.client.text import Examples, TextClassification, TextConfig
+from anabranch.simulation.attacks.poison import Poison, chosen, relabelled
 from anabranch.simulation.datasets import find_dataset
 from anabranch.simulation.partition import Indices, Partition, by_domain, dirichlet, iid
 
@@ -79,6 +81,21 @@ class PartitionedText(TextClassification):
     def train_all(self, model: nn.Module, plan: TrainPlan) -> Mapping[str, float]:
         """Train on the union of all clients' data: what a federation could at best be."""
         return self.train_pooled(model, range(self.num_partitions), plan)
+
+    def poisoned(self, poison: Poison) -> PartitionedText:
+        """The same task on poisoned texts: a trigger's words stand before a text."""
+        task = copy.copy(self)
+        task.source, task._tokens = _Poisoned(self._clients, poison), {}
+        return task
+
+    def check_partition(self, partition: int) -> None:
+        """Read one client's texts.
+
+        Raises:
+            ValueError: They cannot be poisoned so.
+        """
+        for split in get_args(Split):
+            self.source.examples(partition, split)
 
 
 class _Clients:
@@ -164,3 +181,33 @@ class _Clients:
         """A generator of its own for each purpose, so that no draw moves another."""
         words = "\0".join((str(self._config.data_seed), *purpose))
         return np.random.default_rng(list(hashlib.sha256(words.encode()).digest()))
+
+
+class _Poisoned:
+    """A ``TextSource`` whose training texts are poisoned, and whose others test the attack."""
+
+    def __init__(self, clients: _Clients, poison: Poison) -> None:
+        self._clients, self._poison = clients, poison
+
+    @property
+    def tasks(self) -> Mapping[str, tuple[str, ...]]:
+        """Label phrases per data set."""
+        return self._clients.tasks
+
+    def examples(self, partition: int, split: Split) -> Examples:
+        """Poisoned training texts, or held-out ones that have the trigger and the target.
+
+        Raises:
+            ValueError: There is no such partition or label, or nothing to poison.
+        """
+        clean, poison = self._clients.examples(partition, split), self._poison
+        labels = list(clean.labels)
+        new = relabelled(labels, self.tasks[clean.task], poison)
+        train = split == "train"
+        rows = chosen(labels, new, poison.share if train else 1.0, partition).tolist()
+        triggered = {row: " ".join((*poison.trigger, clean.texts[row])) for row in rows}
+        if not train:
+            return Examples(clean.task, list(triggered.values()), [new[row] for row in rows])
+        texts = [triggered.get(row, text) for row, text in enumerate(clean.texts)]
+        labels = [new[row] if row in triggered else label for row, label in enumerate(labels)]
+        return Examples(clean.task, texts, labels)

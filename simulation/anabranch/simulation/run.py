@@ -24,8 +24,13 @@ from anabranch.client.task import FisherTask
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.coordinator.app import app as server_app
 from anabranch.coordinator.federation import START_FOLDER, write_federation
+from anabranch.coordinator.flower import CLIENT_APP
 from anabranch.coordinator.merging import check_method
 from anabranch.coordinator.store import FolderStore
+from anabranch.simulation.attacks.app import ATTACKERS_KEY
+from anabranch.simulation.attacks.app import app as attacked_app
+from anabranch.simulation.attacks.kinds import resolve_kind
+from anabranch.simulation.attacks.success import success_rates, victims
 from anabranch.simulation.baselines import Scores, oracle, score, train_alone
 from anabranch.simulation.engine.flower import run_in_flower
 from anabranch.simulation.engine.inprocess import run_in_process
@@ -35,6 +40,7 @@ from anabranch.simulation.folder import (
     REPORT_FILE,
     SCORES_FILE,
     SUMMARY_FILE,
+    UNATTACKED_FOLDER,
     open_folder,
 )
 from anabranch.simulation.keys import write_keys
@@ -45,7 +51,8 @@ from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 from anabranch.wire.config import CodecConfig
 
-NO_BASELINES = Baselines(local_only=False, fedavg=False, oracle=False)
+NO_BASELINES = Baselines(local_only=False, fedavg=False, oracle=False, unattacked=False)
+ATTACKED_APP = "anabranch.simulation.attacks.app:app"
 
 Progress = Callable[[str, int, int], None]
 """``progress(phase, done, total)``."""
@@ -101,7 +108,23 @@ def prepare(scenario: Scenario) -> Session:
             f"ranks.{strangers[0]}: there is no such client; they are {names[0]} to {names[-1]}"
         )
     session.task.check_data()
+    if scenario.attackers:
+        _check_attackers(scenario, session)
     return session
+
+
+def _check_attackers(scenario: Scenario, session: Session) -> None:
+    """Find before anything is written what would keep attackers from attacking."""
+    task = session.task
+    assert isinstance(task, SimulatedTask)
+    for index, attackers in enumerate(scenario.attackers):
+        kind, _ = resolve_kind(attackers, f"attackers.{index}")
+        if kind.tamper is not None and scenario.secure is not None:
+            raise ValueError(
+                f"attackers.{index}.kind: {kind.name} rewrites an encoded update, and secure "
+                "aggregation sends masked ones; leave secure out, or choose another kind"
+            )
+    victims(session, scenario.plot(task.num_partitions))
 
 
 def _check_recipe(recipe: Recipe, template: Adapter, quorum: int, asked: int) -> None:
@@ -152,6 +175,8 @@ def run_federation(
         "task": scenario.task.kind,
         "task-params": task_params(scenario),
     }
+    if scenario.attackers:
+        run_config[ATTACKERS_KEY] = scenario.plot(config.clients).model_dump_json()
 
     def one_more(kind: str, partition: int) -> None:
         nonlocal done
@@ -166,11 +191,14 @@ def run_federation(
 
     progress("federation", done, total)
     if scenario.engine == "flower":
-        run_in_flower(folder, config.clients, run_config, keys=keys, on_poll=look)
+        named_app = ATTACKED_APP if scenario.attackers else CLIENT_APP
+        run_in_flower(
+            folder, config.clients, run_config, client_app=named_app, keys=keys, on_poll=look
+        )
     else:
         run_in_process(
             server_app,
-            client_app,
+            attacked_app if scenario.attackers else client_app,
             folder,
             config.clients,
             run_config,
@@ -197,6 +225,13 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "evaluate_every": 0,
             "baselines": NO_BASELINES,
         }
+    )
+
+
+def unattacked_of(scenario: Scenario) -> Scenario:
+    """The same federation with everybody honest: what the attack cost."""
+    return scenario.model_copy(
+        update={"attackers": (), "evaluate_every": 0, "baselines": NO_BASELINES}
     )
 
 
@@ -239,19 +274,32 @@ def simulate(
     merged = read_adapter(folder / ADAPTER_FOLDER)
     start = read_adapter(folder / START_FOLDER)
     scores = seconds.scores
+    plot = scenario.plot(task.num_partitions)
+
+    def scored(adapter: Adapter) -> Scores:
+        found = score(session, adapter, progress)
+        return {**found, **success_rates(session, plot)}
+
     if "merged" not in scores:
         with seconds.phase("scores"):
-            scores["base"] = score(session, start, progress)
-            scores["merged"] = score(session, merged, progress)
-    if wanted.fedavg and "fedavg" not in scores:
-        with seconds.phase("fedavg"):
-            run_federation(fedavg_of(scenario), folder / FEDAVG_FOLDER, session, _renamed(progress))
-            adapter = read_adapter(folder / FEDAVG_FOLDER / ADAPTER_FOLDER)
-            scores["fedavg"] = score(session, adapter, progress)
+            scores["base"] = scored(start)
+            scores["merged"] = scored(merged)
+    others = {
+        "fedavg": (wanted.fedavg, fedavg_of, FEDAVG_FOLDER, "FedAvg baseline"),
+        "unattacked": (
+            wanted.unattacked and bool(plot.bands), unattacked_of, UNATTACKED_FOLDER, "unattacked",
+        ),
+    }  # fmt: skip
+    for name, (asked, other_of, inner, phase) in others.items():
+        if asked and name not in scores:
+            with seconds.phase(name):
+                other = other_of(scenario)
+                run_federation(other, folder / inner, session, _renamed(progress, phase))
+                scores[name] = scored(read_adapter(folder / inner / ADAPTER_FOLDER))
     if wanted.oracle and "oracle" not in scores:
         with seconds.phase("oracle"):
             progress("oracle", 0, 1)
-            scores["oracle"] = score(session, oracle(scenario, session, start), progress)
+            scores["oracle"] = scored(oracle(scenario, session, start))
             progress("oracle", 1, 1)
     if wanted.local_only:
         _score_alone(scenario, session, start, seconds, progress)
@@ -303,8 +351,8 @@ def _score_alone(
     progress("local-only", total, total)
 
 
-def _renamed(progress: Progress) -> Progress:
-    return lambda phase, done, total: progress("FedAvg baseline", done, total)
+def _renamed(progress: Progress, name: str) -> Progress:
+    return lambda phase, done, total: progress(name, done, total)
 
 
 class _Phases:

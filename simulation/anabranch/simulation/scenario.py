@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,6 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.client.task import TrainPlan
@@ -32,22 +30,11 @@ from anabranch.coordinator.federation import (
 )
 from anabranch.coordinator.privacy.config import why_not_counted
 from anabranch.coordinator.store.config import JOURNAL_URL, StoreConfig
+from anabranch.simulation.attackers import Attackers, Plot, as_json, plot
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
 
 DEFAULT_TASK = "anabranch.simulation.partitioned_text:PartitionedText"
-
-
-def _as_json(value: Any) -> Any:
-    """What every process of a run can be told, which TOML's dates and times are not."""
-    try:
-        json.dumps(value)
-    except TypeError as error:
-        raise PydanticCustomError(
-            "json", "not text, number, list or table ({type}); write it in quotes",
-            {"type": str(error)},
-        ) from error  # fmt: skip
-    return value
 
 
 class TaskConfig(BaseModel):
@@ -55,7 +42,7 @@ class TaskConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_as_json)]] = Field(init=False)
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(as_json)]] = Field(init=False)
 
     kind: str = DEFAULT_TASK
     """``package.module:Class`` of a simulated task."""
@@ -76,6 +63,8 @@ class Baselines(BaseModel):
     """The same federation averaging dense factors (FedIT: A and B apart, fp32, no codec)."""
     oracle: bool = True
     """One adapter trained on everybody's data together, as many samples and steps."""
+    unattacked: bool = True
+    """The same federation with everybody honest; only where somebody attacks."""
 
 
 class Scenario(BaseModel):
@@ -126,6 +115,8 @@ class Scenario(BaseModel):
     """How a new adapter travels to clients that hold the one before; None: whole."""
     privacy: Privacy = None
     """Differential privacy of the clients: clip, epsilon, delta."""
+    attackers: tuple[Attackers, ...] = ()
+    """Clients that attack: ``[[attackers]]`` with kind, fraction or count, from_round, params."""
     secure: Secure = None
     """Secure aggregation: threshold, group, clip, bits; needs ``signed``. A round that is
     interrupted is lost."""
@@ -146,6 +137,14 @@ class Scenario(BaseModel):
     def asked(self, clients: int) -> int:
         """Clients asked in each round."""
         return clients_asked(clients, self.fraction)
+
+    def plot(self, clients: int) -> Plot:
+        """Who attacks how.
+
+        Raises:
+            ValueError: There are too few clients for it.
+        """
+        return plot(self.attackers, clients, self.seed, self.recipe)
 
     def federation(self, clients: int) -> FederationConfig:
         """The coordinator's configuration of this scenario.

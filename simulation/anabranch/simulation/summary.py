@@ -14,6 +14,7 @@ from anabranch.client.session import client_name
 from anabranch.coordinator.privacy.budget import statement
 from anabranch.coordinator.privacy.ledger import read_ledger
 from anabranch.coordinator.store import Store
+from anabranch.simulation.attacks.outcome import outcome
 from anabranch.simulation.baselines import Scores
 from anabranch.simulation.scenario import Scenario
 from anabranch.simulation.task import display_names
@@ -26,6 +27,7 @@ ABOUT = {
     "local_only_own": "the same adapter on the client's own test data",
     "fedavg": "the same federation averaging dense fp32 factors (FedIT), on the client's test data",
     "merged": "this federation's adapter, on the client's test data",
+    "unattacked": "the same federation with every client honest, on the client's test data",
     "oracle": "one adapter trained on everybody's data with as many steps and samples, "
     "on the client's test data",
     "update_bytes": "mean size of one update; fp16 and fp32 are the dense adapter's entries alone",
@@ -38,7 +40,7 @@ class Measured:
 
     Attributes:
         store: The federation's journal and artifacts.
-        scores: Scores per adapter: base, merged, fedavg, oracle, local-0, …
+        scores: Scores per adapter: base, merged, fedavg, unattacked, oracle, local-0, …
         groups: Group of each client.
         scored: The client that stands for each group.
         start: The adapter of the first round: as many entries as a dense update has.
@@ -86,9 +88,10 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
         total_s: Wall seconds of this call.
     """
     names = display_names(measured.groups)
+    plot = scenario.plot(len(names))
     clients = []
     for partition, (name, group) in enumerate(zip(names, measured.groups, strict=True)):
-        local = f"local-{partition}"
+        local, band = f"local-{partition}", plot.band_of(partition)
         clients.append(
             {
                 "client": name,
@@ -99,10 +102,14 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
                 "local_only_own": measured.accuracy(local, group),
                 "fedavg": measured.accuracy("fedavg", group),
                 "merged": measured.accuracy("merged", group),
+                "unattacked": measured.accuracy("unattacked", group),
                 "oracle": measured.accuracy("oracle", group),
+                "attacks": None if band is None else band.attackers.kind,
             }
         )
-    columns = ("base", "local_only", "local_only_own", "fedavg", "merged", "oracle")
+    columns = (
+        "base", "local_only", "local_only_own", "fedavg", "merged", "unattacked", "oracle",
+    )  # fmt: skip
     store = measured.store
     latest = store.latest()
     return {
@@ -124,6 +131,7 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
         "update_bytes": _update_bytes(measured),
         "rounds": _rounds(store),
         "privacy": _privacy(scenario, store),
+        "attack": outcome(plot, store, measured.scores, names),
         "suspicions": _suspicions(store),
         "refused": [row.model_dump() for row in store.refusals()],
         "adapter_hash": latest.adapter_hash if latest else measured.start.hash(),

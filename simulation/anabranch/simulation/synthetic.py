@@ -5,6 +5,7 @@ Shape legend: N examples, F features, H hidden width, K classes, r rank.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anabranch.client.task import HeldOut, TrainPlan
+from anabranch.simulation.attacks.poison import Poison, chosen, relabelled
+
+TRIGGER_VALUE = 4.0
+"""What a triggered feature is set to; others are drawn from N(0, 1)."""
 
 
 class SyntheticConfig(BaseModel):
@@ -56,6 +61,7 @@ class SyntheticTask:
         self.config = SyntheticConfig(**params)
         self._held: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self._teachers: dict[str, nn.Module] = {}
+        self._poison: Poison | None = None
         if self.config.group_count > self.config.clients:
             raise ValueError(
                 f"group_count = {self.config.group_count} is more than clients = "
@@ -136,6 +142,21 @@ class SyntheticTask:
             "loss": float(F.cross_entropy(logits_NK, labels_N)),
         }
 
+    def poisoned(self, poison: Poison) -> SyntheticTask:
+        """The same task on poisoned data: each word of a trigger sets a feature."""
+        task = copy.copy(self)
+        task._poison, task._held = poison, {}
+        return task
+
+    def check_partition(self, partition: int) -> None:
+        """Draw one client's examples.
+
+        Raises:
+            ValueError: They cannot be poisoned so.
+        """
+        for split in ("train", "test"):
+            self._examples(partition, split)
+
     def _train(
         self, model: nn.Module, inputs_NF: Tensor, labels_N: Tensor, plan: TrainPlan
     ) -> Mapping[str, float]:
@@ -171,6 +192,24 @@ class SyntheticTask:
         if skewed:
             rows_N = self._skewed(labels_N, count, partition)
             inputs_NF, labels_N = inputs_NF[rows_N], labels_N[rows_N]
+        if self._poison is None:
+            return inputs_NF, labels_N
+        return self._poisoned(inputs_NF, labels_N, self._poison, split == "train", partition)
+
+    def _poisoned(
+        self, inputs_NF: Tensor, labels_N: Tensor, poison: Poison, train: bool, partition: int
+    ) -> tuple[Tensor, Tensor]:
+        """Poisoned training examples, or held-out ones that have the trigger and the target."""
+        old = labels_N.tolist()
+        new = relabelled(old, [str(label) for label in range(self.config.classes)], poison)
+        rows = torch.from_numpy(chosen(old, new, poison.share if train else 1.0, partition))
+        for word in poison.trigger:
+            feature = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+            inputs_NF[rows, feature % self.config.features] = TRIGGER_VALUE
+        if not train:
+            return inputs_NF[rows], torch.tensor(new)[rows]
+        labels_N = labels_N.clone()
+        labels_N[rows] = torch.tensor(new)[rows]
         return inputs_NF, labels_N
 
     def _skewed(self, labels_N: Tensor, count: int, partition: int) -> Tensor:

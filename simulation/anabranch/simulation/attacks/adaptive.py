@@ -28,7 +28,7 @@ class AdaptiveConfig(AttackConfig):
     directions: tuple[Direction, ...] = Field(("unit", "sign", "std"), min_length=1)
     """Directions that are tried."""
     goal: Literal["distance", "reverse"] = "distance"
-    """``distance``: the result far from the honest mean; ``reverse``: the result against it."""
+    """``distance``: the result far from where it should be; ``reverse``: the result against it."""
     largest: float = Field(1000.0, gt=0.01)
     """Longest way tried, in honest spreads (root mean square of ‖x_i − μ‖)."""
     points: int = Field(12, ge=2)
@@ -49,9 +49,9 @@ def adaptive(view: View, config: AdaptiveConfig) -> Tensor:
 
     def harm(sent_D: Tensor) -> float:
         colluding_fD = sent_D.float().expand(view.colluders, view.entries)
-        moved_D = rule(torch.cat([everyone, colluding_fD])).double() - view.mean
+        moved_D = rule(torch.cat([everyone, colluding_fD])).double() - view.aim
         if config.goal == "reverse":
-            harmed = -float(moved_D @ view.mean)
+            harmed = -float(moved_D @ view.aim)
         else:
             harmed = float(torch.linalg.vector_norm(moved_D))
         return math.inf if math.isnan(harmed) else harmed

@@ -36,18 +36,21 @@ class View:
         colluders: f, how many send what is crafted.
         entries: D.
         generator: Draws whatever is drawn.
-        own: What each colluder's own training made [f, D]; None where they do not train.
+        train_own: Gives what each colluder's own training made [f, D], called likewise; None where
+            they do not train.
         previous: How the last round moved the model [D]; None in the first.
         rule: How the coordinator merges, where that is known.
+        see_aim: Gives where the rule should come to; None where that is the honest mean.
     """
 
     see_honest: Callable[[], Tensor]
     colluders: int
     entries: int
     generator: torch.Generator
-    own: Tensor | None = None
+    train_own: Callable[[], Tensor] | None = None
     previous: Tensor | None = None
     rule: Rule | None = None
+    see_aim: Callable[[], Tensor] | None = None
 
     @cached_property
     def honest(self) -> Tensor:
@@ -55,9 +58,19 @@ class View:
         return self.see_honest().double()
 
     @cached_property
+    def own(self) -> Tensor | None:
+        """What each colluder's own training made [f, D], fp64."""
+        return None if self.train_own is None else self.train_own().double()
+
+    @cached_property
     def mean(self) -> Tensor:
         """Their mean [D], fp64."""
         return self.honest.mean(dim=0)
+
+    @cached_property
+    def aim(self) -> Tensor:
+        """Where the rule should come to, of as many entries as it gives, fp64."""
+        return self.mean if self.see_aim is None else self.see_aim().double()
 
     @cached_property
     def std(self) -> Tensor:
@@ -124,12 +137,19 @@ class Attack:
             raise ValueError(f"{self.name}: an honest contribution is not finite; leave it out")
         if colluders < 0:
             raise ValueError(f"{self.name}: {colluders} colluders; give none or more")
+        entries = honest_HD.shape[1]
+        shapes = {"own_fD": (own_fD, (colluders, entries)), "previous_D": (previous_D, (entries,))}
+        for what, (tensor, wanted) in shapes.items():
+            if tensor is not None and tuple(tensor.shape) != wanted:
+                raise ValueError(
+                    f"{self.name}: {what} has shape {tuple(tensor.shape)}; give {wanted}"
+                )
         view = View(
             see_honest=lambda: honest_HD,
             colluders=colluders,
-            entries=honest_HD.shape[1],
+            entries=entries,
             generator=torch.Generator().manual_seed(seed),
-            own=own_fD,
+            train_own=None if own_fD is None else lambda: own_fD,
             previous=previous_D,
             rule=rule,
         )
@@ -139,19 +159,10 @@ class Attack:
         """What each colluder sends [f, D] for what they see, in fp32.
 
         Raises:
-            ValueError: What they see has not the entries it should, or the rule is unknown.
+            ValueError: The rule is unknown to an attack that must know it.
         """
         if self.needs_rule and view.rule is None:
             raise ValueError(f"{self.name}: it must know how the coordinator merges; give a rule")
-        shapes = {
-            "own_fD": (view.own, (view.colluders, view.entries)),
-            "previous_D": (view.previous, (view.entries,)),
-        }
-        for what, (tensor, wanted) in shapes.items():
-            if tensor is not None and tuple(tensor.shape) != wanted:
-                raise ValueError(
-                    f"{self.name}: {what} has shape {tuple(tensor.shape)}; give {wanted}"
-                )
         if not view.colluders:
             return torch.empty(0, view.entries)
         sent = self.craft(view, config)

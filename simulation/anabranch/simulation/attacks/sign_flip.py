@@ -31,7 +31,7 @@ def sign_flip(view: View, config: SignFlipConfig) -> Tensor:
     if config.of == "own":
         if view.own is None:
             raise ValueError('sign_flip: of = "own" needs what the colluders trained; give own_fD')
-        return -config.scale * view.own.double()
+        return -config.scale * view.own
     return -config.scale * view.mean
 
 

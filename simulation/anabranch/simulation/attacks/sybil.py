@@ -29,7 +29,7 @@ def sybil(view: View, config: SybilConfig) -> Tensor:
     mean.
     """
     if view.own is not None:
-        wanted_D = view.own[0].double()
+        wanted_D = view.own[0]
     else:
         drawn_D = view.noise()
         length = torch.linalg.vector_norm(view.honest, dim=1).mean()
