@@ -51,10 +51,10 @@ are left out.
 BLOCK_B = """
 ## B. A small model
 
-A federation of {clients} clients on the synthetic task, {rounds} rounds, LoRA, f of them attackers;
-block A's attacks on what clients send, and label flip, free-riders and Sybils besides. A cell is the
-final round's loss of accuracy, in points, against the same federation with everybody honest and a
-plain mean (CAD). {seeds} seeds. *Worst* is the largest mean over the attacks, with its name.
+A federation of {clients} clients on the synthetic task, {rounds} rounds, LoRA, f of them attackers:
+block A's attacks on what clients send, and label flip, free-riders and Sybils besides. A cell is
+how much accuracy the final round lacks, in points, beside the same federation with everybody honest
+and a plain mean (CAD). {seeds} seeds. *Worst* is the largest mean over the attacks, with its name.
 
 {tables}
 """
@@ -62,8 +62,8 @@ plain mean (CAD). {seeds} seeds. *Worst* is the largest mean over the attacks, w
 BLOCK_C = """
 ## C. Backdoors on a pretrained model
 
-{clients} clients share a sentiment task of real texts and train LoRA on all-MiniLM-L6-v2. A cell is by
-how many points the trigger's success lies above the clean floor: what a federation of the honest
+{clients} clients share a sentiment task of real texts and train LoRA on all-MiniLM-L6-v2. A cell is
+by how many points the trigger's success lies above the clean floor: what a federation of the honest
 clients alone, merged by their mean, does with the same trigger. {seeds} seeds.
 
 {table}

@@ -31,7 +31,7 @@ gets as τ. At its own default of 100 it would clip nothing here."""
 
 
 LIMIT_S = 5.0
-"""Processor seconds after which a rule counts as one that does not end: CAF has inputs like that."""
+"""Processor seconds after which a rule counts as one that does not end; CAF has such inputs."""
 
 
 @contextmanager

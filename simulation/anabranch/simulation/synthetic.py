@@ -45,7 +45,7 @@ class SyntheticConfig(BaseModel):
     examples: int = Field(256, ge=1)
     """Training examples per client; half as many for validation and for test."""
     dirichlet: float | None = Field(None, gt=0)
-    """Labels of each client's training examples in proportions drawn from Dirichlet of this: the
+    """Odds of the labels in each client's training examples, drawn from Dirichlet of this: the
     smaller, the fewer labels a client sees; None: as they come. Held-out data keep all labels."""
     data_seed: int = 0
     """Seed of base, teachers and examples."""
@@ -213,7 +213,7 @@ class SyntheticTask:
         return inputs_NF, labels_N
 
     def _skewed(self, labels_N: Tensor, count: int, partition: int) -> Tensor:
-        """Which examples a client keeps, in proportions of labels of its own [count]."""
+        """Which examples a client keeps [count], by odds of its own for each label."""
         generator = self._generator("labels", str(partition))
         rng = np.random.default_rng(generator.initial_seed())
         shares_K = rng.dirichlet(np.full(self.config.classes, self.config.dirichlet))
