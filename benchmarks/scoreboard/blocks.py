@@ -117,17 +117,13 @@ def run_vectors(options: Options) -> Result:
     return _result("A", options, setting, vectors.MEASURED, rules=rows, cells=entries)
 
 
-def run_costs(options: Options, setting: vectors.Setting) -> dict[str, dict[str, float]]:
-    """Seconds and peak memory by rule: one at a time, each in a process of its own."""
+def run_costs(options: Options, setting: vectors.Setting) -> dict[str, Found]:
+    """Seconds and peak memory by rule: one at a time, while nothing else of ours runs."""
     f = setting.attackers[len(setting.attackers) // 2]
     kept = Kept(options.runs, "cost", {"entries": cost.ENTRIES, "of": cost.CONTRIBUTIONS})
     cells = [Cell(name, cost.COST, f, f, 0) for name in vectors.rules()]
-    found: dict[str, dict[str, float]] = {}
-    for cell in cells:
-        # A pool of one process that ends with it.
-        result = run(cost.measure, [cell], kept, workers=2)[cell]
-        found[cell.rule] = {} if "na" in result else result
-    return found
+    found = replace(options, workers=1).measured(cost.measure, cells, kept)
+    return {cell.rule: {} if "na" in one else one for cell, one in found.items()}
 
 
 def run_models(options: Options) -> Result:

@@ -30,8 +30,9 @@ SPREAD = 1.0
 gets as τ. At its own default of 100 it would clip nothing here."""
 
 
-LIMIT_S = 5.0
-"""Processor seconds after which a rule counts as one that does not end; CAF has such inputs."""
+LIMIT_S, LIMIT_ENTRIES = 5.0, 200_000
+"""Processor seconds after which a rule counts as one that does not end, as CAF has inputs for; in
+proportion for more entries than that."""
 
 
 @contextmanager
@@ -128,7 +129,8 @@ def byzfl_rules() -> tuple[Rule, ...]:
 
     def rule(name: str, make: Callable[[int], Callable[[Tensor], Any]], note: str = "") -> Rule:
         def merge(deltas_CD: Tensor, f: int) -> Tensor:
-            with torch.random.fork_rng(devices=[]), at_most(LIMIT_S, f"ByzFL's {name}"):
+            limit_s = LIMIT_S * max(1.0, deltas_CD.numel() / LIMIT_ENTRIES)
+            with torch.random.fork_rng(devices=[]), at_most(limit_s, f"ByzFL's {name}"):
                 # CAF draws where it begins to look.
                 torch.manual_seed(0)
                 made = make(f)(deltas_CD.clone())
