@@ -238,7 +238,7 @@ def admit(name: str, codec: CodecConfig, entries: float) -> Row:
     handed = Start(plan, start, {}, None)
     with tempfile.TemporaryDirectory() as folder:
         enrol(Path(folder), [KEY.public])
-        trust = Trust(Path(folder), KEY, 300.0, planned_s=meta.issued_s)
+        trust = Trust(Path(folder), KEY, 300.0, rounds={1: (meta.issued_s, None)})
         took = seconds(lambda: examine(reply, handed, "client", 1e9, trust))
     return Row(
         "verify, decode, admit", 1e3 * took, None, "", f"{len(blob) / 1e6:.1f} MB, {name}", "ms",

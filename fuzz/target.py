@@ -30,6 +30,7 @@ from anabranch.wire.keys import by_id, seeded_key
 from anabranch.wire.sealing import new_seal_key, seal
 from anabranch.wire.signing import KeyRing, check_message
 from anabranch.wire.v1 import update_pb2 as pb
+from fuzz import secure
 
 KNOWN = seeded_start(
     Adapter({"m": LoraFactors(torch.zeros(2, 30), torch.zeros(20, 2), 4.0)}, {"h": torch.ones(3)}),
@@ -136,6 +137,16 @@ def _draws(data: bytes) -> Decoded:
     return decode_update(message_of(_packed(raw, data[2:])), SPARSE)[1], SPARSE
 
 
+def _of_a_member(data: bytes) -> Decoded:
+    secure.said_by_a_member(data)
+    return {}, {}
+
+
+def _to_a_member(data: bytes) -> Decoded:
+    secure.said_to_a_member(data)
+    return {}, {}
+
+
 DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _as_it_came,
     _forged,
@@ -145,6 +156,8 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _sealed,
     _runs,
     _draws,
+    _of_a_member,
+    _to_a_member,
 )
 
 
@@ -188,6 +201,9 @@ def seeds() -> list[bytes]:
     (frame,) = pb.Manifest.FromString(_SPARSE).frames
     count, runs = frame.nonzeros[0], frame.raw_bytes - -(-frame.nonzeros[0] // 8)
     found.append(bytes([7, count, runs]) + _SPARSE_PAYLOAD)
+    of_members, to_members = secure.seeds()
+    found += [b"\x08" + seed for seed in of_members]
+    found += [b"\x09" + seed for seed in to_members]
     return found
 
 

@@ -222,6 +222,22 @@ def test_a_rollback_is_a_round_from_which_the_next_one_starts(
     assert after[4]["in_service"]
 
 
+def test_a_client_is_withdrawn(run: Any, folder: Path) -> None:
+    shutil.copytree(folder / START_FOLDER, folder / "adapter")
+    code, out, _ = run("adapters", "withdraw", folder, "client-0001")
+    assert code == 0
+    # It lied in round 2, which starts elsewhere now all the same.
+    assert "round 4: 3 merges done again, from round 1 on, without client-0001" in out
+    assert run("verify", "all", "--store", folder)[0] == 0
+    rows = json.loads(run("adapters", "list", folder, "--json")[1])
+    assert [row["kind"] for row in rows] == ["merge", "merge", "merge", "withdrawal"]
+    assert read_adapter(folder / "adapter").hash() == rows[3]["adapter_hash"]
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "Not undone is what others trained on top" in card
+    code, _, err = run("adapters", "withdraw", folder, "client-0007")
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_what_retention_let_go_of_cannot_be_put_back(run: Any, folder: Path) -> None:
     rows = json.loads(run("adapters", "list", folder, "--json")[1])
     next(folder.rglob(rows[0]["artifact"])).unlink()

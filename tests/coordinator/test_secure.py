@@ -317,6 +317,24 @@ def test_a_run_that_was_interrupted_loses_its_round(tmp_path: Path) -> None:
     assert "takes part once in a round" in store.refusals()[0].reason
 
 
+def test_sums_that_were_opened_before_an_interruption_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MergeStrategy, "_merge", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a", config(rounds=1))
+    again, store = run(tmp_path / "a", config(rounds=1))
+    (row,) = store.notes("round")
+    assert (row["status"], row["admitted"]) == ("published", CLIENTS)
+    assert store.refusals() == []
+    whole, _ = run(tmp_path / "b", config(rounds=1))
+    assert again.adapter.hash() == whole.adapter.hash()
+
+
 def test_a_scenario_can_ask_for_it(tmp_path: Path) -> None:
     scenario = Scenario.model_validate(
         {

@@ -48,7 +48,7 @@ def checks(verdict: Verdict, *but: str) -> list[tuple[str, str, str]]:
     [
         {"signed": True, "sealed": True},
         {"recipe": {"method": "ties"}, "codec": {"density": 0.2, "feedback": 1.0}},
-        {"recipe": {"method": "dare_ties", "params": {"seed": 2**60}}, "rounds": 2},
+        {"recipe": {"method": "dare_ties", "params": {"seed": 2**60}}},
         {"recipe": {"method": "fisher"}, "down": "bf16"},
         {"trains": "alternate"},
         {"ranks": {"client-0000": 1, "client-0002": 2}, "recipe": {"method": "tsv_m"}},
@@ -68,7 +68,7 @@ def checks(verdict: Verdict, *but: str) -> list[tuple[str, str, str]]:
 def test_what_a_federation_did_is_done_again_bit_by_bit(
     run_federation: Run, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    folder = run_federation(tmp_path / "f", **changes)
+    folder = run_federation(tmp_path / "f", **{"rounds": 2, **changes})
     for verdict in verify(folder):
         assert checks(verdict) == []
         assert verdict.outcome == "true"

@@ -12,11 +12,12 @@ from anabranch.cli.verify import Federation, Json, opened
 
 if TYPE_CHECKING:
     from anabranch.coordinator.federation import FederationConfig
+    from anabranch.coordinator.store import Store
     from anabranch.vectors import Adapter
     from anabranch.wire.keys import PrivateKey
 
 adapters_app = typer.Typer(
-    name="adapters", help="List, tag, export and roll back what was published.",
+    name="adapters", help="List, tag, export, roll back and withdraw what was published.",
     no_args_is_help=True,
 )  # fmt: skip
 
@@ -27,7 +28,7 @@ Which = Annotated[
 
 @adapters_app.callback()
 def _root() -> None:
-    """List, tag, export and roll back what was published."""
+    """List, tag, export, roll back and withdraw what was published."""
 
 
 @adapters_app.command("list")
@@ -123,8 +124,7 @@ def rollback_command(
 
     It takes the number of the next round. A coordinator that is collecting that round lets it go.
     """
-    from anabranch.coordinator.app import ADAPTER_FOLDER, publish
-    from anabranch.coordinator.lineage import chosen, dress, published, read_published, roll_back
+    from anabranch.coordinator.lineage import chosen, published, roll_back
 
     if len(reason) > 1000:
         raise ValueError(f"--reason: {len(reason)} characters, at most 1000 go into a receipt")
@@ -133,19 +133,59 @@ def rollback_command(
         key = _key(federation, config, needed=True)
         row = chosen(published(store), which)
         done = roll_back(store, config, template, row, reason, key)
-        latest = published(store)[-1]
-        adapter = read_published(store, config, template, done)
-    if (federation / ADAPTER_FOLDER).exists():
-        publish(
-            adapter,
-            federation / ADAPTER_FOLDER,
-            lambda folder, _: dress(folder, adapter, config, latest, key),
-        )
+        _serve(federation, config, store, template, key)
     stdout.print(
         f"round {done.round} puts the adapter of round {row.publication.round} in service again, "
         f"{done.adapter_hash}",
         soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+@adapters_app.command("withdraw")
+def withdraw_command(
+    federation: Federation,
+    clients: Annotated[list[str], typer.Argument(metavar="CLIENT...", help="Names of clients.")],
+) -> None:
+    """Do every merge again without some clients' updates, and put the last one in service.
+
+    Like a rollback it takes the number of the next round. What others trained on top of adapters
+    that held those updates is not undone, and the receipts say so. To keep a client out from now
+    on, revoke its keys.
+    """
+    from anabranch.coordinator.withdrawing import withdraw
+
+    template = _template(federation)
+    with opened(federation) as (config, store):
+        key = _key(federation, config, needed=True)
+        done, rounds = withdraw(store, config, template, clients, key)
+        _serve(federation, config, store, template, key)
+    stdout.print(
+        f"round {done.round}: {len(rounds)} merges done again, from round {rounds[0]} on, without "
+        f"{', '.join(clients)}; in service is {done.adapter_hash}",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
+def _serve(
+    federation: Path,
+    config: FederationConfig,
+    store: Store,
+    template: Adapter,
+    key: PrivateKey | None,
+) -> None:
+    """Write what is in service into the folder that a finished run left it in."""
+    from anabranch.coordinator.app import ADAPTER_FOLDER, publish
+    from anabranch.coordinator.lineage import dress, published, read_published
+
+    if not (federation / ADAPTER_FOLDER).exists():
+        return
+    latest = published(store)[-1]
+    adapter = read_published(store, config, template, latest.publication)
+    publish(
+        adapter,
+        federation / ADAPTER_FOLDER,
+        lambda folder, _: dress(folder, adapter, config, latest, key),
+    )
 
 
 def _template(federation: Path) -> Adapter:

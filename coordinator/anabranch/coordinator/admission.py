@@ -125,7 +125,7 @@ def examine(
     if not isinstance(record, ArrayRecord) or list(record) != [UPDATE_KEY]:
         raise RefusedError("no-update", "the reply holds no update record")
     array = record[UPDATE_KEY]
-    seal = trust.seal if trust else None
+    seal = trust.seal(plan.round) if trust else None
     asked = SEALED_STYPE if seal else UPDATE_STYPE
     if array.stype != asked:
         raise RefusedError(

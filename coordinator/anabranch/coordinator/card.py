@@ -81,6 +81,12 @@ def _lead(read: Receipt | None) -> str:
             f"A LoRA adapter that round {read.restored.round} of the federation made, put in "
             "service again by a rollback."
         )
+    if read.kind == "withdrawal":
+        return (
+            f"A LoRA adapter merged from the updates of {len(read.inputs)} clients, all merges up "
+            f"to round {read.redone} done again without {len(read.without)} who withdrew. "
+            f"{read.reason}"
+        )
     left = f"; {len(read.exclusions)} others were left out" if read.exclusions else ""
     return (
         f"A LoRA adapter merged from the updates of {len(read.inputs)} clients{left}. Their data "
@@ -107,11 +113,20 @@ def _facts(row: Publication, adapter: Adapter, read: Receipt | None) -> list[tup
             ("published", when),
             ("made by", read.software),
         ]
-        privacy = read.settings.get("privacy")
-        if isinstance(privacy, dict):
-            budget = f"ε {privacy.get('epsilon')}, δ {privacy.get('delta')} for the whole run"
-            facts.append(("differential privacy", budget))
+        if read.release:
+            facts.append(("differential privacy", _privacy(read)))
     return facts
+
+
+def _privacy(read: Receipt) -> str:
+    """What is promised of the adapters up to this one; a seed's noise can be taken off again."""
+    budget = read.settings.get("privacy")
+    if read.release.get("seeded") or not isinstance(budget, dict):
+        return "none: the noise came from a seed"
+    return (
+        f"within ε {budget.get('epsilon')} at δ {budget.get('delta')} over this run's adapters up "
+        "to this one, for one client's updates against zeros in their place"
+    )
 
 
 def _scores(read: Receipt | None) -> str:

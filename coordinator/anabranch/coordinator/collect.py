@@ -1,10 +1,10 @@
-"""Collect replies by push and pull, until all have come or the deadline is over."""
+"""Collect replies by push and pull, until all have come or nothing more is waited for."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -17,30 +17,131 @@ log = logging.getLogger("anabranch.coordinator")
 
 
 @dataclass(frozen=True)
+class Closed:
+    """Why nothing more is waited for: a code, and the same in words."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Reply:
     """What came back for one order.
 
     Attributes:
         node: The node the order went to; the reply's own metadata is the sender's word.
         message: The reply; None when there is none that can be read.
-        code: Why there is none: ``client-error``, ``unreadable``, ``undeliverable`` or
-            ``deadline``; empty when there is one.
+        code: Why there is none: ``client-error``, ``unreadable``, ``undeliverable``, ``deadline``
+            or ``closed``; empty when there is one.
         reason: The same in words, one bounded line.
+        group: The order's group: the number of its round.
     """
 
     node: int
     message: Message | None
     code: str = ""
     reason: str = ""
+    group: str = ""
+
+
+class Mail:
+    """Orders on their way, and the replies to them as they arrive.
+
+    Flower's own ``send_and_receive`` returns only when all are there; a round wants to admit each
+    reply at once, so that what has arrived is safe when the coordinator dies.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        poll_s: Seconds between two looks for replies.
+    """
+
+    def __init__(self, grid: Grid, poll_s: float) -> None:
+        self._grid, self._poll_s = grid, poll_s
+        self._waiting: dict[str, tuple[int, str]] = {}  # node and group by message
+
+    def owed(self) -> list[tuple[int, str]]:
+        """Node and group of every order without a reply."""
+        return list(self._waiting.values())
+
+    def send(self, orders: Sequence[Message]) -> list[Reply]:
+        """Send orders, one per node; returns a reply for each that could not be delivered."""
+        sent = [(one.metadata.dst_node_id, one.metadata.group_id) for one in orders]
+        identifiers = list(self._grid.push_messages(orders)) if orders else []
+        # Flower answers None for a node that just left, and nothing at all for a push too large.
+        identifiers += [""] * (len(sent) - len(identifiers))
+        lost = []
+        for (node, group), identifier in zip(sent, identifiers, strict=True):
+            if identifier:
+                self._waiting[identifier] = node, group
+            else:
+                reason = "the order could not be delivered"
+                lost.append(Reply(node, None, "undeliverable", reason, group))
+        return lost
+
+    def arrivals(self, closed: Callable[[], Closed | None]) -> Iterator[Reply]:
+        """Yield replies as they come, until there is no order left without one.
+
+        Args:
+            closed: Asked between two replies; what is not None ends it.
+
+        Raises:
+            ConnectionError: The SuperLink is gone, which is no client's fault.
+        """
+        while self._waiting:
+            arrived = False
+            # One at a time: a reply that cannot be unpacked raises, and must not take others along.
+            for identifier in list(self._waiting):
+                reply = self._pull(identifier)
+                if reply is not None:
+                    arrived = True
+                    yield reply
+                    if closed() is not None:
+                        return
+            if closed() is not None:
+                return
+            if self._waiting and not arrived:
+                time.sleep(self._poll_s)
+
+    def give_up(
+        self, closed: Closed, which: Callable[[str], bool] = lambda group: True
+    ) -> list[Reply]:
+        """Wait no longer for replies to orders of some groups; returns one for each, with why."""
+        given = {name: owed for name, owed in self._waiting.items() if which(owed[1])}
+        for name in given:
+            del self._waiting[name]
+        return [
+            Reply(node, None, closed.code, closed.reason, group) for node, group in given.values()
+        ]
+
+    def _pull(self, identifier: str) -> Reply | None:
+        node, group = self._waiting[identifier]
+        try:
+            pulled = list(self._grid.pull_messages([identifier]))
+        # Flower has tried again for a while by then.
+        except httpx.HTTPError as error:
+            raise ConnectionError(
+                f"the SuperLink does not answer any more ({one_line(str(error))}); start it "
+                "and run again: what was admitted is kept"
+            ) from error
+        # Whatever a client's bytes make Flower's unpacking raise is that client's refusal.
+        except Exception as error:
+            reason = one_line(f"the reply cannot be read: {type(error).__name__}: {error}")
+            del self._waiting[identifier]
+            return Reply(node, None, "unreadable", reason, group)
+        if not pulled:
+            return None
+        del self._waiting[identifier]
+        message = pulled[0]
+        if message.has_error():
+            reason = one_line(message.error.reason or f"error {message.error.code}")
+            return Reply(node, None, "client-error", reason, group)
+        return Reply(node, message, group=group)
 
 
 def replies(
     grid: Grid, orders: Sequence[Message], *, deadline_s: float, poll_s: float
 ) -> Iterator[Reply]:
     """Send orders and yield one reply for each, as they arrive; the missing ones at the end.
-
-    Flower's own ``send_and_receive`` returns only when all are there; a round wants to admit each
-    reply at once, so that what has arrived is safe when the coordinator dies.
 
     Args:
         grid: Flower's connection to the nodes.
@@ -52,47 +153,8 @@ def replies(
         ConnectionError: The SuperLink is gone, which is no client's fault.
     """
     end = time.monotonic() + deadline_s
-    nodes = [order.metadata.dst_node_id for order in orders]
-    identifiers = list(grid.push_messages(orders)) if orders else []
-    # Flower answers None for a node that just left, and nothing at all for a push too large.
-    identifiers += [""] * (len(nodes) - len(identifiers))
-    waiting: dict[str, int] = {}
-    for node, identifier in zip(nodes, identifiers, strict=True):
-        if identifier:
-            waiting[identifier] = node
-        else:
-            yield Reply(node, None, "undeliverable", "the order could not be delivered")
-    while waiting:
-        arrived = False
-        # One at a time: a reply that cannot be unpacked raises, and must not take others with it.
-        for identifier in list(waiting):
-            try:
-                pulled = list(grid.pull_messages([identifier]))
-            # Flower has tried again for a while by then.
-            except httpx.HTTPError as error:
-                raise ConnectionError(
-                    f"the SuperLink does not answer any more ({one_line(str(error))}); start it "
-                    "and run again: what was admitted is kept"
-                ) from error
-            # Whatever a client's bytes make Flower's unpacking raise is that client's refusal.
-            except Exception as error:
-                reason = one_line(f"the reply cannot be read: {type(error).__name__}: {error}")
-                yield Reply(waiting.pop(identifier), None, "unreadable", reason)
-                arrived = True
-                continue
-            if pulled:
-                yield _reply(waiting.pop(identifier), pulled[0])
-                arrived = True
-        if time.monotonic() >= end:
-            break
-        if waiting and not arrived:
-            time.sleep(poll_s)
-    for node in waiting.values():
-        yield Reply(node, None, "deadline", f"no reply within {deadline_s:g} s")
-
-
-def _reply(node: int, message: Message) -> Reply:
-    if message.has_error():
-        reason = one_line(message.error.reason or f"error {message.error.code}")
-        return Reply(node, None, "client-error", reason)
-    return Reply(node, message)
+    late = Closed("deadline", f"no reply within {deadline_s:g} s")
+    mail = Mail(grid, poll_s)
+    yield from mail.send(orders)
+    yield from mail.arrivals(lambda: late if time.monotonic() >= end else None)
+    yield from mail.give_up(late)

@@ -24,6 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
 from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_counted, why_not_private
+from anabranch.coordinator.rounds.policy import RoundPolicy
 from anabranch.coordinator.secure.config import SecureConfig, why_not_secure
 from anabranch.coordinator.store.config import StoreConfig
 from anabranch.wire.config import CodecConfig, DenseDtype
@@ -153,6 +154,30 @@ DownCodec = Annotated[CodecConfig | None, AfterValidator(_can_be_a_change)]
 """The model it stands in has fields ``down``, ``ranks`` and ``rest`` before it."""
 
 
+def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
+    """What updates of earlier rounds cannot be merged beside."""
+    trains, rest, ranks = (info.data.get(name) for name in ("trains", "rest", "ranks"))
+    problem = ""
+    if policy.stragglers == "drop":
+        return policy
+    if trains != "both":
+        problem = f'trains = "{trains}" merges factors, which compare from one start only'
+    elif rest != "drop" or ranks:
+        problem = "ranks and rest need one start of all; leave them out"
+    elif info.data.get("privacy") is not None:
+        problem = "no account holds for a client that counts in another round than it was asked in"
+    elif info.data.get("secure") is not None:
+        problem = "secure aggregation sums the updates of one round"
+    if problem:
+        raise keyed_error(("stragglers",), f'{problem}; or set stragglers = "drop"')
+    return policy
+
+
+Collect = Annotated[RoundPolicy, AfterValidator(_can_carry)]
+"""The model it stands in has fields ``trains``, ``ranks``, ``rest``, ``privacy`` and ``secure``
+before it."""
+
+
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
     """An error at a key inside a field, for a field's validator to raise."""
     problem = PydanticCustomError("key", "{reason}", {"reason": reason})
@@ -234,6 +259,8 @@ class FederationConfig(BaseModel):
     secure: Secure = None
     """Secure aggregation: the coordinator gets sums over groups of clients, and no single update.
     None: it sees each. Needs ``signed``."""
+    collect: Collect = RoundPolicy()
+    """When a round closes, and what becomes of updates that come after."""
 
     def asked(self, known: int) -> int:
         """How many clients a round should ask where so many are known."""

@@ -48,13 +48,17 @@ class InService:
         return Start(plan, *split(self.adapter, self.seeded), self.blob, key, self.change)
 
 
+def in_service(blob: bytes, seeded: Adapter, config: FederationConfig) -> InService:
+    """The adapter that was sent as ``blob``."""
+    return InService(decode_adapter(blob, seeded, config.trains), seeded, blob)
+
+
 def read_in_service(store: Store, seeded: Adapter, config: FederationConfig) -> InService:
     """The adapter that a store holds as the latest, or the seeded draw where it holds none."""
     latest = store.latest()
     if latest is None:
         return InService(seeded, seeded)
-    blob = store.get(latest.digest)
-    return InService(decode_adapter(blob, seeded, config.trains), seeded, blob)
+    return in_service(store.get(latest.digest), seeded, config)
 
 
 def successor(

@@ -153,13 +153,20 @@ def roll_back(
         key: Who signs; None where the federation is not signed.
 
     Raises:
-        ValueError: It is in service already, or not kept any more.
+        ValueError: It is in service already, not kept any more, or from before a withdrawal.
         TakenError: A round ended meanwhile.
     """
     old, latest = to.publication, store.latest()
     assert latest is not None  # ``to`` is one of several
     if latest.adapter_hash == old.adapter_hash:
         raise ValueError(f"the adapter of round {old.round} is in service already")
+    reads = (decode_receipt(data, None) for data in store.receipts())
+    gone = [read for read in reads if read.kind == "withdrawal" and read.round > old.round]
+    if gone:
+        raise ValueError(
+            f"the adapter of round {old.round} was made before {', '.join(gone[-1].without)} "
+            f"withdrew; go back to round {gone[-1].round} or a later one"
+        )
     read_published(store, config, template, old)
     assert template.base_hash is not None
     over: list[int] = [row["round"] for row in store.notes("round")]

@@ -21,6 +21,7 @@ def merge_cohort(
     starts: Sequence[Start],
     ends: Sequence[Adapter],
     names: Sequence[str],
+    weights: Sequence[float] | None = None,
 ) -> tuple[Adapter, MergeReport]:
     """Merge what the clients trained into the next adapter in service.
 
@@ -30,6 +31,7 @@ def merge_cohort(
         starts: What each client started from.
         ends: What each trained from there.
         names: The clients.
+        weights: How much each counts, where that differs; some start elsewhere than ``whole`` then.
 
     Returns:
         The adapter, frozen ranks after the trained ones, and the report.
@@ -41,9 +43,9 @@ def merge_cohort(
     if trained != "both":
         result = merge_one_factor(ends, recipe, trained, start=start, names=names)
         return result.adapter, result.report
-    theirs = [one.adapter for one in starts] if config.ranks else None
+    theirs = [one.adapter for one in starts] if config.ranks or weights else None
     if config.rest == "drop":
-        result = merge(ends, recipe, start=start, starts=theirs, names=names)
+        result = merge(ends, recipe, start=start, starts=theirs, weights=weights, names=names)
         return result.adapter, result.report
     kept = merge_keeping(
         ends,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType
 
 from anabranch.aggregation import MergeMethod
-from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.collect import Reply
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.start import Start, at_rank
+
+
+@dataclass
+class _Asked:
+    """Starts by rank, starts of a client's own where not even rank decides, and clients by node."""
+
+    starts: dict[int | None, Start]
+    own: Mapping[str, Start] = field(default_factory=dict)
+    clients: Mapping[int, str] = field(default_factory=dict)
 
 
 class Orders:
@@ -21,76 +30,91 @@ class Orders:
         method: How its cohorts are merged.
 
     Attributes:
-        asked: Nodes of the orders last made, and their clients.
-        bytes_down: Bytes of adapters in them.
+        bytes_down: Bytes of adapters in the orders last made.
     """
 
     def __init__(self, config: FederationConfig, method: MergeMethod) -> None:
         self._config, self._method = config, method
-        self._starts: dict[int | None, Start] = {}  # by rank
-        self._own: Mapping[str, Start] = {}  # by client, where not even rank decides
+        self._rounds: dict[int, _Asked] = {}
+        self._now = 0
+        self._scoring: Mapping[int, str] = {}
         self._held: dict[int, str] = {}  # hash of the adapter, by node
-        self.asked: Mapping[int, str] = {}
         self.bytes_down = 0
 
     @property
     def whole(self) -> Start:
-        """The start of the clients that train all ranks."""
-        return self._starts[None]
+        """The start of the clients that train all ranks in the round under way."""
+        return self._rounds[self._now].starts[None]
 
-    def begin(self, whole: Start) -> None:
-        """Begin a round with what it hands the clients of full rank."""
-        self._starts, self._own = {None: whole}, {}
+    def begin(self, whole: Start, late: Collection[int] = ()) -> None:
+        """Begin a round with what it hands the clients of full rank.
+
+        Args:
+            whole: That.
+            late: Earlier rounds that replies may still come for.
+        """
+        self._now = whole.plan.round
+        self._rounds = {number: self._rounds[number] for number in late if number in self._rounds}
+        self._rounds[self._now] = _Asked({None: whole})
 
     def part(self, own: Mapping[str, Start]) -> None:
         """Give clients starts of their own for this round: those of their group."""
-        self._own = own
+        self._rounds[self._now].own = own
 
-    def start(self, client: str) -> Start:
-        """What a client is handed."""
-        if client in self._own:
-            return self._own[client]
-        rank = self._config.ranks.get(client)
-        if rank not in self._starts:
+    def recall(self, whole: Start) -> None:
+        """Take up an earlier round again, with what it handed the clients of full rank."""
+        self._rounds[whole.plan.round] = _Asked({None: whole})
+
+    def knows(self, number: int) -> bool:
+        """Whether a round's starts are at hand."""
+        return number in self._rounds
+
+    def client(self, node: int, number: int) -> str | None:
+        """Whom a node was asked as in a round; None if it was not."""
+        return self._rounds[number].clients.get(node) if number in self._rounds else None
+
+    def scorer(self, node: int) -> str | None:
+        """Whom a node was asked as to score the adapter in service; None if it was not."""
+        return self._scoring.get(node)
+
+    def start(self, client: str, number: int) -> Start:
+        """What a client is handed in a round."""
+        asked, rank = self._rounds[number], self._config.ranks.get(client)
+        if client in asked.own:
+            return asked.own[client]
+        starts = asked.starts
+        if rank not in starts:
             assert rank is not None
-            self._starts[rank] = at_rank(self.whole, rank, self._method, self._config.down)
-        return self._starts[rank]
+            starts[rank] = at_rank(starts[None], rank, self._method, self._config.down)
+        return starts[rank]
 
     def train(self, asked: Mapping[int, str]) -> list[Message]:
         """Orders for the clients of these nodes to train in the round begun."""
-        return self._messages(asked, self.start, MessageType.TRAIN)
+        self._rounds[self._now].clients = asked
+        return self._messages(asked, lambda name: self.start(name, self._now), MessageType.TRAIN)
 
     def evaluate(self, asked: Mapping[int, str], whole: Start) -> list[Message]:
         """Orders for the clients of these nodes to score an adapter."""
+        self._scoring = asked
         return self._messages(asked, lambda _: whole, MessageType.EVALUATE)
 
-    def learn(self, reply: Reply, served: str) -> None:
+    def learn(self, reply: Reply, start_hash: str) -> None:
         """A node that answered holds the adapter its order was about; one that failed may not.
 
         Args:
             reply: The answer.
-            served: Hash of the adapter in service.
+            start_hash: That adapter's.
         """
         self._held.pop(reply.node, None)
         if self._config.down_codec is not None and reply.message is not None:
-            self._held[reply.node] = served
-
-    def client(self, node: int) -> str:
-        """Who a reply of this node is from.
-
-        Raises:
-            RefusedError: It was not asked.
-        """
-        if node not in self.asked:
-            raise RefusedError("unasked", f"node {node} was not asked in this round")
-        return self.asked[node]
+            self._held[reply.node] = start_hash
 
     def _messages(
         self, asked: Mapping[int, str], start_of: Callable[[str], Start], kind: str
     ) -> list[Message]:
         # Waiting for a reply ends with the deadline; its message may live a little longer.
         ttl = self._config.deadline_s + 60
-        self.asked, self.bytes_down, orders = asked, 0, []
+        self.bytes_down, orders = 0, []
         for node, client in asked.items():
             start = start_of(client)
             sent = start.sent(self._held.get(node))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from anabranch.aggregation import MergeReport
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService
 from anabranch.coordinator.privacy.ledger import RELEASE_KEY
@@ -101,6 +102,65 @@ def rollback_receipt(
     receipt = _base(store, config, plan, "rollback")
     changes = {"restored": restored, "output": output, "reason": reason}
     return encode_receipt(receipt.model_copy(update=changes), key)
+
+
+def withdrawal_receipt(
+    store: Store,
+    config: FederationConfig,
+    plan: RoundPlan,
+    of: Receipt,
+    start_hash: str,
+    inputs: tuple[Input, ...],
+    report: MergeReport | None,
+    service: InService,
+    digest: str,
+    without: Sequence[str],
+    reason: str,
+    previous: bytes | None,
+    key: PrivateKey | None,
+) -> bytes:
+    """The receipt of a merge that was done again without some clients.
+
+    Args:
+        store: Holds the receipt before, unless ``previous`` is given.
+        config: The federation.
+        plan: Of the round under whose number it is published.
+        of: The receipt of the merge that was done again.
+        start_hash: What that merge starts from now.
+        inputs: What is left of its cohort.
+        report: On the merge; None where too few were left, and the start stays.
+        service: What is in service after it.
+        digest: The artifact of that.
+        without: Who is left out.
+        reason: What is not undone.
+        previous: The receipt before it; None takes the store's last.
+        key: Who signs; None leaves it unsigned.
+    """
+    assert service.blob is not None
+    weights = None if report is None else report.coefficients
+    counted: Sequence[float | None] = weights or [None] * len(inputs)
+    base = _base(store, config, plan, "withdrawal")
+    if previous is not None:
+        base = base.model_copy(update={"previous": receipt_hash(previous)})
+    changes = {
+        "start_hash": start_hash,
+        "inputs": tuple(
+            one.model_copy(update={"weight": _number(weight)})
+            for one, weight in zip(inputs, counted, strict=True)
+        ),
+        "exclusions": of.exclusions,
+        "without": tuple(without),
+        "redone": of.round,
+        "recipe": of.recipe,
+        "settings": of.settings,
+        "codec": of.codec,
+        "scores": {}
+        if report is None
+        else {"truncation-error": _number(report.overall_truncation)},
+        "output": Output(adapter_hash=service.hash, artifact=digest, size_bytes=len(service.blob)),
+        "reason": reason,
+    }
+    return encode_receipt(base.model_copy(update=changes), key)
 
 
 def configuration(receipt: Receipt, here: FederationConfig) -> FederationConfig:

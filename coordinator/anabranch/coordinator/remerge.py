@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
 
-from anabranch.aggregation import MergeMethod
+from anabranch.aggregation import MergeMethod, MergeReport
 from anabranch.aggregation.registry import named
 from anabranch.coordinator.cohort import Cohort
 from anabranch.coordinator.federation import FederationConfig
@@ -19,9 +19,28 @@ from anabranch.coordinator.privacy.noise import noise_source
 from anabranch.coordinator.start import Start, at_rank
 from anabranch.coordinator.store import Contribution, Store
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import decode_adapter
+from anabranch.wire import decode_adapter, read_manifest
+from anabranch.wire.keys import PrivateKey
 from anabranch.wire.plan import RoundPlan
 from anabranch.wire.receipt import Input, Receipt
+
+Before = Callable[[int], InService]
+"""What was in service when a round began."""
+
+
+@dataclass(frozen=True)
+class Redone:
+    """A merge that was done again without some clients.
+
+    Attributes:
+        inputs: What was merged.
+        service: What is in service after it.
+        report: On the merge.
+    """
+
+    inputs: tuple[Input, ...]
+    service: InService
+    report: MergeReport
 
 
 class Remerge:
@@ -87,6 +106,62 @@ class Remerge:
         output = self.receipt.output
         return output is not None and found.hash == output.adapter_hash
 
+    def without(
+        self, gone: Collection[str], before: InService, began: Before, key: PrivateKey | None
+    ) -> Redone | None:
+        """The merge as it would have been without some clients, from another start.
+
+        What the others sent is added to the start they would have had, which is as near as one can
+        come to what they would have trained.
+
+        Args:
+            gone: The clients.
+            before: The start of the round.
+            began: The start of an earlier round, where an update came late.
+            key: Who signs what is put in service; None leaves it unsigned.
+
+        Returns:
+            What is in service after it; None where too few are left, and the start stays.
+
+        Raises:
+            KeyError: An artifact is missing.
+            ValueError: An artifact was altered.
+        """
+        inputs = [one for one in self.receipt.inputs if one.client not in gone]
+        if len(inputs) < self._config.quorum:
+            return None
+        starts = []
+        for one in inputs:
+            own = before if one.round == self.receipt.round else began(one.round)
+            start = self._at_rank(one, own)
+            said = read_manifest(self._store.get(one.artifact)).meta.start_hash
+            # The update names the start that its client had.
+            plan = start.plan.model_copy(update={"start_hash": said})
+            starts.append(replace(start, plan=plan))
+        ends = self._ends(inputs, starts)
+        try:
+            merged, report = self._merge(inputs, before, starts, ends)
+        # As in the round itself: what a method cannot merge leaves the start.
+        except (ValueError, RuntimeError):
+            return None
+        plan = self._plan(self.receipt.round, before)
+        service = successor(before, merged, plan, self._config, key)
+        return Redone(tuple(inputs), service, report)
+
+    def original(self) -> InService:
+        """What the round did put in service.
+
+        Raises:
+            KeyError: It is missing.
+            ValueError: It was altered.
+        """
+        assert self.receipt.output is not None
+        return self._read(self.receipt.output.artifact)
+
+    def seeded(self) -> InService:
+        """What the run began with."""
+        return InService(self._seeded, self._seeded)
+
     def _candidate(self, owed: Mapping[str, Tensor]) -> InService:
         config, inputs = self._config, self.receipt.inputs
         before = replace(self._before(self.receipt.round), owed=owed)
@@ -95,27 +170,39 @@ class Remerge:
                 f"the adapter in service before it is {before.hash}, and it says that the round "
                 f"began with {self.receipt.start_hash}"
             )
-        cohort = Cohort(self._store, None, None)
         starts = [self._start(one) for one in inputs]
-        ends = [cohort.end(_row(one), start) for one, start in zip(inputs, starts, strict=True)]
+        merged, _ = self._merge(inputs, before, starts, self._ends(inputs, starts))
+        return successor(before, merged, self._plan(self.receipt.round, before), config, None)
+
+    def _ends(self, inputs: Sequence[Input], starts: Sequence[Start]) -> list[Adapter]:
+        cohort = Cohort(self._store, None, None)
+        return [cohort.end(_row(one), start) for one, start in zip(inputs, starts, strict=True)]
+
+    def _merge(
+        self,
+        inputs: Sequence[Input],
+        before: InService,
+        starts: Sequence[Start],
+        ends: Sequence[Adapter],
+    ) -> tuple[Adapter, MergeReport]:
+        config, number = self._config, self.receipt.round
         names = [one.client for one in inputs]
-        whole = before.start(self._plan(self.receipt.round, before), None)
+        whole = before.start(self._plan(number, before), None)
         if config.privacy is None:
-            merged, _ = merge_cohort(config, whole, starts, ends, names)
-        else:
-            release = Release.model_validate(self.receipt.release)
-            noise = noise_source(config.privacy.noise_seed, self.receipt.round)
-            merged, _ = merge_privately(release, noise, whole, ends, names)
-        return successor(before, merged, whole.plan, config, None)
+            return merge_cohort(config, whole, starts, ends, names)
+        release = Release.model_validate(self.receipt.release)
+        noise = noise_source(config.privacy.noise_seed, number)
+        return merge_privately(release, noise, whole, ends, names)
+
+    def _read(self, digest: str) -> InService:
+        blob = self._store.get(digest)
+        adapter = decode_adapter(blob, self._seeded, self._config.trains)
+        return InService(adapter, self._seeded, blob)
 
     def _before(self, number: int) -> InService:
         """What was in service when a round began."""
         rows = [row for row in self._store.publications() if row.round < number]
-        if not rows:
-            return InService(self._seeded, self._seeded)
-        blob = self._store.get(rows[-1].digest)
-        adapter = decode_adapter(blob, self._seeded, self._config.trains)
-        return InService(adapter, self._seeded, blob)
+        return self._read(rows[-1].digest) if rows else self.seeded()
 
     def _plan(self, number: int, before: InService) -> RoundPlan:
         config = self._config
@@ -133,14 +220,16 @@ class Remerge:
 
     def _start(self, one: Input) -> Start:
         """What a client was handed."""
+        place = (one.round, self._config.ranks.get(one.client))
+        if place not in self._starts:
+            self._starts[place] = self._at_rank(one, self._before(one.round))
+        return self._starts[place]
+
+    def _at_rank(self, one: Input, before: InService) -> Start:
+        """What a client is handed of an adapter in service."""
         rank = self._config.ranks.get(one.client)
-        if (one.round, rank) not in self._starts:
-            before = self._before(one.round)
-            whole = before.start(self._plan(one.round, before), None)
-            if rank is not None:
-                whole = at_rank(whole, rank, self._method, self._config.down)
-            self._starts[one.round, rank] = whole
-        return self._starts[one.round, rank]
+        whole = before.start(self._plan(one.round, before), None)
+        return whole if rank is None else at_rank(whole, rank, self._method, self._config.down)
 
     @cached_property
     def _method(self) -> MergeMethod:

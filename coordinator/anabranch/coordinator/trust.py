@@ -30,8 +30,8 @@ class Trust:
         key: The coordinator's own.
         skew_s: Seconds by which a client's clock may differ from this one's.
         sealed: Whether updates are sealed.
-        planned_s: When the round was planned, in Unix seconds.
-        seal: This round's key for updates that are sealed; None where they are not.
+        rounds: By round, when it was planned in Unix seconds, and the key its updates are sealed
+            to; None where they are not.
         nonces: Those of every update that was admitted.
     """
 
@@ -39,19 +39,20 @@ class Trust:
     key: PrivateKey
     skew_s: float
     sealed: bool = False
-    planned_s: int = 0
-    seal: SealKey | None = None
+    rounds: dict[int, tuple[int, SealKey | None]] = field(default_factory=dict)
     nonces: set[str] = field(default_factory=set)
     _ring: KeyRing = field(default_factory=lambda: KeyRing({}), init=False)
     _stamp: tuple[tuple[int, int], ...] = field(default=(), init=False)
 
     def begin_round(self, plan: RoundPlan) -> RoundPlan:
         """Note the time; where updates are sealed, the plan gets a fresh key to seal them to."""
-        self.planned_s = int(time.time())
-        if not self.sealed:
-            return plan
-        self.seal = new_seal_key()
-        return plan.model_copy(update={"seal_to": self.seal.public.hex()})
+        seal = new_seal_key() if self.sealed else None
+        self.rounds[plan.round] = int(time.time()), seal
+        return plan if seal is None else plan.model_copy(update={"seal_to": seal.public.hex()})
+
+    def seal(self, number: int) -> SealKey | None:
+        """The key that updates of a round are sealed to."""
+        return self.rounds[number][1]
 
     def ring(self) -> KeyRing:
         """The clients' keys, as the lists say now."""
@@ -69,7 +70,7 @@ class Trust:
         check_message(manifest, self.ring(), client)
 
     def fresh(self, meta: UpdateMeta) -> None:
-        """Check that an update was made for this round, and not seen before.
+        """Check that an update was made for its round, which was planned here, and not seen before.
 
         Raises:
             WireError: ``nonce``, ``replay``, ``expired`` or ``future``.
@@ -78,7 +79,7 @@ class Trust:
             raise WireError("nonce", f"the nonce has {len(meta.nonce)} bytes, not {NONCE_BYTES}")
         if meta.nonce.hex() in self.nonces:
             raise WireError("replay", "an update with this nonce was admitted before")
-        early_s = self.planned_s - meta.issued_s
+        early_s = self.rounds[meta.round][0] - meta.issued_s
         if early_s > self.skew_s:
             raise WireError("expired", f"it was made {early_s} s before its round was planned")
         late_s = meta.issued_s - time.time()

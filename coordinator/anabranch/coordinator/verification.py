@@ -19,6 +19,7 @@ from anabranch.coordinator.in_service import InService
 from anabranch.coordinator.receipts import configuration, software
 from anabranch.coordinator.remerge import Remerge
 from anabranch.coordinator.store import Store
+from anabranch.coordinator.withdrawing import Lineage
 from anabranch.vectors import Adapter
 from anabranch.wire import WireError, read_manifest
 from anabranch.wire.manifest import UpdateMeta
@@ -102,6 +103,8 @@ class Verifier:
         checks += self._output(receipt)
         if receipt.kind == "merge":
             checks.append(self._merge(receipt, whole))
+        if receipt.kind == "withdrawal":
+            checks.append(self._withdrawal(receipt, whole))
         if receipt.restored is not None:
             checks.append(self._restored(receipt))
         return Verdict(receipt, receipt_hash(data), tuple(checks))
@@ -205,6 +208,31 @@ class Verifier:
         if receipt.software != software():
             text += f"; it was made by {receipt.software}, this is {software()}"
         return Check("merge", "", "failed", text)
+
+    def _withdrawal(self, receipt: Receipt, whole: bool) -> Check:
+        """All merges up to the one it is about are done again without those who are gone."""
+        assert receipt.output is not None
+        if not whole:
+            return Check("merge", "", "open", "cannot be done again without every input")
+        try:
+            lineage = Lineage(
+                self._store, self._config, self._template, receipt.without, receipt.round
+            )
+            steps = (step for step in lineage.steps() if step.receipt.round == receipt.redone)
+            found = next(steps, None)
+        except ValueError as error:
+            return Check("merge", "", "open", str(error))
+        if found is None:
+            return Check("merge", "", "failed", "nobody it names was in that round or before")
+        if (found.before.hash, found.after.hash) != (
+            receipt.start_hash, receipt.output.adapter_hash,
+        ):  # fmt: skip
+            text = f"done again, it gives another adapter, {found.after.hash}"
+            return Check("merge", "", "failed", text)
+        inputs = [one.artifact for one in found.redone.inputs] if found.redone else []
+        if inputs != [one.artifact for one in receipt.inputs]:
+            return Check("merge", "", "failed", "other updates are left in that round")
+        return Check("merge", "", "ok", "done again, it gives the same adapter, bit by bit")
 
     def _restored(self, receipt: Receipt) -> Check:
         """What a rollback brought back is what its round published."""

@@ -85,8 +85,8 @@ class Receipt(_Part):
     format: Literal[1] = FORMAT
     kind: Kind
     """``merge``: a cohort was merged and published. ``abandoned``: nothing changed, for a
-    ``reason``. ``rollback``: an earlier adapter is in service again. ``withdrawal``: the round's
-    merge was done again without the clients in ``without``."""
+    ``reason``. ``rollback``: an earlier adapter is in service again. ``withdrawal``: the merge of
+    the round ``redone`` was done again without the clients in ``without``."""
     federation: Name
     run: Name
     round: int = Field(ge=1)
@@ -106,6 +106,8 @@ class Receipt(_Part):
     exclusions: tuple[Exclusion, ...] = ()
     without: tuple[Name, ...] = ()
     """Clients that were withdrawn."""
+    redone: int | None = Field(None, ge=1)
+    """The round whose merge a withdrawal did again, without them."""
     recipe: dict[str, JsonValue] = {}
     """How the cohort was merged (``aggregation.Recipe``)."""
     settings: dict[str, JsonValue] = {}

@@ -14,11 +14,13 @@ from pydantic import ValidationError
 
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
+from anabranch.coordinator.card import model_card
 from anabranch.coordinator.federation import (
     FederationConfig,
     load_federation,
     write_federation,
 )
+from anabranch.coordinator.lineage import chosen, published, roll_back
 from anabranch.coordinator.privacy.accountant import epsilon_spent
 from anabranch.coordinator.store import Contribution, FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
@@ -190,6 +192,38 @@ def test_a_run_that_goes_on_otherwise_reports_what_all_its_rounds_spent(tmp_path
     # No ε holds for a run that has published without noise.
     with pytest.raises(ValueError, match="privacy: round 1 of this run was published with noise"):
         MergeStrategy(config(privacy={}).model_copy(update={"privacy": None}), template(), store)
+
+
+def test_an_adapter_put_back_spends_nothing_and_its_run_goes_on(tmp_path: Path) -> None:
+    cfg = config(privacy={"noise_multiplier": 2.0, "epsilon": 20.0})
+    run(tmp_path, cfg, grid(lambda client, number: 0.01))
+    store = FolderStore(tmp_path)
+    roll_back(store, cfg, template(), chosen(published(store), "1"))
+    run(tmp_path, cfg.model_copy(update={"rounds": 4}), grid(lambda client, number: 0.01))
+    store = FolderStore(tmp_path)
+    rows = [row.get("privacy") for row in store.notes("round")]
+    assert rows[2] is None
+    assert rows[3]["epsilon"] == pytest.approx(epsilon_spent(3 / 4, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("privacy", "line"),
+    [
+        ({}, "within ε 8 at δ 1e-05 over this run's adapters up to this one"),
+        ({"noise_seed": 3}, "none: the noise came from a seed"),
+    ],
+)
+def test_a_model_card_promises_what_holds(
+    privacy: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    cfg = config(rounds=1, privacy=privacy)
+    strategy = run(tmp_path, cfg, grid(lambda client, number: 0.01))
+    store = FolderStore(tmp_path)
+    latest = store.latest()
+    assert latest is not None
+    card = model_card(strategy.adapter, cfg, latest, store.last_receipt())
+    (row,) = (text for text in card.splitlines() if text.startswith("| differential privacy |"))
+    assert line in row
 
 
 @pytest.mark.parametrize(

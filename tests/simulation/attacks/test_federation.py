@@ -225,7 +225,8 @@ def test_a_scenario_whose_attack_cannot_be_is_refused_before_anything_is_written
         prepare(scenario("alien"))
     with pytest.raises(ValueError, match=r"attackers\.0: target: there is no label 9"):
         prepare(scenario("backdoor", params={"target": 9}))
-    secure = scenario("scale_inflation", secure={}, signed=True, quorum=8)
+    given: dict[str, Any] = {"signed": True, "quorum": 8, "recipe": {"method": "fedit"}}
+    secure = scenario("scale_inflation", secure={}, **given)
     with pytest.raises(ValueError, match=r"attackers\.0\.kind: scale_inflation rewrites an enc"):
         prepare(secure)
     with pytest.raises(ValueError, match=r"attackers\.0: 8 of the 8 clients left would attack"):

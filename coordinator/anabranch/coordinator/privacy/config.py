@@ -31,7 +31,7 @@ class PrivacyConfig(BaseModel):
     which what is left of ε lasts for all rounds that are left."""
     noise_seed: int | None = Field(None, ge=0)
     """Draws the noise from a seed, so that an experiment can be repeated. Whoever knows it takes
-    the noise off again: nothing is promised then."""
+    the noise off again: nothing is promised then, and no ε is reported."""
 
 
 def why_not_private(recipe: Recipe, trains: Trains, ranks: object, rest: str) -> str | None:

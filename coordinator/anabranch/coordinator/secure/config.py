@@ -23,7 +23,7 @@ class SecureConfig(BaseModel):
     group: int | None = Field(None, ge=3)
     """Fewest clients of a random group; each group's mean is then one contribution to the merge, by
     any method. None: one group of all, and a method that needs only their sum."""
-    clip: float = Field(4.0, gt=0)
+    clip: float = Field(4.0, gt=0, le=1e6)
     """Largest magnitude of an entry of an update. What is beyond is cut off, and owed to the next
     round where there is error feedback."""
     bits: Literal[32, 64] = 32

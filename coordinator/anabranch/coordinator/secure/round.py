@@ -7,23 +7,20 @@ phases that are left.
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from statistics import fmean
+from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from anabranch.coordinator.admission import TRAIN_METRICS, RefusedError, claims, layout_of
+from anabranch.coordinator.admission import TRAIN_METRICS, RefusedError, claims
 from anabranch.coordinator.collect import Reply, replies
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.secure.config import SecureConfig
+from anabranch.coordinator.secure.group import Group, contribute, form
 from anabranch.coordinator.start import Start
-from anabranch.coordinator.store import Contribution, FullError, Refusal, Store
+from anabranch.coordinator.store import FullError, Refusal, Store
 from anabranch.coordinator.trust import Trust
-from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.errors import WireError, one_line
 from anabranch.wire.plan import (
     CLIENT_KEY,
@@ -32,14 +29,12 @@ from anabranch.wire.plan import (
     SECURE_KEY,
     SECURE_STYPE,
     UPDATE_KEY,
-    SecurePlan,
 )
 from anabranch.wire.sealing import SEALED_STYPE
-from anabranch.wire.secure.flat import entries_of, unflatten
 from anabranch.wire.secure.groups import grouped
 from anabranch.wire.secure.messages import Phase, most_bytes
 from anabranch.wire.secure.recovery import Recovery
-from anabranch.wire.secure.session import Session, session_of, threshold_of
+from anabranch.wire.secure.session import Session
 
 
 @dataclass(frozen=True)
@@ -57,21 +52,6 @@ class Sums:
     bytes_up: int
     bytes_down: int
     refused: int
-
-
-@dataclass
-class _Group:
-    number: int
-    names: tuple[str, ...]
-    start: Start
-    session: Session
-    recovery: Recovery
-    lost: str = ""
-    dropped: dict[str, str] = field(default_factory=dict)  # phase, by client
-
-    @property
-    def name(self) -> str:
-        return f"group-{self.number}"
 
 
 class SecureRound:
@@ -99,8 +79,8 @@ class SecureRound:
         self._store, self._trust, self._grid = store, trust, grid
         self._round = whole.plan.round
         self._nodes: dict[int, str] = {}
-        self._groups: list[_Group] = []
-        self._of: dict[str, _Group] = {}
+        self._groups: list[Group] = []
+        self._of: dict[str, Group] = {}
         self._bytes_up = self._bytes_down = self._refused = 0
         self._metrics: dict[str, dict[str, float]] = {}
 
@@ -145,7 +125,9 @@ class SecureRound:
         Raises:
             RefusedError: It does not count, and why.
         """
-        group = self._of[client]
+        group = self._of.get(client)
+        if group is None or start.plan.round != self._round:
+            raise RefusedError("late", "its group's sum was opened without it, or is lost")
         try:
             blob = self._read(reply, client, group.session, "mask", UPDATE_KEY)
             group.recovery.take_masked(client, blob)
@@ -170,91 +152,29 @@ class SecureRound:
             summed: tuple[str, ...] = ()
             if not group.lost:
                 try:
-                    summed = self._contribute(group)
+                    summed = contribute(group, self._metrics, self._store, self._trust.key)
                 except (WireError, FullError) as error:
                     group.lost = _why(error)
-            self._journal(group, summed)
+            self._store.note("secure", group.facts(summed))
+        return Sums(self.summed(), self._bytes_up, self._bytes_down, self._refused)
+
+    def summed(self) -> int:
+        """Clients whose updates are in sums that were opened, before an interruption too."""
         rows = [row for row in self._store.notes("secure") if row["round"] == self._round]
-        clients = sum(len(row["summed"]) for row in rows)
-        return Sums(clients, self._bytes_up, self._bytes_down, self._refused)
-
-    def _contribute(self, group: _Group) -> tuple[str, ...]:
-        """Open a group's sum and keep its mean as one contribution; whose updates are in it.
-
-        Raises:
-            WireError: The sum cannot be opened.
-            FullError: There is no room for it.
-        """
-        total_D, names = group.recovery.total()
-        plan, nonce = group.start.plan, secrets.token_bytes(16)
-        mean = unflatten(
-            total_D / len(names), layout_of(group.start.adapter, group.start.plan.trained)
-        )
-        claims_of = [self._metrics[name] for name in names]
-        meta = UpdateMeta(
-            kind="update",
-            base_hash=plan.base_hash,
-            start_hash=plan.start_hash,
-            federation=plan.federation,
-            run=plan.run,
-            round=plan.round,
-            client=group.name,
-            nonce=nonce,
-            seed=plan.seed,
-            examples=int(sum(row.get("num-examples", 0) for row in claims_of)),
-            issued_s=int(time.time()),
-        )
-        blob = encode_update(mean, meta, plan.codec, self._trust.key).blob
-        shared = sorted(set.intersection(*(set(row) for row in claims_of)))
-        self._store.admit(
-            Contribution(
-                round=plan.round,
-                client=group.name,
-                digest=self._store.put(blob),
-                size_bytes=len(blob),
-                nonce=nonce.hex(),
-                metrics={name: fmean(row[name] for row in claims_of) for name in shared},
-            )
-        )
-        return names
-
-    def _journal(self, group: _Group, summed: tuple[str, ...]) -> None:
-        """Record whose updates a group's sum is of, and who dropped out in which phase."""
-        facts = {
-            "round": self._round,
-            "group": group.name,
-            "asked": list(group.names),
-            "summed": list(summed),
-            "dropped": dict(sorted(group.dropped.items())),
-            "threshold": group.session.threshold,
-            "lost": group.lost,
-        }
-        self._store.note("secure", facts)
+        return sum(len(row["summed"]) for row in rows)
 
     def _form(self, number: int, names: tuple[str, ...]) -> None:
         """Make a group of these clients; too few to hide anybody are refused."""
-        layout = layout_of(self._whole.adapter, self._whole.plan.trained)
-        asked = SecurePlan(
-            group=number,
-            members=len(names),
-            threshold=threshold_of(len(names), self._secure.threshold),
-            entries=entries_of(layout),
-            clip=self._secure.clip,
-            bits=self._secure.bits,
-        )
-        plan = self._whole.plan.model_copy(update={"secure": asked})
         try:
-            session = session_of(plan, plan.model_dump_json())
+            group = form(number, names, self._secure, self._whole, self._trust.ring())
         except ValueError as error:
             for name in names:
                 self._refuse(name, "threshold", str(error))
             return
-        start = replace(self._whole, plan=plan)
-        group = _Group(number, names, start, session, Recovery(session, self._trust.ring()))
         self._groups.append(group)
         self._of |= dict.fromkeys(names, group)
 
-    def _live(self) -> dict[str, _Group]:
+    def _live(self) -> dict[str, Group]:
         """Clients that have not dropped out, of groups that are not lost."""
         return {
             name: group
@@ -274,7 +194,7 @@ class SecureRound:
     def _phase(
         self,
         phase: Phase,
-        say: Callable[[_Group, str], bytes],
+        say: Callable[[Group, str], bytes],
         take: Callable[[Recovery, str, bytes], None],
     ) -> None:
         """Hand on to every client that is left what the others said, and take its answer."""
@@ -322,7 +242,7 @@ class SecureRound:
             raise RefusedError("no-update", "the reply says nothing of this phase")
         if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
             raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
-        array, seal = record[key], self._trust.seal
+        array, seal = record[key], self._trust.seal(self._round)
         asked = SEALED_STYPE if seal else SECURE_STYPE
         if array.stype != asked:
             raise RefusedError(

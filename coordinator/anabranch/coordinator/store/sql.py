@@ -202,6 +202,8 @@ class SqlStore(Store):
             }  # fmt: skip
             if not self._add(connection, receipts, row, once=True):
                 raise TakenError(f"receipt {number} was written by another process meanwhile")
+            if read.output is not None:
+                self._hold(connection, read.output.artifact, read.output.size_bytes)
             last = data
 
     def _last(self, connection: Connection) -> tuple[int, bytes | None]:

@@ -47,7 +47,11 @@ def most_bytes(session: Session, phase: Phase) -> int:
 
 def sign(phase: Phase, body: Message, key: PrivateKey) -> bytes:
     """What a member says, signed."""
-    raw = body.SerializeToString(deterministic=True)
+    return sign_raw(phase, body.SerializeToString(deterministic=True), key)
+
+
+def sign_raw(phase: Phase, raw: bytes, key: PrivateKey) -> bytes:
+    """The bytes of a body, signed."""
     signature = key.sign(_covered(phase, raw))
     return pb.Signed(body=raw, key_id=key.public.id, signature=signature).SerializeToString()
 

@@ -1,0 +1,61 @@
+"""What an operator asks of a running federation, by way of its store: the latest word counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+from anabranch.coordinator.store import Store
+
+EVENT = "control"
+"""The kind of note that holds it."""
+
+LOOK_S = 1.0
+"""Seconds between two looks at the store."""
+
+
+class Want(StrEnum):
+    """What is asked."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    """No further round begins, and the clock of the one under way stands still."""
+    DRAIN = "drain"
+    """The round under way closes with what it holds, and the run ends after it."""
+    ABORT = "abort"
+    """The round under way is abandoned, and the run ends."""
+
+
+def ask(store: Store, want: Want, by: str = "operator") -> None:
+    """Ask it of whoever runs this store's federation, or will: a pause outlasts a restart."""
+    store.note(EVENT, {"want": want.value, "by": by})
+
+
+class Control:
+    """The operator's wish, looked up no more than once a second.
+
+    Args:
+        store: The federation's.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._clock = store, clock
+        self._looked_s = -LOOK_S
+        self._want = Want.RUN
+
+    def begin(self) -> None:
+        """A run begins: what ended the last one is done with."""
+        if self._latest() in (Want.DRAIN, Want.ABORT):
+            ask(self._store, Want.RUN, "coordinator")
+
+    def want(self) -> Want:
+        """What is asked now."""
+        if self._clock() - self._looked_s >= LOOK_S:
+            self._want, self._looked_s = self._latest(), self._clock()
+        return self._want
+
+    def _latest(self) -> Want:
+        rows = self._store.notes(EVENT)
+        return Want(rows[-1]["want"]) if rows else Want.RUN

@@ -1,0 +1,119 @@
+"""Drives one round's machine: reads the clock and the operator's wish, and notes each state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from anabranch.coordinator.collect import Closed
+from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.rounds.control import Control, Want
+from anabranch.coordinator.rounds.machine import (
+    Abort,
+    Admitted,
+    Asked,
+    Drain,
+    Event,
+    Lost,
+    Pause,
+    Resume,
+    Round,
+    State,
+    Terms,
+    Tick,
+    step,
+)
+from anabranch.coordinator.store import Store
+
+EVENT = "state"
+"""The kind of note that tells where a round stands."""
+
+
+def terms_of(config: FederationConfig, deadline_s: float) -> Terms:
+    """What a federation holds its rounds to."""
+    policy = config.collect
+    return Terms(
+        quorum=config.quorum,
+        deadline_s=deadline_s,
+        quorum_fraction=policy.quorum_fraction,
+        close_at=policy.close_at,
+        progress_s=policy.progress_s,
+        cap_s=policy.deadline_cap_s or 2 * deadline_s,
+    )
+
+
+def was_closed(store: Store, number: int) -> bool:
+    """Whether a round had closed when its coordinator stopped: its cohort then stands."""
+    return any(row["round"] == number and row["state"] == "merging" for row in store.notes(EVENT))
+
+
+class Driver:
+    """One round on its way.
+
+    Args:
+        number: Which.
+        terms: What it is held to.
+        store: Where its states are noted before anything is done about them.
+        control: What the operator asks.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        terms: Terms,
+        store: Store,
+        control: Control,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._control, self._clock = store, control, clock
+        self.round = Round(number, terms)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been collecting, without the time it was paused."""
+        return self._clock() - self.round.began_s
+
+    def asked(self, waiting: int, admitted: int) -> None:
+        """Orders went to so many clients, beside the updates that are held already."""
+        self.happen(Asked(self._clock(), waiting, admitted))
+
+    def admitted(self, late: bool) -> None:
+        """An update counts; a late one is an earlier round's."""
+        if self.round.state is State.COLLECTING:
+            self.happen(Admitted(self._clock(), late))
+
+    def lost(self) -> None:
+        """A client will not contribute."""
+        if self.round.state is State.COLLECTING:
+            self.happen(Lost())
+
+    def closed(self) -> Closed | None:
+        """Why nothing more is waited for; None while the round collects."""
+        if self.round.state is State.COLLECTING:
+            self._heed(self._control.want())
+        if self.round.state is State.COLLECTING:
+            self.happen(Tick(self._clock()))
+        if self.round.state is State.COLLECTING:
+            return None
+        if self._clock() >= self.round.ends_s or math.isinf(self.round.ends_s):
+            return Closed("deadline", f"no reply within {self.seconds:.3g} s")
+        return Closed("closed", f"the round closed at {self.round.admitted} updates")
+
+    def happen(self, event: Event) -> None:
+        """Take an event, and note a state that a restart must know of."""
+        before, self.round = self.round, step(self.round, event)
+        if self.round.state is not before.state and not self.round.over:
+            facts = {"round": self.round.number, "state": self.round.state.value}
+            self._store.note(EVENT, facts)
+
+    def _heed(self, want: Want) -> None:
+        if want is Want.PAUSE and self.round.paused_s is None:
+            self.happen(Pause(self._clock()))
+        elif want is not Want.PAUSE and self.round.paused_s is not None:
+            self.happen(Resume(self._clock()))
+        if want is Want.DRAIN:
+            self.happen(Drain())
+        elif want is Want.ABORT:
+            self.happen(Abort("aborted by the operator"))

@@ -1,0 +1,69 @@
+"""Updates that no merge has counted yet: those that came late, and those of abandoned rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anabranch.coordinator.store import Contribution, Store
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An update of an earlier round that the round under way may count.
+
+    Attributes:
+        row: The update.
+        staleness: Published rounds since the adapter it was trained from was in service.
+    """
+
+    row: Contribution
+    staleness: int
+
+    def weight(self, exponent: float) -> float:
+        """(1 + staleness)^-exponent, FedBuff's (2106.06639)."""
+        return float((1 + self.staleness) ** -exponent)
+
+    @property
+    def name(self) -> str:
+        """How a report tells it from the client's own update of the round."""
+        return f"{self.row.client} (round {self.row.round})"
+
+
+def carried(store: Store, number: int, max_staleness: int) -> list[Carried]:
+    """What round ``number`` may count beside its own updates, at most one update per client.
+
+    A client that contributed to the round itself is left out, and of several of one client the
+    newest is taken: one vote each.
+
+    Args:
+        store: What was admitted, published and counted so far.
+        number: The round under way.
+        max_staleness: Published rounds after which an update is too old.
+    """
+    published = [row.round for row in store.publications()]
+    own = {row.client for row in store.contributions(number)}
+    counted = _counted(store)
+    newest: dict[str, Carried] = {}
+    for row in store.contributions():
+        staleness = sum(row.round <= other < number for other in published)
+        taken = (row.client, row.round) in counted or row.client in own
+        if row.round < number and not taken and staleness <= max_staleness:
+            newest[row.client] = Carried(row, staleness)
+    return [newest[client] for client in sorted(newest)]
+
+
+def told(rows: Sequence[Carried]) -> dict[str, int]:
+    """Whose updates of which rounds, for the record of the round that counts them."""
+    return {one.row.client: one.row.round for one in rows}
+
+
+def _counted(store: Store) -> set[tuple[str, int]]:
+    """Client and round of every update that a published adapter holds."""
+    found: set[tuple[str, int]] = set()
+    for publication in store.publications():
+        found.update((name, publication.round) for name in publication.report.get("names", ()))
+    for row in store.notes("round"):
+        if row["status"] == "published":
+            found.update(row.get("carried", {}).items())
+    return found
