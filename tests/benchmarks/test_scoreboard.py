@@ -14,7 +14,7 @@ from benchmarks.scoreboard.page import write_pages
 from benchmarks.scoreboard.result import by_rule, interval, over_seeds
 from benchmarks.scoreboard.rules import RECIPES, recipe
 
-from anabranch.aggregation.registry import resolve, resolve_pre
+from anabranch.aggregation.engine.groups import groups
 
 SMALL = vectors.Setting(entries=400, attackers=(0, 4), misjudged=((6, 4),), seeds=(0, 1))
 
@@ -107,8 +107,8 @@ def test_what_cannot_be_says_why() -> None:
 
 def test_every_recipe_can_be_read() -> None:
     for name in RECIPES:
-        method, _ = resolve(recipe(name, 2), name)
-        resolve_pre(recipe(name, 2), method)
+        for f in (0, 2, 4):
+            assert len(groups(recipe(name, f), ["m"], 20)) == 1
 
 
 def test_rules_that_are_not_told_f_cannot_be_told_wrong() -> None:
