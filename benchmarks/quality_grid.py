@@ -21,6 +21,7 @@ UNSCALED = "mean (λ = 1)"
 SKIPPED = {
     "mean": f"scaled it is task arithmetic; it stands as '{UNSCALED}'",
     "slerp": "merges two contributions, not more",
+    "supermask": "merges scores of frozen weights, not task vectors",
     "bulyan": "is Meamed without anybody malicious, and with one it takes seven",
     "fltrust": "needs a contribution that the coordinator trained",
     "fisher": "needs every contribution's Fisher information, which takes data",
@@ -74,5 +75,6 @@ def params_tried(rank: int) -> dict[str, tuple[Params, ...]]:
         "ties": tuple({"density": density} for density in (0.2, 0.1, 0.5)),
         "trimmed_mean": tuple({"trim": trim} for trim in (1, 2)),
         "tsv_m": once,
+        "robust_ties": tuple({"density": density} for density in (0.2, 0.5)),
         "rank_vote": tuple({"density": density} for density in (0.5, 0.2)),
     }

@@ -38,6 +38,7 @@ KNOWN = seeded_start(
 )
 LAYOUT = {name: tuple(tensor.shape) for name, tensor in KNOWN.tensors().items()}
 SPARSE: dict[str, tuple[int, ...]] = {"x": (4000,)}
+RANKED: dict[str, tuple[int, ...]] = {"x": (40,), "y": (3,)}
 IMPORTANCE = {"m.rows": (20,), "m.columns": (30,)}
 CODECS = (
     CodecConfig(density=0.2),
@@ -50,6 +51,7 @@ CODECS = (
     CodecConfig(name="sign"),
     CodecConfig(name="rotated", bits=3),
     CodecConfig(name="dare", density=0.4, feedback=0),
+    CodecConfig(name="ranks"),
 )
 RING = KeyRing(by_id([seeded_key("c", 1).public]))
 _SEAL = new_seal_key()
@@ -137,6 +139,14 @@ def _draws(data: bytes) -> Decoded:
     return decode_update(message_of(_packed(raw, data[2:])), SPARSE)[1], SPARSE
 
 
+def _ranks(data: bytes) -> Decoded:
+    """Steps, zeros, a permutation and signs, of the length that they must have."""
+    manifest = pb.Manifest.FromString(_RANKS)
+    length = manifest.frames[0].raw_bytes
+    payload = data[:length].ljust(length, b"\0")
+    return decode_update(message_of(_packed(_RANKS, payload)), RANKED)[1], RANKED
+
+
 def _of_a_member(data: bytes) -> Decoded:
     secure.said_by_a_member(data)
     return {}, {}
@@ -158,6 +168,7 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _draws,
     _of_a_member,
     _to_a_member,
+    _ranks,
 )
 
 
@@ -204,6 +215,7 @@ def seeds() -> list[bytes]:
     of_members, to_members = secure.seeds()
     found += [b"\x08" + seed for seed in of_members]
     found += [b"\x09" + seed for seed in to_members]
+    found.append(b"\x0a" + _RANKS_PAYLOAD)
     return found
 
 
@@ -239,3 +251,10 @@ _SPARSE_BLOB = encode_update(
 ).blob
 _SPARSE = _manifest_of(_SPARSE_BLOB)
 _SPARSE_PAYLOAD = _SPARSE_BLOB[read_manifest(_SPARSE_BLOB).payload_start :]
+_RANKS_BLOB = encode_update(
+    {name: torch.arange(1.0, 1 + size[0]) for name, size in RANKED.items()},
+    UpdateMeta("update", "ab" * 32, "", "f", "r", 1, "c", b"", 1, 9),
+    CodecConfig(name="ranks"),
+).blob
+_RANKS = _manifest_of(_RANKS_BLOB)
+_RANKS_PAYLOAD = _RANKS_BLOB[read_manifest(_RANKS_BLOB).payload_start :]

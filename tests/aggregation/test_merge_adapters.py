@@ -154,6 +154,7 @@ KEEP_ALL = {
     "fltrust": {"root": "contribution 0"},
     "ties": {"density": 1.0},
     "rank_vote": {"density": 1.0},
+    "robust_ties": {"density": 1.0},
 }
 
 UNLIKE_THEIRS = {

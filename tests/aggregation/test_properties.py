@@ -21,6 +21,7 @@ from anabranch.aggregation.methods.fltrust import FlTrustConfig
 from anabranch.aggregation.methods.geometric_median import GeometricMedianConfig
 from anabranch.aggregation.methods.multi_krum import MultiKrumConfig
 from anabranch.aggregation.methods.rank_vote import RankVoteConfig
+from anabranch.aggregation.methods.robust_ties import RobustTiesConfig
 from anabranch.aggregation.methods.ties import TiesConfig
 
 # Those that see a matrix as one are in test_spectral_properties.py.
@@ -37,6 +38,7 @@ KEEP_ALL = {
     "della_linear": DellaConfig(density=1.0, epsilon=0.0),
     "ties": TiesConfig(density=1.0),
     "rank_vote": RankVoteConfig(density=1.0),
+    "robust_ties": RobustTiesConfig(density=1.0),
 }
 
 NEEDS: dict[str, MethodConfig] = {

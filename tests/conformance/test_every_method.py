@@ -136,6 +136,8 @@ LOOPS = {
     "sign_vote": "test_sign_vote.py",
     "lora_lego": "test_lora_lego.py",
     "rank_vote": "test_rank_vote.py",
+    "robust_ties": "test_robust_ties.py",
+    "supermask": "test_supermask.py",
 }
 """In tests/aggregation, by method that no package has."""
 

@@ -314,3 +314,15 @@ def test_only_known_and_possible_claims_are_kept() -> None:
         "num-examples": 12.0
     }
     assert claims(None, ("loss",)) == {}
+
+
+def test_ranks_are_taken_where_the_plan_asks_for_them_and_nowhere_else() -> None:
+    by_ranks = encode_update(tensors(), META, CodecConfig(name="ranks")).blob
+    assert code(reply(by_ranks)) == "wrong-codec"
+    plan = PLAN.model_copy(update={"codec": CodecConfig(name="ranks")})
+    asked = Start(plan, START, {}, None)
+    changes = examine(reply(by_ranks), asked, "site-a").changes
+    ranks = changes["layer.lora_B"].dense().flatten().sort().values
+    assert torch.equal(ranks, torch.arange(1.0, 13) * ranks[0])
+    with pytest.raises(RefusedError, match="'dense-fp32', asked for 'ranks'"):
+        examine(reply(), asked, "site-a")

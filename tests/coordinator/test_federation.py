@@ -50,3 +50,21 @@ def test_weights_by_position_are_refused(fields: dict[str, object]) -> None:
     recipe = Recipe.model_validate({"method": "mean", **fields})
     with pytest.raises(ValidationError, match="by position"):
         FederationConfig(name="f", run="r", recipe=recipe)
+
+
+def test_updates_of_ranks_are_for_votes_on_one_factor(tmp_path: Path) -> None:
+    vote, ranks = Recipe(method="rank_vote"), {"name": "ranks"}
+    given = {"name": "f", "run": "r", "codec": ranks, "recipe": vote, "trains": "b"}
+    config = FederationConfig.model_validate(given)
+    write_federation(config, tmp_path)
+    assert load_federation(tmp_path) == config
+    for change, reason in (
+        ({"recipe": Recipe(method="mean")}, "mean reads sizes"),
+        ({"recipe": Recipe(method="sign_vote")}, "sign_vote reads sizes"),
+        ({"trains": "both"}, 'set trains = "b"'),
+        ({"trains": "alternate"}, 'set trains = "b"'),
+        ({"down_codec": ranks}, "no change"),
+    ):
+        with pytest.raises(ValidationError, match=reason) as caught:
+            FederationConfig.model_validate({**given, **change})
+        assert caught.value.errors()[0]["loc"][-1] == "name"

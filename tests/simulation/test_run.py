@@ -380,6 +380,31 @@ def test_a_method_on_matrices_is_tried_on_matrices(monkeypatch: pytest.MonkeyPat
         run.prepare(scenario())
 
 
+def test_a_federation_learns_by_ranks_alone(tmp_path: Path) -> None:
+    """Clients send signs and ranks of B, and the coordinator adds them up."""
+    only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+    task = {**TASK, "features": 16, "hidden": 16, "rank": 16}
+    given = {**only, "task": task, "trains": "b", "rounds": 5}
+    ranks = simulate(
+        scenario(**given, codec={"name": "ranks"}, recipe={"method": "rank_vote"}), tmp_path / "a"
+    )
+    mean = simulate(
+        scenario(**given, codec={"name": "dense"}, recipe={"method": "mean"}), tmp_path / "b"
+    )
+    assert {row["status"] for row in ranks["rounds"]} == {"published"}
+    gain = mean["mean"]["merged"] - mean["mean"]["base"]
+    assert gain > 0.04
+    assert ranks["mean"]["merged"] - ranks["mean"]["base"] > 0.8 * gain
+    assert ranks["update_bytes"]["ours"] < 0.5 * mean["update_bytes"]["ours"]
+
+
+def test_a_federation_learns_by_a_vote_on_products(tmp_path: Path) -> None:
+    only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+    vote = {"method": "rank_vote", "params": {"approvals": 0.3, "density": 0.3}}
+    summary = simulate(scenario(**only, codec={"name": "dense"}, recipe=vote), tmp_path)
+    assert summary["mean"]["merged"] > summary["mean"]["base"] + 0.08
+
+
 def test_the_report_says_who_stood_out_and_why(tmp_path: Path) -> None:
     suspicion = {"action": "mask_module", "threshold": 0.5, "signals": ["spectrum", "energy"]}
     one = scenario(

@@ -49,6 +49,17 @@ def test_the_examples_load_and_survive_being_written_out(path: Path, tmp_path: P
         ('name = "x"\nrest = "flora"\n', "rest: set codec.feedback = 0: clients begin afresh"),
         ('name = "x"\nrest = "fedex"\ntrains = "b"\n', "rest: leave it out: with trains"),
         ('name = "x"\nrest = "fedex"\nranks = { a = 1 }\n', "rest: the means of A and B need"),
+        ('name = "x"\n[codec]\nname = "ranks"\n', "codec.name: ties reads sizes, which ranks have"),
+        (
+            'name = "x"\n[codec]\nname = "ranks"\n[recipe]\nmethod = "rank_vote"\n',
+            'codec.name: ranks are of entries that mean the same at every client; set trains = "b"',
+        ),
+        (
+            'name = "x"\ntrains = "b"\ncodec.name = "ranks"\n'  # noqa: ISC004
+            'recipe = { method = "rank_vote", pre = [{ name = "clip" }] }\n',
+            "codec.name: recipe.pre mixes sizes",
+        ),
+        ('name = "x"\n[down_codec]\nname = "ranks"\n', "down_codec.name: ranks are clients' votes"),
         ('name = "x"\ndeadline_s = inf\n', "deadline_s: Input should be a finite number"),
         ('name = "x"\n[task]\nfrom = 2024-01-01\n', "task.from: not text, number, list or table"),
     ],

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anabranch.aggregation.backdoor.on_data import merge_on_data
     from anabranch.aggregation.checkpoints.merge import CheckpointReport, merge_checkpoints
     from anabranch.aggregation.engine.adapters import MergeReport, MergeResult
     from anabranch.aggregation.engine.adapters import merge_adapters as merge
@@ -39,6 +40,7 @@ _HOMES = {
     "merge_next": "methods.opcm",
     "merge_checkpoints": "checkpoints.merge",
     "merge_keeping": "engine.keep",
+    "merge_on_data": "backdoor.on_data",
     "merge_one_factor": "engine.one_factor",
     "merge_task_vectors": "engine.stream",
     "plan_merge": "planning.planner",
@@ -63,6 +65,7 @@ __all__ = [
     "merge_checkpoints",
     "merge_keeping",
     "merge_next",
+    "merge_on_data",
     "merge_one_factor",
     "merge_task_vectors",
     "plan_merge",

@@ -8,7 +8,7 @@ hash, so that the coordinator never loads the base itself.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tomli_w
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -154,6 +155,40 @@ DownCodec = Annotated[CodecConfig | None, AfterValidator(_can_be_a_change)]
 """The model it stands in has fields ``down``, ``ranks`` and ``rest`` before it."""
 
 
+TAKES_RANKS = ("rank_vote",)
+"""Methods that read signs and ranks off task vectors, and no more of their sizes than a median."""
+
+
+def check_ranks(
+    codec: CodecConfig, recipe: Recipe, trains: Trains, down_codec: CodecConfig | None
+) -> None:
+    """Refuse updates of ranks where nobody votes on them, or where they mean nothing.
+
+    Raises:
+        ValidationError: At the key that is wrong.
+    """
+    if down_codec is not None and down_codec.name == "ranks":
+        raise keyed_error(
+            ("down_codec", "name"), "ranks are clients' votes, and no change; choose another codec"
+        )
+    if codec.name != "ranks":
+        return
+    problem = ""
+    if recipe.method not in TAKES_RANKS:
+        problem = f"{recipe.method} reads sizes, which ranks have not; set recipe.method to " + (
+            " or ".join(f'"{name}"' for name in TAKES_RANKS)
+        )
+    elif trains != "b":
+        problem = (
+            'ranks are of entries that mean the same at every client; set trains = "b", which '
+            "freezes one A for all"
+        )
+    elif recipe.pre:
+        problem = "recipe.pre mixes sizes, which ranks have not; leave pre out"
+    if problem:
+        raise keyed_error(("codec", "name"), problem)
+
+
 def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
     """What updates of earlier rounds cannot be merged beside."""
     trains, rest, ranks = (info.data.get(name) for name in ("trains", "rest", "ranks"))
@@ -265,6 +300,11 @@ class FederationConfig(BaseModel):
     def asked(self, known: int) -> int:
         """How many clients a round should ask where so many are known."""
         return clients_asked(known if self.privacy is None else self.clients, self.fraction)
+
+    @model_validator(mode="after")
+    def _ranks_are_voted_on(self) -> Self:
+        check_ranks(self.codec, self.recipe, self.trains, self.down_codec)
+        return self
 
     @field_validator("sealed")
     @classmethod

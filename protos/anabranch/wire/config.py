@@ -22,10 +22,11 @@ class CodecConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["ternary", "two-bit", "dense", "sign", "rotated", "dare"] = "ternary"
+    name: Literal["ternary", "two-bit", "dense", "sign", "rotated", "dare", "ranks"] = "ternary"
     """``ternary`` keeps the largest entries as signs times a scale; ``two-bit`` as signs times one
     of two scales; ``dense`` keeps them all; ``sign`` keeps the sign of each, ``rotated`` a few bits
-    of each after a random rotation; ``dare`` keeps a random share of them, enlarged."""
+    of each after a random rotation; ``dare`` keeps a random share of them, enlarged; ``ranks``
+    keeps signs and the ranks of magnitudes, for a recipe that votes on them."""
 
     density: float = Field(0.1, gt=0, le=1)
     """Share of each tensor's entries that ``ternary`` and ``two-bit`` keep, by magnitude, and

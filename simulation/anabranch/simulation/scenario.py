@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
@@ -25,6 +26,7 @@ from anabranch.coordinator.federation import (
     Ranks,
     Rest,
     Secure,
+    check_ranks,
     clients_asked,
     keyed_error,
 )
@@ -133,6 +135,11 @@ class Scenario(BaseModel):
                 ("seed",), "drawn for each client and round; set the scenario's own seed"
             )
         return train
+
+    @model_validator(mode="after")
+    def _ranks_are_voted_on(self) -> Self:
+        check_ranks(self.codec, self.recipe, self.trains, self.down_codec)
+        return self
 
     def asked(self, clients: int) -> int:
         """Clients asked in each round."""

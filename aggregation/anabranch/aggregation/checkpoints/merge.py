@@ -198,8 +198,7 @@ def _check_method(method: MergeMethod, base: Path | None) -> list[str]:
             f"method: {method.name} works on the factors of adapters, checkpoints have none; "
             "choose another, such as mean or ties"
         )
-    chooses = bool(method.statistics or method.draws or method.whole_tensors)
-    if base is None and (chooses or method.matrices is not None):
+    if base is None and (method.statistics or method.draws or method.matrices is not None):
         raise ValueError(
             f"method: {method.name} chooses among the entries or directions of task vectors; "
             "name the checkpoint that all were fine-tuned from with --base"

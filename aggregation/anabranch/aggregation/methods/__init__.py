@@ -36,10 +36,12 @@ from anabranch.aggregation.methods.multi_slerp import MULTI_SLERP
 from anabranch.aggregation.methods.opcm import OPCM
 from anabranch.aggregation.methods.pcb import PCB
 from anabranch.aggregation.methods.rank_vote import RANK_VOTE
+from anabranch.aggregation.methods.robust_ties import ROBUST_TIES
 from anabranch.aggregation.methods.sce import SCE
 from anabranch.aggregation.methods.sign_vote import SIGN_VOTE
 from anabranch.aggregation.methods.slerp import SLERP
 from anabranch.aggregation.methods.smea import SMEA
+from anabranch.aggregation.methods.supermask import SUPERMASK
 from anabranch.aggregation.methods.task_arithmetic import TASK_ARITHMETIC
 from anabranch.aggregation.methods.ties import TIES
 from anabranch.aggregation.methods.trimmed_mean import TRIMMED_MEAN
@@ -89,4 +91,6 @@ BUILT_IN: tuple[MergeMethod, ...] = (
     LORA_LEGO,
     OPCM,
     RANK_VOTE,
+    ROBUST_TIES,
+    SUPERMASK,
 )

@@ -7,6 +7,7 @@ from typing import Any
 from anabranch.wire.codecs.codec import Codec, Packing
 from anabranch.wire.codecs.dare import DARE
 from anabranch.wire.codecs.dense import BF16, EIGHT_BITS, FOUR_BITS, FP16, FP32
+from anabranch.wire.codecs.ranks import RANKS
 from anabranch.wire.codecs.rotated import ROTATED
 from anabranch.wire.codecs.sign import SIGN
 from anabranch.wire.codecs.ternary import TERNARY
@@ -25,6 +26,7 @@ CODECS: tuple[Codec[Any], ...] = (
     SIGN,
     *ROTATED,
     DARE,
+    RANKS,
 )
 
 

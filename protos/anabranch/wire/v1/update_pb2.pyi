@@ -104,6 +104,18 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     CODEC_ROTATED_6: _Codec.ValueType  # 26
     CODEC_ROTATED_7: _Codec.ValueType  # 27
     CODEC_ROTATED_8: _Codec.ValueType  # 28
+    CODEC_RANKS: _Codec.ValueType  # 29
+    """Per tensor: an fp32, what a rank is worth, and 32 bits, how many of the least entries are 0.
+    Then per tensor the permutation of its ranks and a bit per entry for its sign.
+
+    A permutation of n places is halved L times, L the least for which ceil(n / 2^L) <= 16. After l
+    halvings, group j of 2^l holds the places floor(j n / 2^l) to floor((j + 1) n / 2^l) - 1. Each
+    halving is a bit per entry, entries by group and within one by position, that is set where the
+    place lies in the second half; padded to whole bytes. Then, for groups of the smaller size and
+    for those of the larger one, the number of each group's order in as few bits as size! - 1 takes,
+    lowest first: sum over i of d_i (size - 1 - i)!, where d_i of those behind entry i have a lower
+    place; padded to whole bytes.
+    """
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper): ...
 
@@ -152,6 +164,18 @@ CODEC_ROTATED_5: Codec.ValueType  # 25
 CODEC_ROTATED_6: Codec.ValueType  # 26
 CODEC_ROTATED_7: Codec.ValueType  # 27
 CODEC_ROTATED_8: Codec.ValueType  # 28
+CODEC_RANKS: Codec.ValueType  # 29
+"""Per tensor: an fp32, what a rank is worth, and 32 bits, how many of the least entries are 0.
+Then per tensor the permutation of its ranks and a bit per entry for its sign.
+
+A permutation of n places is halved L times, L the least for which ceil(n / 2^L) <= 16. After l
+halvings, group j of 2^l holds the places floor(j n / 2^l) to floor((j + 1) n / 2^l) - 1. Each
+halving is a bit per entry, entries by group and within one by position, that is set where the
+place lies in the second half; padded to whole bytes. Then, for groups of the smaller size and
+for those of the larger one, the number of each group's order in as few bits as size! - 1 takes,
+lowest first: sum over i of d_i (size - 1 - i)!, where d_i of those behind entry i have a lower
+place; padded to whole bytes.
+"""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 @_typing.final
