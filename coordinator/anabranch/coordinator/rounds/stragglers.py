@@ -30,6 +30,35 @@ class Carried:
         return f"{self.row.client} (round {self.row.round})"
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a round merges.
+
+    Attributes:
+        own: The updates made in it, by client.
+        late: Those of earlier rounds.
+    """
+
+    own: Sequence[Contribution] = ()
+    late: Sequence[Carried] = ()
+
+    @property
+    def rows(self) -> list[Contribution]:
+        """All, in the order in which they are merged."""
+        return [*self.own, *(one.row for one in self.late)]
+
+    @property
+    def names(self) -> list[str]:
+        """What a report calls them."""
+        return [*(row.client for row in self.own), *(one.name for one in self.late)]
+
+    def factors(self, exponent: float) -> list[float] | None:
+        """How much each counts; None: all alike."""
+        if not self.late:
+            return None
+        return [1.0] * len(self.own) + [one.weight(exponent) for one in self.late]
+
+
 def carried(store: Store, number: int, max_staleness: int) -> list[Carried]:
     """What round ``number`` may count beside its own updates, at most one update per client.
 
