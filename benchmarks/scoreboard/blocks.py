@@ -12,7 +12,7 @@ from anabranch.simulation.summary import machine
 from benchmarks.scoreboard import adapters, cost, models, vectors
 from benchmarks.scoreboard.cells import Cell, Found, Kept, Measure, Progress, run
 from benchmarks.scoreboard.result import by_rule, over_seeds
-from benchmarks.scoreboard.rules import OURS, RECIPES
+from benchmarks.scoreboard.rules import OURS
 
 Result = dict[str, Any]
 """What a block's JSON file holds."""
@@ -130,7 +130,7 @@ def run_models(options: Options) -> Result:
     """Block B."""
     setting = models.QUICK if options.quick else models.FULL
     setting = replace(setting, seeds=options.first(setting.seeds))
-    wanted = models.cells(setting, tuple(RECIPES))
+    wanted = models.cells(setting, models.RULES)
     if options.quick:
         wanted = models.cells(setting, ("robust",), ("IID",), ("sign flip",))
     kept = Kept(options.runs, "B", setting.trained())

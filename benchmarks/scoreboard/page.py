@@ -30,7 +30,9 @@ itself what direction and distance hurt most. *f = 0* is what a rule costs where
 
 {table}
 
-TIES and the sign vote do not estimate the mean, so this figure counts their own scale against them.
+The adaptive attack looks along three directions (the mean, its signs, the deviations): what it
+finds is what a rule *at least* gives way.
+
 {notes}
 
 ![κ̂ by rule, attack and number of attackers](scoreboard-A.png)
@@ -196,7 +198,7 @@ def block_a(result: Mapping[str, Any]) -> str:
         for row in rules
         if row["misjudged"]
     ]
-    notes = [f"{row['rule']}: {row['note']}." for row in rules if row["note"]]
+    notes = [f"- {row['rule']}: {row['note']}." for row in rules if row["note"]]
     return BLOCK_A.format(
         contributions=setting["contributions"],
         entries=setting["entries"],
