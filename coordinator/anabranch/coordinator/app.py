@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
+from anabranch.coordinator.gate import gate_of
 from anabranch.coordinator.lineage import dress, published, read_published
 from anabranch.coordinator.published import sign_folder
 from anabranch.coordinator.store import open_store
@@ -35,7 +36,8 @@ def main(grid: Grid, context: Context) -> None:
     with closing(opened) as store:
         trust = trust_of(folder, config, store) if config.signed else None
         template = read_adapter(folder / START_FOLDER)
-        strategy = MergeStrategy(config, template, store, trust)
+        gate = gate_of(config.gate, folder)
+        strategy = MergeStrategy(config, template, store, trust, gate)
         strategy.start(grid)
         rows, adapter = published(store), strategy.adapter
         if rows:
