@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
+from anabranch.coordinator.gate import gate_of
 from anabranch.coordinator.lineage import dress, published
 from anabranch.coordinator.published import sign_folder
 from anabranch.coordinator.store import open_store
@@ -34,7 +35,8 @@ def main(grid: Grid, context: Context) -> None:
     )
     with closing(opened) as store:
         trust = trust_of(folder, config, store) if config.signed else None
-        strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
+        gate = gate_of(config.gate, folder)
+        strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust, gate)
         strategy.start(grid)
         rows, adapter = published(store), strategy.adapter
         key = trust.key if trust else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from anabranch.aggregation import MergeMethod
 from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.gate import Gate
 from anabranch.coordinator.in_service import InService
 from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.roster import Roster
@@ -30,6 +31,7 @@ class Coordination:
         roster: Who is there.
         orders: What the clients are handed.
         control: What its operator asks.
+        gate: Judges what may go into service; None lets everything pass.
     """
 
     config: FederationConfig
@@ -40,6 +42,7 @@ class Coordination:
     roster: Roster
     orders: Orders
     control: Control
+    gate: Gate | None = None
 
     @property
     def key(self) -> PrivateKey | None:

@@ -21,6 +21,7 @@ from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.collect import Closed, Mail, Reply, replies
 from anabranch.coordinator.coordination import Coordination
 from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.gate import Gate
 from anabranch.coordinator.in_service import read_in_service
 from anabranch.coordinator.merging import check_method
 from anabranch.coordinator.orders import Orders
@@ -46,6 +47,7 @@ class MergeStrategy(Strategy):
         template: An adapter that gives modules, ranks, dense start values and the base hash.
         store: Where rounds are kept; an interrupted run goes on from what it holds.
         trust: Keys, where the federation is signed.
+        gate: Judges merges, where the federation has a gate.
 
     Raises:
         ValueError: The template names no base, the method cannot merge what is asked, keys are
@@ -58,7 +60,13 @@ class MergeStrategy(Strategy):
         template: Adapter,
         store: Store,
         trust: Trust | None = None,
+        gate: Gate | None = None,
     ) -> None:
+        if (config.gate is None) != (gate is None):
+            raise ValueError(
+                "gate: the configuration has one and nobody judges, or the other way round; "
+                "give gate_of(config.gate, folder)"
+            )
         if config.signed != (trust is not None):
             raise ValueError(f"signed is {config.signed} in the federation; give trust to match")
         if template.base_hash is None:
@@ -79,7 +87,7 @@ class MergeStrategy(Strategy):
         )
         orders, control = Orders(config, method), Control(store)
         self._here = Coordination(
-            config, method, template.base_hash, store, trust, self.roster, orders, control
+            config, method, template.base_hash, store, trust, self.roster, orders, control, gate
         )
         self._deadline_s = config.deadline_s
 

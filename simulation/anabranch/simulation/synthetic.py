@@ -152,6 +152,13 @@ class SyntheticTask:
         for split in ("train", "test"):
             self._examples(partition, split)
 
+    def right(self, model: nn.Module, partition: int, split: HeldOut) -> list[bool]:
+        """Whether each of one client's group's held-out examples is answered right."""
+        inputs_NF, labels_N = self._examples(self.scored_partitions[self.groups[partition]], split)
+        with torch.inference_mode():
+            answers: list[bool] = (model(inputs_NF).argmax(1) == labels_N).tolist()
+        return answers
+
     def _train(
         self, model: nn.Module, inputs_NF: Tensor, labels_N: Tensor, plan: TrainPlan
     ) -> Mapping[str, float]:

@@ -15,11 +15,12 @@ from anabranch.coordinator.candidate import merged_candidate
 from anabranch.coordinator.cohort import Cohort, update_bytes
 from anabranch.coordinator.collect import Mail, Reply
 from anabranch.coordinator.coordination import Coordination
+from anabranch.coordinator.gate import judged
 from anabranch.coordinator.in_service import InService, in_service
 from anabranch.coordinator.privacy.budget import spent_with
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
-from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, State
+from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
 from anabranch.coordinator.rounds.stragglers import Counted, carried, told
 from anabranch.coordinator.secure.round import SecureRound, Sums
 from anabranch.coordinator.start import Start
@@ -156,6 +157,11 @@ class OneRound:
             # round, not the federation; the adapter in service stays.
             except (ValueError, RuntimeError) as error:
                 self.driver.happen(Failed(one_line(f"the merge failed: {error}")))
+        gate = self._here.gate
+        if gate is not None and self.driver.round.state is State.GATING:
+            kept, facts["gate"] = judged(gate, self._service.adapter, candidate.adapter)
+            if kept:
+                self.driver.happen(Rejected(one_line(kept)))
         facts["seconds"] = self.driver.seconds
         if reason := self.driver.round.reason:
             self._abandon(reason, facts)

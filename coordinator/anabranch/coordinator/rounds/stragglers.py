@@ -27,7 +27,12 @@ class Carried:
     @property
     def name(self) -> str:
         """How a report tells it from the client's own update of the round."""
-        return f"{self.row.client} (round {self.row.round})"
+        return late_name(self.row.client, self.row.round)
+
+
+def late_name(client: str, number: int) -> str:
+    """What a merge calls a client's update of an earlier round."""
+    return f"{client} (round {number})"
 
 
 @dataclass(frozen=True)
