@@ -30,7 +30,7 @@ from anabranch.wire.keys import by_id, seeded_key
 from anabranch.wire.sealing import new_seal_key, seal
 from anabranch.wire.signing import KeyRing, check_message
 from anabranch.wire.v1 import update_pb2 as pb
-from fuzz import secure
+from fuzz import receipts, secure
 
 KNOWN = seeded_start(
     Adapter({"m": LoraFactors(torch.zeros(2, 30), torch.zeros(20, 2), 4.0)}, {"h": torch.ones(3)}),
@@ -157,6 +157,11 @@ def _to_a_member(data: bytes) -> Decoded:
     return {}, {}
 
 
+def _receipt(data: bytes) -> Decoded:
+    receipts.written_by_a_coordinator(data)
+    return {}, {}
+
+
 DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _as_it_came,
     _forged,
@@ -169,6 +174,7 @@ DOORS: tuple[Callable[[bytes], Decoded], ...] = (
     _of_a_member,
     _to_a_member,
     _ranks,
+    _receipt,
 )
 
 
@@ -216,6 +222,7 @@ def seeds() -> list[bytes]:
     found += [b"\x08" + seed for seed in of_members]
     found += [b"\x09" + seed for seed in to_members]
     found.append(b"\x0a" + _RANKS_PAYLOAD)
+    found += [b"\x0b" + seed for seed in receipts.seeds()]
     return found
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,8 +100,8 @@ def run_federation(flower_identity: None) -> Callable[..., Path]:
     return _run_federation
 
 
-def _run_federation(folder: Path, garbage: tuple[int, int] = (0, 0), **changes: Any) -> Path:
-    """Three clients of the synthetic task; ``garbage`` is a round and a node that lies in it."""
+def _run_federation(folder: Path, garbage: Sequence[tuple[int, int]] = (), **changes: Any) -> Path:
+    """Three clients of the synthetic task; ``garbage`` are rounds and nodes that lie in them."""
     from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
     from flwr.clientapp import ClientApp
 
@@ -140,7 +140,7 @@ def _run_federation(folder: Path, garbage: tuple[int, int] = (0, 0), **changes: 
         def __call__(self, message: Message, context: Context) -> Message:
             reply = client_app(message, context)
             plan = message.content.config_records.get("plan", {})
-            if (plan.get("server-round"), message.metadata.dst_node_id) == garbage:
+            if (plan.get("server-round"), message.metadata.dst_node_id) in garbage:
                 array = Array("uint8", (7,), UPDATE_STYPE, b"garbage")
                 reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: array})
             return reply

@@ -37,7 +37,7 @@ def folder(
     """A signed federation of three rounds, in the second of which client 1 lied."""
     if not original:
         place = tmp_path_factory.mktemp("once") / "f"
-        original["f"] = run_federation(place, garbage=(2, 11), signed=True, evaluate_every=1)
+        original["f"] = run_federation(place, garbage=[(2, 11)], signed=True, evaluate_every=1)
     shutil.copytree(original["f"], tmp_path / "f")
     return tmp_path / "f"
 

@@ -299,7 +299,8 @@ def test_with_the_rest_kept_nothing_of_a_round_is_lost(
         plan = RoundPlan.model_validate_json(str(order.content.config_records[PLAN_KEY][PLAN_KEY]))
         model = open_session(TASK, PARAMS).at_rank(plan.rank).model
         end = read_adapter(model).lora["hidden"].delta().dense()
-        begun = strategy._orders.start(f"client-000{order.metadata.dst_node_id - 10}", plan.round)
+        client = f"client-000{order.metadata.dst_node_id - 10}"
+        begun = strategy._here.orders.start(client, plan.round)
         start = begun.adapter.lora["hidden"].delta().dense()
         changes.append(end - start)
         return reply

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
+from anabranch.coordinator.lineage import published, roll_back
 from anabranch.coordinator.registry import client_keys
 from anabranch.coordinator.store import Store, open_store
 from anabranch.coordinator.verification import Verdict, Verifier
@@ -77,6 +78,24 @@ def test_what_a_federation_did_is_done_again_bit_by_bit(
         assert len([check for check in verdict.checks if check.what == "input"]) == 3
 
 
+def test_an_update_that_came_late_is_merged_again_from_its_own_start(
+    run_federation: Run, tmp_path: Path
+) -> None:
+    """Round 3 is abandoned, and 4 a rollback; of its two updates round 5 carries one."""
+    changes = {"quorum": 3, "collect": {"stragglers": "carry"}}
+    folder = run_federation(tmp_path / "f", [(3, 11)], **changes)
+    with closing(opened(folder)) as store:
+        template = read_adapter(folder / START_FOLDER)
+        roll_back(store, load_federation(folder), template, published(store)[0])
+    run_federation(folder, [(5, 10)], rounds=5, **changes)
+    verdicts = verify(folder)
+    kinds = [verdict.receipt.kind for verdict in verdicts]
+    assert kinds == ["merge", "merge", "abandoned", "rollback", "merge"]
+    late = [(one.client, one.round, one.factor) for one in verdicts[4].receipt.inputs]
+    assert late == [("client-0001", 5, 1.0), ("client-0002", 5, 1.0), ("client-0000", 3, 2**-0.5)]
+    assert [checks(verdict) for verdict in verdicts] == [[]] * 5
+
+
 def test_of_a_secure_federation_the_merge_of_its_sums_is_done_again(
     run_federation: Run, tmp_path: Path
 ) -> None:
@@ -121,7 +140,7 @@ def test_without_a_key_a_signature_decides_nothing(run_federation: Run, tmp_path
 def test_a_missing_input_is_named_and_an_altered_one_too(
     run_federation: Run, tmp_path: Path
 ) -> None:
-    folder = run_federation(tmp_path / "f", garbage=(2, 11))
+    folder = run_federation(tmp_path / "f", garbage=[(2, 11)])
     with closing(opened(folder)) as store:
         receipts = [decode_receipt(data, None) for data in store.receipts()]
     assert [len(receipt.inputs) for receipt in receipts] == [3, 2, 3]
@@ -136,6 +155,17 @@ def test_a_missing_input_is_named_and_an_altered_one_too(
     assert two.outcome == "false"
     assert checks(two) == [("input", altered.client, "failed"), ("merge", "", "open")]
     assert three.outcome == "true"
+
+
+def test_an_update_that_is_in_no_receipt_is_missed(run_federation: Run, tmp_path: Path) -> None:
+    folder = run_federation(tmp_path / "f", rounds=1)
+    with closing(opened(folder)) as store:
+        row = store.contributions(1)[0].model_copy(update={"client": "x", "digest": "00" * 32})
+        assert store.admit(row)
+    (verdict,) = verify(folder)
+    assert checks(verdict) == [("admitted", "", "failed")]
+    texts = {check.what: check.text for check in verdict.checks}
+    assert texts["admitted"] == "it leaves out what the store admitted of x"
 
 
 def test_a_lost_start_leaves_the_next_merge_open(run_federation: Run, tmp_path: Path) -> None:

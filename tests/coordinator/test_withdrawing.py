@@ -46,7 +46,7 @@ def test_one_round_is_that_of_a_federation_without_the_client(
 ) -> None:
     folder = run_federation(tmp_path / "f", rounds=1, recipe={"method": "ties"})
     # Its garbage keeps the client out, as if it had never been there.
-    never = run_federation(tmp_path / "g", (1, 11), rounds=1, recipe={"method": "ties"})
+    never = run_federation(tmp_path / "g", [(1, 11)], rounds=1, recipe={"method": "ties"})
     template = read_adapter(folder / START_FOLDER)
     with closing(opened(folder)) as store, closing(opened(never)) as other:
         done, rounds = withdraw(store, load_federation(folder), template, ["client-0001"])
@@ -68,7 +68,7 @@ def test_every_merge_since_is_what_the_others_updates_make_by_hand(
     run_federation: Run, tmp_path: Path
 ) -> None:
     """The client lied in round 1, so it is in rounds 2 and 3 alone."""
-    folder = run_federation(tmp_path / "f", (1, 12))
+    folder = run_federation(tmp_path / "f", [(1, 12)])
     config, template = load_federation(folder), read_adapter(folder / START_FOLDER)
     seeded = seeded_start(template, config.seed)
     with closing(opened(folder)) as store:
@@ -113,7 +113,7 @@ def test_too_few_left_make_no_merge(run_federation: Run, tmp_path: Path) -> None
 def test_a_rollback_and_a_withdrawal_know_of_each_other(
     run_federation: Run, tmp_path: Path
 ) -> None:
-    folder = run_federation(tmp_path / "f", (1, 12), rounds=3)
+    folder = run_federation(tmp_path / "f", [(1, 12)], rounds=3)
     config, template = load_federation(folder), read_adapter(folder / START_FOLDER)
     with closing(opened(folder)) as store:
         roll_back(store, config, template, chosen(published(store), "1"))

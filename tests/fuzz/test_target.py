@@ -72,6 +72,7 @@ def test_so_many_inputs_reached_the_decoders() -> None:
     assert seen["decoded"] > INPUTS / 50
     assert {"manifest", "layout", "counts", "payload", "values", "digest", "magic"} <= set(seen)
     assert {"importance", "bad-signature", "seal", "trailing", "truncated", "meta"} <= set(seen)
+    assert {"receipt", "json", "canonical"} <= set(seen)
 
 
 def test_every_door_has_a_sound_seed() -> None:

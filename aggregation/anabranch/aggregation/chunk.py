@@ -70,11 +70,15 @@ def matrix_shape(shape: torch.Size, whole_vectors: bool = False) -> tuple[int, i
     return shape[0], shape[1:].numel()
 
 
-def recut(stream_KD: Iterable[Tensor]) -> Iterator[Tensor]:
+def recut(stream_KD: Iterable[Tensor], several: bool = False) -> Iterator[Tensor]:
     """The same entries [K, L] in pieces of ``PIECE``, the last one shorter.
 
     Each lies where the stream's entries do or where the piece before it did: use it before asking
     for the next.
+
+    Args:
+        stream_KD: The entries in order.
+        several: Pieces that follow each other in the stream's memory may come as one.
     """
     # Made once: memory of this size given back and asked for again frays the heap.
     cut_KL: Tensor | None = None
@@ -83,8 +87,9 @@ def recut(stream_KD: Iterable[Tensor]) -> Iterator[Tensor]:
         done = 0
         while (left := values_KD.shape[1] - done) > 0:
             if not filled and left >= PIECE:
-                yield values_KD[:, done : done + PIECE]
-                done += PIECE
+                taken = left // PIECE * PIECE if several else PIECE
+                yield values_KD[:, done : done + taken]
+                done += taken
                 continue
             if cut_KL is None:
                 cut_KL = values_KD.new_empty(len(values_KD), PIECE)

@@ -13,6 +13,7 @@ import typer
 
 from anabranch.cli.adapters import adapters_app
 from anabranch.cli.backup import backup_command, restore_command
+from anabranch.cli.federation import federation_app
 from anabranch.cli.inspect import inspect_command
 from anabranch.cli.keys import keys_app
 from anabranch.cli.merge import merge_command
@@ -40,6 +41,7 @@ app.command("methods")(methods_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 app.command("verify")(verify_command)
+app.add_typer(federation_app)
 app.add_typer(keys_app)
 app.add_typer(receipts_app)
 app.add_typer(adapters_app)

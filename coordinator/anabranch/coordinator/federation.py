@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from anabranch.aggregation.recipe import Recipe, read_config, validation_line
+from anabranch.coordinator.gate import GateConfig
 from anabranch.coordinator.privacy.config import PrivacyConfig, why_not_counted, why_not_private
 from anabranch.coordinator.rounds.policy import RoundPolicy
 from anabranch.coordinator.secure.config import SecureConfig, why_not_secure
@@ -213,6 +214,21 @@ Collect = Annotated[RoundPolicy, AfterValidator(_can_carry)]
 before it."""
 
 
+def can_be_gated(gate: GateConfig | None, info: ValidationInfo) -> GateConfig | None:
+    """What a gate cannot stand beside."""
+    if gate is not None and info.data.get("privacy") is not None:
+        raise PydanticCustomError(
+            "gate",
+            "what is kept back was still made from clients, and only what is published is in the "
+            "account of privacy; leave gate out",
+        )
+    return gate
+
+
+Gated = Annotated[GateConfig | None, AfterValidator(can_be_gated)]
+"""The model it stands in has a field ``privacy`` before it."""
+
+
 def keyed_error(key: tuple[str | int, ...], reason: str) -> ValidationError:
     """An error at a key inside a field, for a field's validator to raise."""
     problem = PydanticCustomError("key", "{reason}", {"reason": reason})
@@ -291,6 +307,9 @@ class FederationConfig(BaseModel):
     ``down`` says."""
     privacy: Privacy = None
     """Differential privacy of the clients; None promises none."""
+    gate: Gated = None
+    """What a merge may be worse at than the adapter in service; one that is worse is kept back.
+    None publishes every merge."""
     secure: Secure = None
     """Secure aggregation: the coordinator gets sums over groups of clients, and no single update.
     None: it sees each. Needs ``signed``."""

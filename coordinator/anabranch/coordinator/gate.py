@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from anabranch.vectors import Adapter
 
 
+SCORER_PATTERN = r"^[\w.]+:\w+$"
+
+
 class GateConfig(BaseModel):
     """What a candidate may do worse than the adapter in service."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    scorer: str = Field(pattern=r"^[\w.]+:\w+$")
+    scorer: str = Field(pattern=SCORER_PATTERN)
     """``package.module:function``, called with the federation's folder, that returns a scorer: an
     object with ``score(adapter) -> Scorecard``."""
     metric_drop: float = Field(0.02, ge=0)
@@ -182,6 +185,29 @@ class Gate:
         if self._known is None or self._known[0] != digest:
             self._known = (digest, self._scorer.score(adapter))
         return self._known[1]
+
+
+def judged(gate: Gate, before: Adapter, candidate: Adapter) -> tuple[str, dict[str, Any]]:
+    """What a round's record says of its candidate.
+
+    A scorer that fails lets nothing pass, and costs the round, not the federation.
+
+    Args:
+        gate: Judges.
+        before: The adapter in service.
+        candidate: The merge.
+
+    Returns:
+        Why the adapter in service stays, empty where the candidate takes its place; and the facts.
+    """
+    try:
+        verdict = gate.judge(before, candidate)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        return f"the gate could not judge it: {reason}", {"passed": False, "reasons": [reason]}
+    if verdict.passed:
+        return "", verdict.facts
+    return f"the gate kept the adapter in service: {'; '.join(verdict.reasons)}", verdict.facts
 
 
 def gate_of(config: GateConfig | None, folder: Path) -> Gate | None:

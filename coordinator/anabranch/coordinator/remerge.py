@@ -16,6 +16,7 @@ from anabranch.coordinator.in_service import InService, successor
 from anabranch.coordinator.merging import merge_cohort, merge_privately
 from anabranch.coordinator.privacy.ledger import Release
 from anabranch.coordinator.privacy.noise import noise_source
+from anabranch.coordinator.rounds.stragglers import late_name
 from anabranch.coordinator.start import Start, at_rank
 from anabranch.coordinator.store import Contribution, Store
 from anabranch.vectors import Adapter, seeded_start
@@ -186,10 +187,15 @@ class Remerge:
         ends: Sequence[Adapter],
     ) -> tuple[Adapter, MergeReport]:
         config, number = self._config, self.receipt.round
-        names = [one.client for one in inputs]
+        names = [
+            one.client if one.round == number else late_name(one.client, one.round)
+            for one in inputs
+        ]
         whole = before.start(self._plan(number, before), None)
         if config.privacy is None:
-            return merge_cohort(config, whole, starts, ends, names)
+            late = any(one.round != number for one in inputs)
+            factors = [one.factor for one in inputs] if late else None
+            return merge_cohort(config, whole, starts, ends, names, factors)
         release = Release.model_validate(self.receipt.release)
         noise = noise_source(config.privacy.noise_seed, number)
         return merge_privately(release, noise, whole, ends, names)

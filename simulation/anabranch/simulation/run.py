@@ -47,6 +47,7 @@ from anabranch.simulation.keys import write_keys
 from anabranch.simulation.scenario import Baselines, Scenario
 from anabranch.simulation.summary import Measured, summarise
 from anabranch.simulation.task import SimulatedTask
+from anabranch.simulation.validation import write_task
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 from anabranch.wire.config import CodecConfig
@@ -165,6 +166,8 @@ def run_federation(
         write_adapter(seeded_start(session.template, scenario.seed), folder / START_FOLDER)
     if (folder / ADAPTER_FOLDER).exists():
         return
+    if config.gate is not None:
+        write_task(scenario.task.kind, task_params(scenario), folder)
     keys = write_keys(folder, config) if config.signed else None
     total = config.rounds * scenario.asked(config.clients)
     if config.evaluate_every:

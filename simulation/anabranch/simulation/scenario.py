@@ -26,16 +26,19 @@ from anabranch.coordinator.federation import (
     Ranks,
     Rest,
     Secure,
+    can_be_gated,
     check_ranks,
     clients_asked,
     keyed_error,
 )
+from anabranch.coordinator.gate import SCORER_PATTERN, GateConfig
 from anabranch.coordinator.privacy.config import why_not_counted
 from anabranch.coordinator.store.config import JOURNAL_URL, StoreConfig
 from anabranch.simulation.attackers import Attackers, Plot, as_json, plot
 from anabranch.wire.config import CodecConfig, DenseDtype
 from anabranch.wire.plan import Scalar, Trains
 
+VALIDATION_SCORER = "anabranch.simulation.validation:validation_scorer"
 DEFAULT_TASK = "anabranch.simulation.partitioned_text:PartitionedText"
 
 
@@ -67,6 +70,17 @@ class Baselines(BaseModel):
     """One adapter trained on everybody's data together, as many samples and steps."""
     unattacked: bool = True
     """The same federation with everybody honest; only where somebody attacks."""
+
+
+class SimulatedGate(GateConfig):
+    """A gate whose scorer knows the scenario's task."""
+
+    scorer: str = Field(VALIDATION_SCORER, pattern=SCORER_PATTERN)
+    """As in a federation; this one asks the task about the clients' validation data."""
+
+
+SimulatedGated = Annotated[SimulatedGate | None, AfterValidator(can_be_gated)]
+"""The model it stands in has a field ``privacy`` before it."""
 
 
 class Scenario(BaseModel):
@@ -117,6 +131,8 @@ class Scenario(BaseModel):
     """How a new adapter travels to clients that hold the one before; None: whole."""
     privacy: Privacy = None
     """Differential privacy of the clients: clip, epsilon, delta."""
+    gate: SimulatedGated = None
+    """What a merge may be worse at than the adapter in service, on the clients' validation data."""
     attackers: tuple[Attackers, ...] = ()
     """Clients that attack: ``[[attackers]]`` with kind, fraction or count, from_round, params."""
     secure: Secure = None
@@ -194,6 +210,7 @@ class Scenario(BaseModel):
             down_codec=self.down_codec,
             privacy=self.privacy,
             secure=self.secure,
+            gate=self.gate,
         )
 
 

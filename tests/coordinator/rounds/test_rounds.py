@@ -17,6 +17,7 @@ from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.rounds.control import Control, Want, ask
+from anabranch.coordinator.rounds.one_round import OneRound
 from anabranch.coordinator.rounds.stragglers import carried
 from anabranch.coordinator.store import FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
@@ -130,11 +131,12 @@ def test_an_update_that_comes_late_counts_in_the_round_under_way(tmp_path: Path)
     # What it adds is what it trained, against the adapter it trained from.
     seeded = strategy.service.seeded
     ends, starts = [], []
+    again = OneRound(strategy._here, 2, strategy.service, 1.0)
     one = [row for row in store.contributions(1) if row.client == "client-0003"]
     for row in [*store.contributions(2), *one]:
-        start = strategy._start_of(row)
+        start, end = again._end_of(row)
         starts.append(start.adapter)
-        ends.append(strategy._cohort.end(row, start))
+        ends.append(end)
     assert starts[-1].hash() == seeded.hash()
     served = starts[0]
     weights = [1, 1, weight]
@@ -209,7 +211,7 @@ def test_an_operator_ends_a_run(tmp_path: Path, want: Want, status: str, reason:
         return node == 13
 
     strategy = MergeStrategy(config(), template(), store)
-    strategy._control._clock = iter(range(10**6)).__next__  # a second goes by with each look
+    strategy._here.control._clock = iter(range(10**6)).__next__  # a second goes by with each look
     strategy.start(SlowGrid(holds))
     (row,) = store.notes("round")
     assert (row["status"], row.get("reason", "")) == (status, reason)
@@ -233,7 +235,7 @@ def test_a_pause_outlasts_a_restart_and_ends(tmp_path: Path, monkeypatch: Any) -
 
     monkeypatch.setattr("anabranch.coordinator.strategy.time.sleep", sleep)
     strategy = MergeStrategy(config(rounds=1), template(), store)
-    strategy._control._clock = iter(range(10**6)).__next__
+    strategy._here.control._clock = iter(range(10**6)).__next__
     strategy.start(SlowGrid())
     assert len(slept) >= 3
     assert [row["status"] for row in store.notes("round")] == ["published"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from anabranch.aggregation.methods.mean import MEAN
 from anabranch.aggregation.methods.median import MEDIAN
 from anabranch.aggregation.methods.multi_krum import MULTI_KRUM
+from anabranch.aggregation.methods.rank_vote import RANK_VOTE
 from anabranch.simulation.attacks import (
     ADAPTIVE,
     ALIE,
@@ -23,6 +25,7 @@ from anabranch.simulation.attacks import (
     MIN_SUM,
     SIGN_FLIP,
     SYBIL,
+    VEM,
 )
 from anabranch.simulation.attacks.adaptive import AdaptiveConfig
 from anabranch.simulation.attacks.directions import Direction
@@ -34,6 +37,7 @@ from anabranch.simulation.attacks.min_max import MinMaxConfig
 from anabranch.simulation.attacks.min_sum import MinSumConfig
 from anabranch.simulation.attacks.sign_flip import SignFlipConfig
 from anabranch.simulation.attacks.sybil import SybilConfig
+from anabranch.simulation.attacks.vem import honest_votes, turning_ranks
 
 DIRECTIONS: tuple[Direction, ...] = ("unit", "sign", "std")
 
@@ -245,6 +249,44 @@ def test_the_line_search_finds_the_largest_harm_on_a_fine_grid() -> None:
     grid = [harm(mean_D + 0.005 * step * towards_D) for step in range(0, 4000, 4)]
     config = AdaptiveConfig(directions=("unit",), points=40, refinements=20)
     assert harm(ADAPTIVE(honest_HD, 2, config, rule=rule)[0]) > 0.99 * max(grid)
+
+
+def most_turned(needed: list[int], ranks: list[int]) -> int:
+    """The most entries any way of giving out the ranks turns, by trying them all."""
+    return max(
+        sum(rank >= need for need, rank in zip(needed, given, strict=True))
+        for given in permutations(ranks)
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vem_gives_out_ranks_so_that_the_most_entries_turn(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    needed_D = torch.randint(1, 9, (6,), generator=generator)
+    ranks_D = turning_ranks(needed_D)
+    assert sorted(ranks_D.tolist()) == [1, 2, 3, 4, 5, 6]
+    turned = int((ranks_D >= needed_D).sum())
+    assert turned == most_turned(needed_D.tolist(), [1, 2, 3, 4, 5, 6])
+
+
+def test_vem_turns_more_of_a_rank_vote_than_a_sign_flip_of_any_size() -> None:
+    honest_HD = honest(8, entries=300, offset=0.3, seed=2)
+    config = RANK_VOTE.config.model_validate({"density": 1.0})
+    signs_D = RANK_VOTE(honest_HD, config=config).sign()
+
+    def turned(sent_fD: Tensor) -> int:
+        merged_D = RANK_VOTE(torch.cat([honest_HD, sent_fD]), config=config)
+        return int((merged_D.sign() == -signs_D).sum())
+
+    mine = VEM(honest_HD, 2)
+    flips = [turned(SIGN_FLIP(honest_HD, 2, SignFlipConfig(scale=scale))) for scale in (1, 100)]
+    assert turned(mine) > 1.3 * max(flips) > 0
+    norms_H = honest_HD.norm(dim=1)
+    assert float(norms_H.min()) < float(mine[0].norm()) < float(norms_H.max())
+    # As many as the votes say: below f times the rank given.
+    votes_D = honest_votes(honest_HD)
+    ranks_D = mine[0].abs().argsort().argsort() + 1
+    assert turned(mine) == int((votes_D.abs() < 2 * ranks_D).sum())
 
 
 def test_the_goal_to_reverse_turns_a_mean_round() -> None:

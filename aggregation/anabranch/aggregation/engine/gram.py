@@ -6,7 +6,7 @@ to end, s of a strip, n entries, D entries of a chunk, L of a piece.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from anabranch.aggregation.chunk import recut
 from anabranch.aggregation.engine.cohort import Cohort, gather
-from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, ModuleRows
+from anabranch.aggregation.engine.rows import DEFAULT_BUDGET_BYTES, ModuleRows, merged_on
+from anabranch.aggregation.finite import check_finite
+from anabranch.aggregation.kernels.rows import GRAM, has_kernel, load
 from anabranch.aggregation.method import cosines, inner_products
 from anabranch.vectors.sparse import SparseTernary
 from anabranch.vectors.task_vector import LowRank, TaskVector
@@ -46,6 +48,9 @@ def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> di
     Args:
         cohort: The contributions.
         budget_bytes: Memory for dense entries.
+
+    Raises:
+        ValueError: A number that is not finite; names the contribution.
     """
     # One tensor: one for each module, made between large ones, would fray the heap.
     count = len(cohort)
@@ -59,10 +64,39 @@ def module_grams(cohort: Cohort, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> di
         elif len(sparse) == len(deltas):
             grams[module] += _ternary_gram(sparse)
         else:
-            rows = ModuleRows(cohort, module, budget_bytes)
-            for piece_CL in recut(chunk.deltas_CD for chunk in rows):
-                grams[module] += inner_products(piece_CL).cpu()
+            for gram_CC in _dense_grams(cohort, module, budget_bytes):
+                grams[module] += gram_CC
+        _check_finite(cohort, module, grams[module])
     return cohort.ranks.union(grams)
+
+
+def _dense_grams(cohort: Cohort, module: str, budget_bytes: int) -> Iterator[Tensor]:
+    """Those of the pieces of a module, one after the other; large ones where they lie."""
+    device = merged_on(cohort, module)
+    by_kernel = has_kernel(GRAM, device)
+    rows = ModuleRows(cohort, module, budget_bytes, fused=by_kernel)
+    if not (by_kernel and rows.fused):
+        for piece_CL in recut(chunk.deltas_CD for chunk in rows):
+            yield inner_products(piece_CL).cpu()
+        return
+    piece_grams = load(GRAM, device)
+    if len(rows) == 1:
+        (chunk,) = rows
+        yield from piece_grams(chunk.rows)
+        return
+    for pieces_CL in recut((chunk.deltas_CD for chunk in rows), several=True):
+        yield from piece_grams(pieces_CL)
+
+
+def _check_finite(cohort: Cohort, module: str, gram_CC: Tensor) -> None:
+    """Refuse numbers that are not finite: no square of one that is leaves the range of fp64.
+
+    Raises:
+        ValueError: There are some; names the contribution.
+    """
+    if not bool(gram_CC.diagonal().isfinite().all()):
+        for name, delta in zip(cohort.names, cohort.deltas[module], strict=True):
+            check_finite(delta, f"{name}: module {module}")
 
 
 def _factor_gram(factors: Sequence[LowRank]) -> Tensor:

@@ -51,7 +51,8 @@ class Group:
     @property
     def linear(self) -> bool:
         """Whether the result is Σ c_i·ΔW_i with coefficients that follow from the weights alone."""
-        return self.excluded or (self.method.coefficients is not None and not self.needs_gram)
+        reads = self.needs_gram or self.method.sample is not None
+        return self.excluded or (self.method.coefficients is not None and not reads)
 
 
 def groups(recipe: Recipe, modules: Iterable[str], count: int) -> tuple[Group, ...]:

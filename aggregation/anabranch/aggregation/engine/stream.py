@@ -92,8 +92,9 @@ def merge_task_vectors(
     vectors = [vectors[index] for index in stay.indices]
     cohort = side_by_side(vectors, stay.names)
     parts = groups(stay.recipe, cohort.deltas, len(cohort))
-    # A number that is not finite makes the sum so; elsewhere a mask or a rank may hide it.
-    cohort = checked(cohort, dense_later=all(group.linear for group in parts))
+    # A number that is not finite makes sums and inner products so; elsewhere a mask or a rank may
+    # hide it.
+    cohort = checked(cohort, dense_later=all(g.linear or g.needs_gram for g in parts))
     merged: dict[str, Delta] = {}
     for group in parts:
         alike = with_importance(cohort.only(group.modules), vectors, group.method)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -47,6 +48,38 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.fma(*arguments)
 
     return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
+def exchange(typing_context: Any, one: Any, other: Any, size: Any) -> Any:
+    """Puts the smaller of each pair of fp32 numbers at ``one`` and the larger at ``other``.
+
+    These are addresses; ``size``, a multiple of 8, numbers are at each, none of them NaN. Written
+    out since the compiler leaves such a loop scalar, at an eighth of the speed.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one, other, size = arguments
+        word, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), 8)
+        step = ir.Constant(word, 8)
+        with cgutils.for_range_slice(builder, ir.Constant(word, 0), size, step, word) as (at, _):
+            offset = builder.mul(at, ir.Constant(word, 4))
+            places = [
+                builder.inttoptr(builder.add(base, offset), vector.as_pointer())
+                for base in (one, other)
+            ]
+            low, high = (builder.load(place) for place in places)
+            low.align = high.align = 4
+            # Not a comparison and a choice: it would become a masked store, which is slow.
+            for name, place in zip(("minnum", "maxnum"), places, strict=True):
+                choose = cgutils.get_or_insert_function(
+                    builder.module, ir.FunctionType(vector, [vector] * 2), f"llvm.{name}.v8f32"
+                )
+                found = builder.call(choose, [low, high], fastmath=("nnan", "nsz"))
+                builder.store(found, place).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @compiled

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from anabranch.aggregation.chunk import Chunk, Rows
-from anabranch.aggregation.kernels.compiled import Fp32, Int64, compiled, entries_at, fma
+from anabranch.aggregation.kernels.compiled import Fp32, Int64, compiled, entries_at, exchange, fma
 from anabranch.aggregation.kernels.rows import merge_rows
 from anabranch.aggregation.methods.bulyan import selected
 from anabranch.aggregation.robust.arc import check_minority
@@ -86,12 +86,11 @@ def _sort(addresses_C: Int64, start: int, size: int, pairs_P2: Int64, values_CB:
         value_B, delta_B = values_CB[c], entries_at(addresses_C[c], start, size)
         for i in range(size):
             value_B[i] = delta_B[i]
+    # Beyond the entries lies what was there before: it is exchanged, too, and not read.
+    whole = (size + 7) // 8 * 8
+    first, line = values_CB.ctypes.data, values_CB.shape[1] * 4
     for pair in range(len(pairs_P2)):
-        one_B, other_B = values_CB[pairs_P2[pair, 0]], values_CB[pairs_P2[pair, 1]]
-        for i in range(size):
-            one, other = one_B[i], other_B[i]
-            one_B[i] = one if one < other else other
-            other_B[i] = other if one < other else one
+        exchange(first + pairs_P2[pair, 0] * line, first + pairs_P2[pair, 1] * line, whole)
 
 
 @compiled
@@ -111,7 +110,7 @@ def _middle(
     ``halves``: they are one or two, and divided before they are added.
     """
     count = len(addresses_C)
-    values_CB = np.empty((count, block), np.float32)
+    values_CB = np.zeros((count, block), np.float32)
     share = np.float32(1.0 / (high - low))
     for start in range(first, stop, block):
         size = min(block, stop - start)
@@ -142,27 +141,27 @@ def _near_middle(
     """``methods.meamed.mean_around_median``."""
     count = len(addresses_C)
     left = count - f
-    half = np.float32(2)
-    values_CB = np.empty((count, block), np.float32)
+    half, reach = np.float32(2), np.float32(left)
+    values_CB = np.zeros((count, block), np.float32)
     middle_B, total_B = np.empty(block, np.float32), np.empty(block, np.float64)
-    first_B = np.empty(block, np.int32)
+    first_B, one, none = np.empty(block, np.float32), np.float32(1), np.float32(0)
     for start in range(first, stop, block):
         size = min(block, stop - start)
         _sort(addresses_C, start, size, pairs_P2, values_CB)
         low_B, high_B = values_CB[(count - 1) // 2], values_CB[count // 2]
         for i in range(size):
             middle_B[i] = low_B[i] / half + high_B[i] / half
-            first_B[i] = 0
+            first_B[i] = none
             total_B[i] = 0
         for c in range(f):
             low_B, high_B = values_CB[c], values_CB[c + left]
             for i in range(size):
-                first_B[i] += middle_B[i] - low_B[i] > high_B[i] - middle_B[i]
+                first_B[i] += one if middle_B[i] - low_B[i] > high_B[i] - middle_B[i] else none
         for c in range(count):
-            value_B = values_CB[c]
+            value_B, here = values_CB[c], np.float32(c)
             for i in range(size):
-                inside = (c >= first_B[i]) & (c < first_B[i] + left)
-                total_B[i] += value_B[i] if inside else np.float32(0)
+                inside = (first_B[i] <= here) & (here - reach < first_B[i])
+                total_B[i] += value_B[i] if inside else none
         out_B = entries_at(out_address, start, size)
         for i in range(size):
             out_B[i] = total_B[i] / left

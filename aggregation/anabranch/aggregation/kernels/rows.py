@@ -23,6 +23,7 @@ from anabranch.aggregation.chunk import Rows
 
 WEIGHTED_SUM = "anabranch.aggregation.kernels.linear:weighted_sum"
 TERNARY_SUM = "anabranch.aggregation.kernels.ternary:weighted_sum"
+GRAM = "anabranch.aggregation.kernels.gram:piece_grams"
 HISTOGRAM = "anabranch.aggregation.kernels.histogram:histogram"
 KTH = "anabranch.aggregation.kernels.histogram:kth"
 """On a GPU only, where counting 64 Ki buckets costs more than a bracket that narrows."""

@@ -32,6 +32,12 @@ def ask(store: Store, want: Want, by: str = "operator") -> None:
     store.note(EVENT, {"want": want.value, "by": by})
 
 
+def latest(store: Store) -> Want:
+    """What was asked last."""
+    rows = store.notes(EVENT)
+    return Want(rows[-1]["want"]) if rows else Want.RUN
+
+
 class Control:
     """The operator's wish, looked up no more than once a second.
 
@@ -47,15 +53,11 @@ class Control:
 
     def begin(self) -> None:
         """A run begins: what ended the last one is done with."""
-        if self._latest() in (Want.DRAIN, Want.ABORT):
+        if latest(self._store) in (Want.DRAIN, Want.ABORT):
             ask(self._store, Want.RUN, "coordinator")
 
     def want(self) -> Want:
         """What is asked now."""
         if self._clock() - self._looked_s >= LOOK_S:
-            self._want, self._looked_s = self._latest(), self._clock()
+            self._want, self._looked_s = latest(self._store), self._clock()
         return self._want
-
-    def _latest(self) -> Want:
-        rows = self._store.notes(EVENT)
-        return Want(rows[-1]["want"]) if rows else Want.RUN

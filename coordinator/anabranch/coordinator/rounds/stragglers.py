@@ -27,7 +27,41 @@ class Carried:
     @property
     def name(self) -> str:
         """How a report tells it from the client's own update of the round."""
-        return f"{self.row.client} (round {self.row.round})"
+        return late_name(self.row.client, self.row.round)
+
+
+def late_name(client: str, number: int) -> str:
+    """What a merge calls a client's update of an earlier round."""
+    return f"{client} (round {number})"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a round merges.
+
+    Attributes:
+        own: The updates made in it, by client.
+        late: Those of earlier rounds.
+    """
+
+    own: Sequence[Contribution] = ()
+    late: Sequence[Carried] = ()
+
+    @property
+    def rows(self) -> list[Contribution]:
+        """All, in the order in which they are merged."""
+        return [*self.own, *(one.row for one in self.late)]
+
+    @property
+    def names(self) -> list[str]:
+        """What a report calls them."""
+        return [*(row.client for row in self.own), *(one.name for one in self.late)]
+
+    def factors(self, exponent: float) -> list[float] | None:
+        """How much each counts; None: all alike."""
+        if not self.late:
+            return None
+        return [1.0] * len(self.own) + [one.weight(exponent) for one in self.late]
 
 
 def carried(store: Store, number: int, max_staleness: int) -> list[Carried]:

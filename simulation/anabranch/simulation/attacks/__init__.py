@@ -14,6 +14,7 @@ from anabranch.simulation.attacks.min_max import MIN_MAX
 from anabranch.simulation.attacks.min_sum import MIN_SUM
 from anabranch.simulation.attacks.sign_flip import SIGN_FLIP
 from anabranch.simulation.attacks.sybil import SYBIL
+from anabranch.simulation.attacks.vem import VEM
 
 BUILT_IN: tuple[Attack, ...] = (
     SIGN_FLIP,
@@ -25,5 +26,6 @@ BUILT_IN: tuple[Attack, ...] = (
     MIMIC,
     FREE_RIDER,
     SYBIL,
+    VEM,
     ADAPTIVE,
 )

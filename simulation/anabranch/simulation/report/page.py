@@ -39,6 +39,7 @@ def write_report(summary: Mapping[str, Any], measured: Measured, path: Path) -> 
     page = environment.get_template("report.html.j2").render(
         summary=summary,
         names=names,
+        gated=[row for row in summary["rounds"] if "gate" in row],
         accuracy=Markup(charts.accuracy_over_rounds(curves, _levels(summary, measured)))
         if curves
         else None,

@@ -1,0 +1,121 @@
+"""``anabranch federation``: where a running federation stands, and what its operator asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anabranch.cli.output import print_json, stdout
+
+if TYPE_CHECKING:
+    from anabranch.coordinator.federation import FederationConfig
+    from anabranch.coordinator.rounds.standing import Standing
+    from anabranch.coordinator.store import Store
+
+federation_app = typer.Typer(
+    name="federation",
+    help="Where a federation stands; pause, resume, drain or abort it.",
+    no_args_is_help=True,
+)
+
+Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For other programs.")]
+
+
+@federation_app.command("status")
+def status_command(folder: Folder, json: AsJson = False) -> None:
+    """Say where a federation stands: its round, who has answered, what is in service."""
+    from anabranch.coordinator.rounds.standing import standing
+
+    with _opened(folder) as (config, store):
+        found = standing(config, store)
+    if json:
+        print_json(asdict(found))
+        return
+    _show(found)
+
+
+@federation_app.command("pause")
+def pause_command(folder: Folder) -> None:
+    """Begin no further round, and stop the clock of the one under way.
+
+    Updates on their way are still admitted. A pause outlasts a restart of the coordinator.
+    """
+    _ask(folder, "pause")
+
+
+@federation_app.command("resume")
+def resume_command(folder: Folder) -> None:
+    """End a pause: the deadline moves by as long as the clock stood."""
+    _ask(folder, "run")
+
+
+@federation_app.command("drain")
+def drain_command(folder: Folder) -> None:
+    """Close the round under way with what it holds, and end the run after it.
+
+    The next run goes on with the next round.
+    """
+    _ask(folder, "drain")
+
+
+@federation_app.command("abort")
+def abort_command(folder: Folder) -> None:
+    """Abandon the round under way, and end the run; the adapter in service stays."""
+    _ask(folder, "abort")
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[FederationConfig, Store]]:
+    from anabranch.coordinator.federation import load_federation
+    from anabranch.coordinator.store import open_store
+
+    config = load_federation(folder)
+    with closing(open_store(config.store, folder, federation=config.name, run=config.run)) as store:
+        yield config, store
+
+
+def _ask(folder: Path, want: str) -> None:
+    from anabranch.coordinator.rounds.control import Want, ask
+    from anabranch.coordinator.rounds.standing import standing
+
+    with _opened(folder) as (config, store):
+        if standing(config, store).done >= config.rounds:
+            raise ValueError(
+                f"{config.name}: all {config.rounds} rounds are over; raise rounds in "
+                f"{folder / 'federation.toml'} to go on"
+            )
+        ask(store, Want(want))
+    when = "within a second, if its coordinator runs; else when it starts"
+    stdout.print(f"{config.name}: asked to {want}; it heeds that {when}", markup=False)
+
+
+def _show(found: Standing) -> None:
+    over = f"{found.done} of {found.rounds} rounds over"
+    fate = f"{found.published} published, {found.abandoned} abandoned"
+    lines = [
+        f"{found.federation}, run {found.run}: {over}, {fate}",
+        f"asked to {found.want}",
+    ]
+    if found.round is not None:
+        lines.append(
+            f"round {found.round} is {found.state}: {len(found.admitted)} of {len(found.asked)} "
+            "admitted"
+        )
+        waiting = [name for name in found.asked if name not in found.admitted]
+        if waiting:
+            lines.append(f"without an update: {', '.join(waiting[:20])}")
+        if found.refused:
+            codes = ", ".join(f"{count} {code}" for code, count in sorted(found.refused.items()))
+            lines.append(f"refused: {codes}")
+    if found.adapter_hash:
+        lines.append(f"in service: {found.adapter_hash}")
+    if found.last:
+        lines.append(found.last)
+    for line in lines:
+        stdout.print(line, markup=False, soft_wrap=True)

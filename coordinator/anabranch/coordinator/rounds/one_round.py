@@ -1,0 +1,274 @@
+"""One round under way: whom it asks, what it admits, and what comes of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from anabranch.coordinator.admission import RefusedError
+from anabranch.coordinator.candidate import merged_candidate
+from anabranch.coordinator.cohort import Cohort, update_bytes
+from anabranch.coordinator.collect import Mail, Reply
+from anabranch.coordinator.coordination import Coordination
+from anabranch.coordinator.gate import judged
+from anabranch.coordinator.in_service import InService, in_service
+from anabranch.coordinator.privacy.budget import spent_with
+from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
+from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
+from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
+from anabranch.coordinator.rounds.stragglers import Counted, carried, told
+from anabranch.coordinator.secure.round import SecureRound, Sums
+from anabranch.coordinator.start import Start
+from anabranch.coordinator.store import Contribution, Refusal
+from anabranch.vectors import Adapter
+from anabranch.wire.errors import one_line
+
+log = logging.getLogger("anabranch.coordinator")
+
+
+class OneRound:
+    """A round from its plan to its publication, or its end without one.
+
+    Args:
+        here: The federation.
+        number: Which round.
+        service: The adapter that it starts from.
+        deadline_s: Seconds it waits for updates.
+        train: Further fields of the clients' ``TrainPlan``.
+
+    Attributes:
+        driver: Where it stands.
+        counted: What it merges; known once ``finish`` was called.
+    """
+
+    def __init__(
+        self,
+        here: Coordination,
+        number: int,
+        service: InService,
+        deadline_s: float,
+        train: Mapping[str, object] | None = None,
+    ) -> None:
+        self._here, self._number, self._service = here, number, service
+        plan = here.plan(number, service, train)
+        if here.trust is not None:
+            plan = here.trust.begin_round(plan)
+        self.plan = plan
+        self._cohort = Cohort(here.store, here.trust, here.config.max_norm)
+        self._secure: SecureRound | None = None
+        self._refused = self._refused_bytes = 0
+        self.driver = Driver(number, terms_of(here.config, deadline_s), here.store, here.control)
+        self.counted = Counted()
+
+    def begin(self, grid: Grid, owed: Sequence[tuple[int, str]] = ()) -> list[Message]:
+        """Orders for the sampled clients that have not contributed to it yet.
+
+        Args:
+            grid: Flower's connection to the nodes.
+            owed: Nodes whose reply is still to come, and since which round.
+        """
+        here = self._here
+        late = {int(group) for _, group in owed}
+        here.orders.begin(self._service.start(self.plan, here.key), late)
+        done = {row.client for row in here.store.contributions(self._number)}
+        asked = self._to_ask(done, {node for node, _ in owed})
+        facts = {
+            "round": self._number,
+            "asked": sorted(asked.values()),
+            "start_hash": self.plan.start_hash,
+        }
+        here.store.note("planned", facts)
+        if here.config.secure is None:
+            self.driver.asked(len(asked), len(done) + len(self._count().late))
+            return here.orders.train(asked)
+        assert here.trust is not None
+        self._secure = SecureRound(
+            here.config, here.config.secure, here.orders.whole, here.store, here.trust, grid
+        )
+        ready = self._secure.begin(asked)
+        here.orders.part(self._secure.starts)
+        self.driver.asked(len(ready), self._secure.summed())
+        return [self._secure.deliver(order) for order in here.orders.train(ready)]
+
+    def collect(self, mail: Mail, orders: Sequence[Message]) -> Iterator[Reply]:
+        """The replies that it takes, and one for each that it gives up."""
+        yield from mail.send(orders)
+        yield from mail.arrivals(self.driver.closed)
+        closed = self.driver.closed()
+        assert closed is not None  # every order has its reply
+        yield from mail.give_up(closed, self._is_too_late)
+
+    def admit(self, incoming: Iterable[Reply]) -> None:
+        """Count what can be counted of these replies, and record why the rest cannot."""
+        for reply in incoming:
+            number = int(reply.group or self._number)
+            client = self._here.orders.client(reply.node, number)
+            try:
+                self._admit(reply, client, number)
+            except RefusedError as error:
+                self._refused += 1
+                self._refused_bytes += update_bytes(reply)
+                self.refuse(number, client, error)
+                if client is not None and number == self._number:
+                    self.driver.lost()
+            else:
+                self.driver.admitted(late=number != self._number)
+        # Replies that Flower's own loop did not bring will not come.
+        while self.driver.round.state is State.COLLECTING:
+            self.driver.lost()
+
+    def refuse(self, number: int, client: str | None, error: RefusedError) -> None:
+        """Record why a reply to an order of some round does not count."""
+        reason, name = one_line(str(error)), client or "unknown"
+        log.warning("round %d: %s refused (%s): %s", number, name, error.code, reason)
+        refusal = Refusal(round=number, client=name, code=error.code, reason=reason)
+        self._here.store.refuse(refusal)
+
+    def finish(self) -> InService | None:
+        """Merge what it holds and publish that; below the quorum nothing changes.
+
+        Returns:
+            What is in service now; None if the round was abandoned.
+
+        Raises:
+            TakenError: The round was ended otherwise meanwhile, as by a rollback.
+        """
+        sums = self._secure.finish() if self._secure is not None else None
+        self.counted = self._count()
+        facts = self._facts(sums)
+        began = time.perf_counter()
+        now = self.driver.round
+        if now.state is State.MERGING and facts["admitted"] < now.needed:
+            # Sums that could not be opened.
+            reason = f"{facts['admitted']} admitted, the quorum is {now.needed}"
+            self.driver.happen(Failed(reason))
+        if self.driver.round.state is State.MERGING:
+            try:
+                candidate, publication = merged_candidate(
+                    self._here, self._service, self.counted, self._end_of
+                )
+                self.driver.happen(Merged())
+            # What a method cannot merge (too few for its f, a decomposition that fails) costs this
+            # round, not the federation; the adapter in service stays.
+            except (ValueError, RuntimeError) as error:
+                self.driver.happen(Failed(one_line(f"the merge failed: {error}")))
+        gate = self._here.gate
+        if gate is not None and self.driver.round.state is State.GATING:
+            kept, facts["gate"] = judged(gate, self._service.adapter, candidate.adapter)
+            if kept:
+                self.driver.happen(Rejected(one_line(kept)))
+        facts["seconds"] = self.driver.seconds
+        if reason := self.driver.round.reason:
+            self._abandon(reason, facts)
+            return None
+        here = self._here
+        facts |= {
+            "status": "published",
+            "merge_seconds": time.perf_counter() - began,
+            "truncation_error": publication.report["overall_truncation"],
+            **spent_with(here.config, here.store, publication),
+        }
+        receipt = merge_receipt(
+            here.store,
+            here.config,
+            self.plan,
+            self.counted.rows,
+            publication,
+            candidate,
+            here.key,
+            self.counted.factors(here.config.collect.staleness_exponent),
+        )
+        here.store.publish(publication, facts, [receipt])
+        self.driver.happen(Passed())
+        asked = self.driver.round.asked
+        log.info("round %d merged %d of %d", self._number, facts["admitted"], asked)
+        return candidate
+
+    def _abandon(self, reason: str, facts: dict[str, Any]) -> None:
+        log.warning("round %d abandoned: %s", self._number, reason)
+        here, cohort = self._here, self.counted.own
+        receipt = abandoned_receipt(here.store, here.config, self.plan, cohort, reason, here.key)
+        here.store.abandon(self._number, facts | {"status": "abandoned", "reason": reason}, receipt)
+
+    def _facts(self, sums: Sums | None) -> dict[str, Any]:
+        """What its record says however it ends."""
+        rows, down = self.counted.own, self._here.orders.bytes_down
+        facts: dict[str, Any] = {
+            "round": self._number,
+            "admitted": len(self.counted.rows) if sums is None else sums.clients,
+            "refused": self._refused + (sums.refused if sums else 0),
+            "bytes_up": self._refused_bytes
+            + (sum(row.size_bytes for row in rows) if sums is None else sums.bytes_up),
+            "bytes_down": down + (sums.bytes_down if sums else 0),
+        }
+        if self.counted.late:
+            facts["carried"] = told(self.counted.late)
+        return facts
+
+    def _admit(self, reply: Reply, client: str | None, number: int) -> None:
+        """Count the reply to an order of a round.
+
+        Raises:
+            RefusedError: It does not count, and why.
+        """
+        if client is None:
+            raise RefusedError("unasked", f"node {reply.node} was not asked in this round")
+        start = self._here.orders.start(client, number)
+        self._here.orders.learn(reply, start.plan.start_hash)
+        admitting = self._secure or self._cohort
+        admitting.admit(reply, start, client)
+
+    def _to_ask(self, done: set[str], busy: set[int]) -> dict[int, str]:
+        """Nodes and clients to ask, beside those that contributed, or are at work."""
+        here = self._here
+        # Sums that were opened before an interruption are all there will be.
+        settled = bool(done) if here.config.secure else was_closed(here.store, self._number)
+        if settled:
+            return {}
+        count = here.config.asked(len(here.roster.nodes()))
+        sampled = here.roster.sample(count, f"{here.config.seed}/{self._number}")
+        asked = {
+            node: name for node, name in sampled.items() if name not in done and node not in busy
+        }
+        if here.config.privacy is None:
+            return asked
+        # Others may be there than when the round began, and what is divided by stays.
+        return dict(list(asked.items())[: max(0, count - len(done))])
+
+    def _is_too_late(self, group: str) -> bool:
+        """Whether an update of a round will not be merged any more."""
+        policy = self._here.config.collect
+        since = sum(row.round >= int(group) for row in self._here.store.publications())
+        return policy.stragglers == "drop" or since > policy.max_staleness
+
+    def _count(self) -> Counted:
+        """Its own updates, and those of earlier rounds that it may count."""
+        here, policy = self._here, self._here.config.collect
+        late = (
+            carried(here.store, self._number, policy.max_staleness)
+            if policy.stragglers == "carry"
+            else []
+        )
+        return Counted(here.store.contributions(self._number), late)
+
+    def _end_of(self, row: Contribution) -> tuple[Start, Adapter]:
+        """What a contribution was trained from, and what came of it.
+
+        Raises:
+            KeyError: Retention has let go of what it was trained from.
+        """
+        here = self._here
+        if not here.orders.knows(row.round):
+            before = [one for one in here.store.publications() if one.round < row.round]
+            seeded = self._service.seeded
+            service = InService(seeded, seeded)
+            if before:
+                service = in_service(here.store.get(before[-1].digest), seeded, here.config)
+            here.orders.recall(service.start(here.plan(row.round, service), here.key))
+        start = here.orders.start(row.client, row.round)
+        return start, self._cohort.end(row, start)
