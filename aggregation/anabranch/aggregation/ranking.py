@@ -67,7 +67,9 @@ def tally(parts: Whole, key: Callable[[Tensor], Tensor], vote: Vote) -> tuple[Te
 def _medians(abreast_CL: Tensor, out_L: Tensor) -> None:
     """Medians over the contributions, a piece at a time."""
     low, high = (len(abreast_CL) - 1) // 2, len(abreast_CL) // 2
-    for values_CL, piece_L in zip(abreast_CL.split(PIECE, dim=1), out_L.split(PIECE), strict=True):
+    for values_CL, piece_L in zip(
+        torch.split(abreast_CL, PIECE, dim=1), torch.split(out_L, PIECE), strict=True
+    ):
         sorted_CL = values_CL.sort(dim=0).values
         # Halved before the sum: the two may be large.
         torch.add(sorted_CL[low] / 2, sorted_CL[high] / 2, out=piece_L)
@@ -111,7 +113,7 @@ def _shared(curve_D: Tensor, new_D: Tensor) -> Tensor:
     group_D = new_D.cumsum(0).sub_(1)
     sums_G = torch.zeros(int(group_D[-1]) + 1, dtype=torch.float64, device=curve_D.device)
     sizes_G = torch.zeros_like(sums_G)
-    pieces = list(zip(group_D.split(PIECE), curve_D.split(PIECE), strict=True))
+    pieces = list(zip(torch.split(group_D, PIECE), torch.split(curve_D, PIECE), strict=True))
     # Not by differences of running sums: the least values would drown in the largest.
     for group_L, values_L in pieces:
         sums_G.index_add_(0, group_L, values_L.double())
