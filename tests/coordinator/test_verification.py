@@ -157,6 +157,17 @@ def test_a_missing_input_is_named_and_an_altered_one_too(
     assert three.outcome == "true"
 
 
+def test_an_update_that_is_in_no_receipt_is_missed(run_federation: Run, tmp_path: Path) -> None:
+    folder = run_federation(tmp_path / "f", rounds=1)
+    with closing(opened(folder)) as store:
+        row = store.contributions(1)[0].model_copy(update={"client": "x", "digest": "00" * 32})
+        assert store.admit(row)
+    (verdict,) = verify(folder)
+    assert checks(verdict) == [("admitted", "", "failed")]
+    texts = {check.what: check.text for check in verdict.checks}
+    assert texts["admitted"] == "it leaves out what the store admitted of x"
+
+
 def test_a_lost_start_leaves_the_next_merge_open(run_federation: Run, tmp_path: Path) -> None:
     folder = run_federation(tmp_path / "f")
     with closing(opened(folder)) as store:

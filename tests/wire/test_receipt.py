@@ -50,13 +50,13 @@ def one(server_round: int = 1, previous: str | None = None, **changes: Any) -> R
         "inputs": (
             Input(
                 client="a",
-                round=1,
+                round=server_round,
                 artifact="11" * 32,
                 size_bytes=2048,
                 nonce="00ff" * 8,
                 weight=0.1,
             ),
-            Input(client="b", round=1, artifact="22" * 32, size_bytes=2049, factor=0.5),
+            Input(client="b", round=server_round, artifact="22" * 32, size_bytes=2049, factor=0.5),
         ),
         "exclusions": (Exclusion(client="c", code="deadline", reason="no reply within 60 s"),),
         "recipe": {"method": "ties", "scale": 1e20, "density": 1e-7, "seed": None},
@@ -265,6 +265,25 @@ def test_a_chain_with_one_missing_moved_or_changed_is_broken(
     with pytest.raises(WireError, match=f"receipt {place}: ") as caught:
         check_chain(damage(chain(4)), RING)
     assert caught.value.code == "chain"
+
+
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_no_update_is_merged_twice_or_before_it_is_made(odd: int) -> None:
+    """Client a's update of round 1 came in round 1 already; of 2 it comes late; 3 is yet to be."""
+    found = chain(1)
+    inputs = (Input(client="a", round=odd, artifact="44" * 32, size_bytes=1),)
+    found.append(encode_receipt(one(2, receipt_hash(found[0]), inputs=inputs), KEY))
+    if odd == 2:
+        assert len(check_chain(found, RING)) == 2
+        return
+    with pytest.raises(WireError, match=f"the update of a of round {odd} once too often") as caught:
+        check_chain(found, RING)
+    assert caught.value.code == "chain"
+    # In an abandoned round it only waits, and a withdrawal merges again.
+    for kind in ("abandoned", "withdrawal"):
+        changes = {"kind": kind, "inputs": inputs}
+        found[1] = encode_receipt(one(2, receipt_hash(found[0]), **changes), KEY)
+        assert len(check_chain(found, RING)) == 2
 
 
 def test_a_rollback_and_an_abandoned_round_stand_in_the_chain() -> None:

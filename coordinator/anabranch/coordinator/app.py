@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
 from anabranch.coordinator.gate import gate_of
-from anabranch.coordinator.lineage import dress, published
+from anabranch.coordinator.lineage import dress, published, read_published
 from anabranch.coordinator.published import sign_folder
 from anabranch.coordinator.store import open_store
 from anabranch.coordinator.strategy import MergeStrategy
@@ -35,10 +35,14 @@ def main(grid: Grid, context: Context) -> None:
     )
     with closing(opened) as store:
         trust = trust_of(folder, config, store) if config.signed else None
+        template = read_adapter(folder / START_FOLDER)
         gate = gate_of(config.gate, folder)
-        strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust, gate)
+        strategy = MergeStrategy(config, template, store, trust, gate)
         strategy.start(grid)
         rows, adapter = published(store), strategy.adapter
+        if rows:
+            # A rollback may have come after the last round.
+            adapter = read_published(store, config, template, rows[-1].publication)
         key = trust.key if trust else None
 
         def finish(partial: Path, _: Adapter) -> None:

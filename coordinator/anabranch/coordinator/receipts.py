@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -61,8 +61,10 @@ def merge_receipt(
     report = publication.report
     weights = report.get("coefficients")
     assert candidate.blob is not None
-    receipt = _of_round(store, config, plan, "merge", cohort, weights, factors).model_copy(
+    receipt = _of_round(store, config, plan, "merge", cohort, weights, factors)
+    receipt = receipt.model_copy(
         update={
+            "exclusions": (*receipt.exclusions, *_suspected(report)),
             "scores": _scores(store, config, plan.round, cohort)
             | {"truncation-error": _number(report.get("overall_truncation", 0.0))},
             "release": _plain(report.get(RELEASE_KEY, {})),
@@ -237,6 +239,23 @@ def _of_round(
             "settings": _plain(settings),
             "codec": _plain(config.codec.model_dump(mode="json")),
         }
+    )
+
+
+def _suspected(report: Mapping[str, Any]) -> tuple[Exclusion, ...]:
+    """Clients whose whole change was left out, each by the finding that stood out most.
+
+    They are among the inputs all the same: whoever merges again has to suspect them again.
+    """
+    findings = (report.get("suspicion") or {}).get("findings", ())
+    why: dict[str, str] = {}
+    for one in findings:
+        masked = one["action"] == "mask_module" and one["module"] is None
+        if one["action"] == "exclude" or masked:
+            why.setdefault(one["client"], one["why"])
+    return tuple(
+        Exclusion(client=client, code="suspicion", reason=why[client][:300])
+        for client in sorted(why)
     )
 
 

@@ -35,7 +35,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        what: ``signature``, ``chain``, ``input``, ``start``, ``output`` or ``merge``.
+        what: ``signature``, ``chain``, ``input``, ``admitted``, ``start``, ``output`` or ``merge``.
         about: The client of an input, the round of a start; else empty.
         status: How it ended.
         text: In words.
@@ -100,6 +100,8 @@ class Verifier:
             check = self._input(receipt, one)
             whole &= check.status == "ok"
             checks.append(check)
+        if receipt.kind in ("merge", "abandoned"):
+            checks.append(self._accounts(receipt))
         checks += self._output(receipt)
         if receipt.kind == "merge":
             checks.append(self._merge(receipt, whole))
@@ -166,6 +168,29 @@ class Verifier:
                 text = f"it says {name} {got!r}, and the receipt {asked!r}"
                 return Check("input", one.client, "failed", text)
         return Check("input", one.client, "ok", f"{len(blob)} bytes, as they came")
+
+    @cached_property
+    def _accounted(self) -> set[str]:
+        """Artifacts of every update that some receipt of the run names."""
+        return {one.artifact for data in self._chain for one in decode_receipt(data, None).inputs}
+
+    def _accounts(self, receipt: Receipt) -> Check:
+        """Every update that was admitted to the round is in this receipt, or came late in another.
+
+        One that is still to be carried is in none yet.
+        """
+        rows = self._store.contributions(receipt.round)
+        waits = self._config.collect.stragglers == "carry"
+        named = {one.artifact for one in receipt.inputs}
+        lost = [
+            row.client
+            for row in rows
+            if row.digest not in named and row.digest not in self._accounted and not waits
+        ]
+        if lost:
+            text = f"it leaves out what the store admitted of {', '.join(lost)}"
+            return Check("admitted", "", "failed", text)
+        return Check("admitted", "", "ok", f"all {len(rows)} admitted updates are accounted for")
 
     def _output(self, receipt: Receipt) -> Iterator[Check]:
         """The published adapter is there, and decodes to the hash that the receipt names."""

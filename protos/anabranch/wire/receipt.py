@@ -194,6 +194,8 @@ def receipt_hash(data: bytes) -> str:
 def check_chain(chain: Iterable[bytes], ring: KeyRing | None) -> list[Receipt]:
     """Read a run's receipts from the first on, and check that none is missing, moved or changed.
 
+    Each round starts where the one before ended, and no update is in two merges.
+
     What is cut off at the end leaves no trace in the rest: compare the last hash with one that was
     noted elsewhere.
 
@@ -208,10 +210,13 @@ def check_chain(chain: Iterable[bytes], ring: KeyRing | None) -> list[Receipt]:
     receipts: list[Receipt] = []
     before: str | None = None
     in_service: str | None = None
+    merged: set[tuple[str, int]] = set()
     for place, data in enumerate(chain, start=1):
         try:
             receipt = decode_receipt(data, ring)
             _check_link(receipt, receipts[0] if receipts else receipt, before, in_service)
+            if receipt.kind == "merge":
+                _check_counted_once(receipt, merged)
         except WireError as error:
             raise WireError(error.code, f"receipt {place}: {error}") from error
         receipts.append(receipt)
@@ -236,6 +241,16 @@ def _check_link(
             f"its round starts from {receipt.start_hash[:12]}, and the adapter in service was "
             f"{(in_service or '')[:12]}",
         )
+
+
+def _check_counted_once(receipt: Receipt, merged: set[tuple[str, int]]) -> None:
+    """No update is merged again, or before it was made; what is merged is added."""
+    for one in receipt.inputs:
+        if (one.client, one.round) in merged or one.round > receipt.round:
+            raise WireError(
+                "chain", f"it merges the update of {one.client} of round {one.round} once too often"
+            )
+        merged.add((one.client, one.round))
 
 
 def _signature(value: object) -> bytes:
