@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test check bench quality scoreboard gpu fuzz clean
+.PHONY: install demo test check bench chaos quality scoreboard gpu fuzz clean
 
 install: $(STAMP)
 
@@ -53,6 +53,12 @@ scoreboard: install
 gpu: install
 	$(BIN)/python -m pytest -rs tests/gpu
 	$(BIN)/python -m benchmarks.gpu
+
+# A coordinator killed a hundred times; make test does it a few times.
+chaos: export OMP_NUM_THREADS := 1
+chaos: export CHAOS_KILLS := 100
+chaos: install
+	$(BIN)/python -m pytest tests/chaos
 
 # What it finds new stays in runs/fuzz; a crash is written beside it.
 fuzz: install

@@ -47,14 +47,22 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes; all cores by default"
     )
+    parser.add_argument("--seeds", type=int, metavar="N", help="the first N repetitions alone")
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        help="measure this rule or attack alone; the result holds all kept",
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "scoreboard")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
-    if given.workers < 1:
-        parser.error(f"--workers {given.workers}: at least one has to work")
+    for name in ("workers", "seeds"):
+        number = getattr(given, name)
+        if number is not None and number < 1:
+            parser.error(f"--{name} {number}: at least one")
     block = BLOCKS[given.block]
     with bar(given.block) as progress:
-        options = Options(given.runs, given.quick, given.workers, progress)
+        options = Options(given.runs, given.quick, given.workers, given.seeds, given.only, progress)
         result = block.run(options)
     if given.json:
         json.dump(result, sys.stdout, indent=2)

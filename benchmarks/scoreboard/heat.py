@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import LogNorm, Normalize, to_hex
+from matplotlib.colors import LogNorm, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 MISSING = "#d5d9de"
@@ -60,11 +60,17 @@ class Heat:
         return to_hex(mpl.colormaps["RdYlGn_r"](float(self.scale(inside))))
 
 
+def readable_on(colour: str) -> str:
+    """Ink or white, whichever stands out from a colour."""
+    red, green, blue = to_rgb(colour)
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "white"
+
+
 def shown(value: float | None) -> str:
     """Two digits, or what stands for none."""
     if value is None:
         return "n/a"
-    if value and abs(value) < 0.005:
+    if abs(value) < 0.005:
         return "0"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}" if value < 1000 else f"{value:.0e}"
 
@@ -106,8 +112,9 @@ def draw(heat: Heat, path: Path) -> None:
     axes.imshow(inside, cmap=colours, norm=heat.scale, aspect="auto")
     for y, row in enumerate(heat.rows):
         for x, column in enumerate(heat.columns):
-            text = shown(heat.value(row, column))
-            axes.text(x, y, text, ha="center", va="center", fontsize=6, color=INK)
+            value = heat.value(row, column)
+            ink = readable_on(heat.colour(value))
+            axes.text(x, y, shown(value), ha="center", va="center", fontsize=6, color=ink)
     axes.set_yticks(range(len(heat.rows)), heat.rows, fontsize=7)
     axes.set_xticks(range(len(heat.columns)), [str(f) for _, f in heat.columns], fontsize=7)
     top = axes.secondary_xaxis("top")
@@ -123,7 +130,7 @@ def draw(heat: Heat, path: Path) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     figure.suptitle(heat.title, fontsize=9)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=85, metadata={"Software": None})
 
 
 def table(heat: Heat) -> str:
@@ -155,7 +162,8 @@ def _cell(heat: Heat, row: str, column: tuple[str, int]) -> str:
         said = f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
     said = f"{row}, {column[0]}, f = {column[1]}: {said}"
     colour = heat.colour(value)
-    return f'<td style="background:{colour}" title="{html.escape(said)}">{shown(value)}</td>'
+    style = f"background:{colour};color:{readable_on(colour)}"
+    return f'<td style="{style}" title="{html.escape(said)}">{shown(value)}</td>'
 
 
 PAGE = """<!doctype html>

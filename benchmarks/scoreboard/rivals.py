@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +28,35 @@ FLOWER = "Flower 1.41.0"
 SPREAD = 1.0
 """Root of the honest vectors' mean squared distance from their mean: what ByzFL's centred clipping
 gets as τ. At its own default of 100 it would clip nothing here."""
+
+
+LIMIT_S, LIMIT_ENTRIES = 5.0, 200_000
+"""Processor seconds after which a rule counts as one that does not end, as CAF has inputs for; in
+proportion for more entries than that."""
+
+
+@contextmanager
+def at_most(limit_s: float, name: str) -> Iterator[None]:
+    """Stop what runs longer, in a process's main thread.
+
+    Args:
+        limit_s: Processor seconds.
+        name: Who, for the message.
+
+    Raises:
+        ValueError: It ran longer.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise ValueError(f"{name} does not end (stopped after {limit_s:g} s of the processor)")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def replies(deltas_CD: Tensor) -> list[Message]:
@@ -97,7 +129,11 @@ def byzfl_rules() -> tuple[Rule, ...]:
 
     def rule(name: str, make: Callable[[int], Callable[[Tensor], Any]], note: str = "") -> Rule:
         def merge(deltas_CD: Tensor, f: int) -> Tensor:
-            made = make(f)(deltas_CD.clone())
+            limit_s = LIMIT_S * max(1.0, deltas_CD.numel() / LIMIT_ENTRIES)
+            with torch.random.fork_rng(devices=[]), at_most(limit_s, f"ByzFL's {name}"):
+                # CAF draws where it begins to look.
+                torch.manual_seed(0)
+                made = make(f)(deltas_CD.clone())
             if made is None:
                 raise ValueError(f"ByzFL's {name} returns nothing for f = {f}")
             merged_D: Tensor = torch.as_tensor(made).float().flatten()
@@ -116,6 +152,7 @@ def byzfl_rules() -> tuple[Rule, ...]:
         rule("MultiKrum", theirs.MultiKrum, "takes one neighbour more than the paper"),
         rule("CenteredClipping", lambda f: theirs.CenteredClipping(L=3, tau=SPREAD),
              "told the honest spread as its τ"),
-        rule("CAF", theirs.CAF),
+        rule("CAF", theirs.CAF, "does not end on some inputs, where a vector without weight left "
+             "lies furthest; returns nothing for f = 0"),
         rule("NNM, TrMean", nnm_trimmed),
     )  # fmt: skip

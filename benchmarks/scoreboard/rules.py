@@ -90,6 +90,18 @@ RECIPES: Mapping[str, ByDeclared] = {
 """Ours by name."""
 
 
+NOTES: Mapping[str, str] = {
+    "FoolsGold": "every attack here sends copies, which are what it looks for: attackers who vary "
+    "what they send are not seen, and honest clients who agree are",
+    "NNM, mean": "an attacker's own mixture keeps what it sent, so it takes a robust rule after it",
+    "TIES": "does not estimate the mean, so the figure counts its scale against it; one value of "
+    "any size wins an entry that the others trim",
+    "sign vote": "does not estimate the mean, so the figure counts its scale against it",
+    "rank vote": "does not estimate the mean, so the figure counts its scale against it",
+}
+"""What to know when reading a row."""
+
+
 def recipe(name: str, declared: int) -> Recipe:
     """One of ours as a recipe."""
     return Recipe.model_validate(RECIPES[name](declared))
@@ -121,6 +133,9 @@ def our_rules() -> tuple[Rule, ...]:
     """All of ours."""
 
     def rule(name: str) -> Rule:
-        return Rule(name, OURS, lambda deltas_CD, f: merge_vectors(deltas_CD, recipe(name, f)))
+        def merge(deltas_CD: Tensor, f: int) -> Tensor:
+            return merge_vectors(deltas_CD, recipe(name, f))
+
+        return Rule(name, OURS, merge, NOTES.get(name, ""))
 
     return tuple(rule(name) for name in RECIPES)

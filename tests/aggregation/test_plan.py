@@ -235,6 +235,11 @@ def test_what_a_method_refuses_is_refused_by_the_plan(
     for inputs, given in ((adapters, {}), (tuned, {"base": base})):
         refused("multi_krum: f: 1 malicious need", inputs, Recipe(method="multi_krum"), **given)
         refused("slerp: goes between two", inputs, Recipe(method="slerp"), **given)
+        # Two by two, three are two mixtures.
+        paired = {"method": "multi_krum", "params": {"f": 0}, "pre": [{"name": "bucketing"}]}
+        refused("at least 3 .* there are 2", inputs, Recipe.model_validate(paired), **given)
+        mixed = {"method": "mean", "pre": [{"name": "nnm", "params": {"f": 2}}]}
+        refused("nnm: f: 2 malicious of 3", inputs, Recipe.model_validate(mixed), **given)
         refused("weights: 2 for 3", inputs, Recipe(method="mean", weights=(1, 2)), **given)
         refused(
             "budget_bytes: 1000 cannot", inputs, Recipe(method="ties"), budget_bytes=1000, **given

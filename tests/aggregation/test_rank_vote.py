@@ -187,6 +187,7 @@ def test_a_module_that_does_not_fit_is_refused_and_others_are_sorted_for_again()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WholeModule, "__iter__", lambda self: (formed.append(1), form(self))[1])
         tight = merge_task_vectors(cohort, recipe, budget_bytes=needed)
-    assert len(formed) == 2
+    # 16 fp32 copies of a tensor are room for that of seven, 4 bytes each, in one stretch.
+    assert len(formed) == 1
     roomy = merge_task_vectors(cohort, recipe)
     assert torch.equal(tight.deltas["m"], roomy.deltas["m"])  # type: ignore[arg-type]

@@ -3,19 +3,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from benchmarks.scoreboard import heat, vectors
+from benchmarks.scoreboard import adapters, heat, vectors
 from benchmarks.scoreboard.blocks import BLOCKS, Options
 from benchmarks.scoreboard.cells import Cell, Found, Kept, run
 from benchmarks.scoreboard.page import write_pages
 from benchmarks.scoreboard.result import by_rule, interval, over_seeds
 from benchmarks.scoreboard.rules import RECIPES, recipe
 
-from anabranch.aggregation.registry import resolve, resolve_pre
+from anabranch.aggregation.engine.groups import groups
 
 SMALL = vectors.Setting(entries=400, attackers=(0, 4), misjudged=((6, 4),), seeds=(0, 1))
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    (folder / f"scoreboard-{result['block']}.json").write_text(json.dumps(result))
+    write_pages(folder, folder)
 
 
 def cell(rule: str, attack: str = "sign flip", f: int = 4, declared: int = 4) -> Cell:
@@ -101,8 +107,8 @@ def test_what_cannot_be_says_why() -> None:
 
 def test_every_recipe_can_be_read() -> None:
     for name in RECIPES:
-        method, _ = resolve(recipe(name, 2), name)
-        resolve_pre(recipe(name, 2), method)
+        for f in (0, 2, 4):
+            assert len(groups(recipe(name, f), ["m"], 20)) == 1
 
 
 def test_rules_that_are_not_told_f_cannot_be_told_wrong() -> None:
@@ -133,7 +139,7 @@ def test_over_seeds_and_worst() -> None:
 
 def test_block_a_in_short_and_its_page(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    options = Options(tmp_path / "runs", True, 1, lambda *done: told.append(done))
+    options = Options(tmp_path / "runs", quick=True, progress=lambda *done: told.append(done))
     result = BLOCKS["A"].run(options)
     assert told[-1][0] == told[-1][1] == len(result["cells"])
     rows = {row["rule"]: row for row in result["rules"]}
@@ -142,8 +148,7 @@ def test_block_a_in_short_and_its_page(tmp_path: Path) -> None:
     assert rows["mean"]["worst"]["4"]["kappa"] > 100
     assert rows["NNM, trimmed mean"]["worst"]["4"]["kappa"] < 0.3
     assert "f = 4: " in BLOCKS["A"].text(result)
-    (tmp_path / "scoreboard-A.json").write_text(json.dumps(result))
-    write_pages(tmp_path, tmp_path)
+    write(result, tmp_path)
     page = (tmp_path / "scoreboard.md").read_text()
     assert "| Flower: FedMedian |" in page
     assert "| NNM, trimmed mean | " in page.split("### Told wrong")[1]
@@ -165,3 +170,52 @@ def test_workers_find_what_one_process_finds(tmp_path: Path) -> None:
     alone = run(asdict, wanted, Kept(tmp_path, "one", {}))
     assert run(asdict, wanted, Kept(tmp_path, "two", {}), workers=2, batch=3) == alone
     assert alone[wanted[2]]["f"] == 9
+
+
+def test_block_b_in_short(tmp_path: Path) -> None:
+    result = BLOCKS["B"].run(Options(tmp_path / "runs", quick=True))
+    cells = {(one["rule"], one["attack"]): one for one in result["cells"]}
+    assert set(cells) == {(r, a) for r in ("mean", "robust") for a in ("none", "sign flip")}
+    calm = cells["mean", "none"]["accuracy"]
+    for one in cells.values():
+        assert one["cad"] == pytest.approx(calm - one["accuracy"])
+    assert cells["mean", "sign flip"]["accuracy"] != calm
+    write(result, tmp_path)
+    page = (tmp_path / "scoreboard.md").read_text()
+    assert "### IID" in page
+    assert (tmp_path / "scoreboard-B-IID.png").exists()
+
+
+def test_block_c_in_short_on_numbers(tmp_path: Path) -> None:
+    """The real model takes hours; what is asked of the task is the same."""
+    result = BLOCKS["C"].run(Options(tmp_path / "runs", quick=True))
+    assert [(one["recipe"], one["attack"], one["fraction"]) for one in result["cells"]] == [
+        ("mean", "backdoor", 0.2)
+    ]
+    one = result["cells"][0]
+    assert one["gain"] == pytest.approx(one["asr"] - one["floor_asr"])
+    assert 0 <= one["floor_asr"] <= 100
+    assert 20 < one["oracle_acc"] <= 100
+    write(result, tmp_path)
+    assert "| mean | backdoor | 1 | " in (tmp_path / "scoreboard.md").read_text()
+
+
+def test_the_oracle_takes_the_honest_clients_alone(tmp_path: Path) -> None:
+    """As their refused updates leave it: not the mean of all."""
+    told = Cell(vectors.ORACLE, adapters.ANY, 2, 2, 0)
+    oracle = adapters.scenario(adapters.QUICK, told)
+    assert oracle.quorum == 3
+    assert oracle.attackers[0].kind == "lying_manifest"
+    every = {one.attack for one in adapters.cells(adapters.FULL)}
+    assert every == {adapters.ANY, *adapters.ATTACKS}
+
+
+def test_only_what_is_asked_is_measured_and_all_that_is_kept_counts(tmp_path: Path) -> None:
+    wanted = [cell("a"), cell("b")]
+    kept = Kept(tmp_path, "X", {})
+    Options(tmp_path, only="a").measured(asdict, wanted, kept)
+    found = Options(tmp_path, only="b").measured(asdict, wanted, kept)
+    assert list(found) == wanted
+    fewer = Options(tmp_path, only="a").measured(asdict, wanted, Kept(tmp_path, "Y", {}))
+    assert list(fewer) == wanted[:1]
+    assert Options(tmp_path, seeds=2).first((0, 1, 2)) == (0, 1)

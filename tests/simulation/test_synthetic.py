@@ -38,3 +38,24 @@ def test_more_groups_than_clients_is_refused() -> None:
 
 def test_clients_are_named_by_group_and_number() -> None:
     assert display_names(["a", "b", "a"]) == ["a-1", "b-1", "a-2"]
+
+
+def test_labels_may_be_skewed_for_training_alone() -> None:
+    plain, skewed = SyntheticTask(clients=6), SyntheticTask(clients=6, dirichlet=0.1)
+    shares = []
+    for client in range(6):
+        inputs_NF, labels_N = skewed._examples(client, "train")
+        assert len(inputs_NF) == len(labels_N) == 256
+        shares.append(float(labels_N.bincount(minlength=8).max()) / 256)
+        for split in ("validation", "test"):
+            for ours, theirs in zip(
+                skewed._examples(client, split), plain._examples(client, split), strict=True
+            ):
+                assert torch.equal(ours, theirs)
+    mostly = plain._examples(0, "train")[1].bincount(minlength=8).max() / 256
+    assert sum(shares) / 6 > 2 * float(mostly)
+    again = SyntheticTask(clients=6, dirichlet=0.1)._examples(5, "train")
+    assert torch.equal(again[0], skewed._examples(5, "train")[0])
+    # Where every label has the same odds, they come as they come.
+    even = SyntheticTask(clients=6, dirichlet=1e6)._examples(0, "train")[1]
+    assert float(even.bincount(minlength=8).max()) / 256 == pytest.approx(float(mostly), abs=0.1)

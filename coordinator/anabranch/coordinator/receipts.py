@@ -247,6 +247,23 @@ def _of_round(
     )
 
 
+def _suspected(report: Mapping[str, Any]) -> tuple[Exclusion, ...]:
+    """Clients whose whole change was left out, each by the finding that stood out most.
+
+    They are among the inputs all the same: whoever merges again has to suspect them again.
+    """
+    findings = (report.get("suspicion") or {}).get("findings", ())
+    why: dict[str, str] = {}
+    for one in findings:
+        masked = one["action"] == "mask_module" and one["module"] is None
+        if one["action"] == "exclude" or masked:
+            why.setdefault(one["client"], one["why"])
+    return tuple(
+        Exclusion(client=client, code="suspicion", reason=why[client][:300])
+        for client in sorted(why)
+    )
+
+
 def _base(store: Store, config: FederationConfig, plan: RoundPlan, kind: Kind) -> Receipt:
     last = store.last_receipt()
     return Receipt(

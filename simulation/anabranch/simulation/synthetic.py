@@ -9,7 +9,9 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,6 +44,9 @@ class SyntheticConfig(BaseModel):
     """LoRA rank, and the rank of what the teachers add to the base."""
     examples: int = Field(256, ge=1)
     """Training examples per client; half as many for validation and for test."""
+    dirichlet: float | None = Field(None, gt=0)
+    """Odds of the labels in each client's training examples, drawn from Dirichlet of this: the
+    smaller, the fewer labels a client sees; None: as they come. Held-out data keep all labels."""
     data_seed: int = 0
     """Seed of base, teachers and examples."""
 
@@ -52,7 +57,7 @@ class SyntheticTask:
     All teachers share a part that a merge can find; a group's own part is a third as large.
     """
 
-    def __init__(self, **params: int) -> None:
+    def __init__(self, **params: Any) -> None:
         self.config = SyntheticConfig(**params)
         self._held: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self._teachers: dict[str, nn.Module] = {}
@@ -185,9 +190,15 @@ class SyntheticTask:
         config = self.config
         count = config.examples if split == "train" else max(1, config.examples // 2)
         generator = self._generator("examples", split, str(partition))
-        inputs_NF = torch.randn(count, config.features, generator=generator)
+        skewed = split == "train" and config.dirichlet is not None
+        # Enough to choose from where nearly all are to have one label.
+        drawn = count * config.classes * 4 if skewed else count
+        inputs_NF = torch.randn(drawn, config.features, generator=generator)
         with torch.no_grad():
             labels_N = self._teacher(self.groups[partition])(inputs_NF).argmax(1)
+        if skewed:
+            rows_N = self._skewed(labels_N, count, partition)
+            inputs_NF, labels_N = inputs_NF[rows_N], labels_N[rows_N]
         if self._poison is None:
             return inputs_NF, labels_N
         return self._poisoned(inputs_NF, labels_N, self._poison, split == "train", partition)
@@ -207,6 +218,15 @@ class SyntheticTask:
         labels_N = labels_N.clone()
         labels_N[rows] = torch.tensor(new)[rows]
         return inputs_NF, labels_N
+
+    def _skewed(self, labels_N: Tensor, count: int, partition: int) -> Tensor:
+        """Which examples a client keeps [count], by odds of its own for each label."""
+        generator = self._generator("labels", str(partition))
+        rng = np.random.default_rng(generator.initial_seed())
+        shares_K = rng.dirichlet(np.full(self.config.classes, self.config.dirichlet))
+        # Never quite zero: where a label runs out, others fill up.
+        odds_N = torch.from_numpy(shares_K).clamp(min=1e-9)[labels_N]
+        return torch.multinomial(odds_N, count, replacement=False, generator=generator)
 
     def _teacher(self, group: str) -> nn.Module:
         """The network that labels a group's examples."""

@@ -27,6 +27,7 @@ from anabranch.aggregation.method import MergeMethod
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
+from anabranch.aggregation.robust.pre import mixing
 from anabranch.aggregation.withdrawal import withdraw
 from anabranch.vectors.checkpoint import copy_companions, fill_checkpoint, lay_out_checkpoint
 from anabranch.vectors.new_folder import write_text
@@ -210,13 +211,22 @@ def _check_method(method: MergeMethod, base: Path | None) -> list[str]:
 
 
 def check_count(group: Group, names: Sequence[str]) -> None:
-    """Let a method refuse what it can tell without numbers, such as too few contributions.
+    """Let a group refuse what can be told without numbers, such as too few contributions.
+
+    Where steps go before the method, it is mixtures that it gets too few of.
 
     Raises:
-        ValueError: What the method says to one entry of zero from each.
+        ValueError: What the steps say to so many contributions, or the method to one entry of zero
+            from each that it sees.
     """
-    zeros = torch.zeros(len(group.weights_C), 1, 1)
-    group.method(zeros, group.weights_C, group.config, names=names)
+    weights_C = group.weights_C
+    if group.pre:
+        # Contributions that have nothing in common: no two are the same, and none is longer.
+        mix_KC = mixing(group.pre, torch.eye(len(weights_C), dtype=torch.float64))
+        weights_C = torch.ones(len(mix_KC), dtype=torch.float64)
+        names = [f"mixture {index}" for index in range(len(mix_KC))]
+    zeros = torch.zeros(len(weights_C), 1, 1)
+    group.method(zeros, weights_C, group.config, names=names)
 
 
 def _onto_base(
