@@ -252,7 +252,7 @@ def test_a_receipt_says_what_a_gate_found_and_whom_the_merge_left_out(tmp_path: 
     data = merge_receipt(store, cfg, plan, rows, publication, strategy.service, None, None, gate)
     receipt = decode_receipt(data, None)
     assert [(one.client, one.code, one.reason) for one in receipt.exclusions] == [
-        ("client-0002", "suspected-energy", "its energy lies in one direction")
+        ("client-0002", "suspicion", "its energy lies in one direction")
     ]
     scores = {name: value for name, value in receipt.scores.items() if name.startswith("gate.")}
     assert scores == {"gate.metric-before": 0.5, "gate.metric": 0.75, "gate.negative-flips": None}

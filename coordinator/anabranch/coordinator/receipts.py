@@ -309,18 +309,6 @@ def _gated(gate: Mapping[str, Any] | None) -> dict[str, float | None]:
     }
 
 
-def _suspected(report: Mapping[str, Any]) -> tuple[Exclusion, ...]:
-    """Those whose updates were admitted, and left out by the merge for what is in them."""
-    findings = (report.get("suspicion") or {}).get("findings", ())
-    return tuple(
-        Exclusion(
-            client=one["client"], code=f"suspected-{one['signal']}"[:100], reason=one["why"][:300]
-        )
-        for one in findings
-        if one["action"] == "exclude"
-    )
-
-
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
