@@ -29,7 +29,7 @@ MOST_BYTES = 2 << 30
 RULES: dict[str, dict[str, Any]] = {
     "multi-krum": {"method": "multi_krum", "params": {"f": MALICIOUS}},
     "geometric median": {"method": "geometric_median"},
-    "nnm, mean": {"method": "mean", "pre": [{"name": "nnm", "params": {"f": MALICIOUS}}]},
+    "nnm, median": {"method": "median", "pre": [{"name": "nnm", "params": {"f": MALICIOUS}}]},
     "trimmed mean": {"method": "trimmed_mean", "params": {"trim": MALICIOUS}},
     "bulyan": {"method": "bulyan", "params": {"f": MALICIOUS}},
 }
