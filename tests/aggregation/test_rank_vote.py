@@ -15,6 +15,8 @@ from anabranch.aggregation.engine.whole_module import WholeModule
 from anabranch.aggregation.methods.rank_vote import RANK_VOTE, RankVoteConfig
 from anabranch.aggregation.ranking import tally
 from anabranch.aggregation.whole import InMemory
+from anabranch.simulation.attacks.attack import View
+from anabranch.simulation.attacks.vem import VemConfig, vem
 from anabranch.vectors import LowRank, TaskVector
 
 CLIENTS, ENTRIES = 7, 240
@@ -155,6 +157,20 @@ def test_ranks_bound_an_attack_less_than_approvals_do() -> None:
     assert turned(None) > 2 * turned(0.2)
 
 
+def test_what_vem_turns_at_two_of_ten_is_not_kept() -> None:
+    honest_CD = honest(8, 4000)
+    view = View(lambda: honest_CD.double(), 2, 4000, torch.Generator().manual_seed(0))
+    bad_D = vem(view, VemConfig()).float()
+    attacked_CD = torch.cat([honest_CD, bad_D.expand(2, -1)])
+    turned = {
+        density: RANK_VOTE(attacked_CD, None, config) * RANK_VOTE(honest_CD, None, config) < 0
+        for density in (1.0, 0.5)
+        if (config := RankVoteConfig(density=density))
+    }
+    assert float(turned[1.0].float().mean()) > 0.3
+    assert not turned[0.5].any()
+
+
 def test_votes_are_whole_numbers_and_curves_do_not_depend_on_what_fits_at_once() -> None:
     deltas_CD = honest()
 
@@ -187,6 +203,7 @@ def test_a_module_that_does_not_fit_is_refused_and_others_are_sorted_for_again()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WholeModule, "__iter__", lambda self: (formed.append(1), form(self))[1])
         tight = merge_task_vectors(cohort, recipe, budget_bytes=needed)
-    assert len(formed) == 2
+    # 16 fp32 copies of a tensor are room for that of seven, 4 bytes each, in one stretch.
+    assert len(formed) == 1
     roomy = merge_task_vectors(cohort, recipe)
     assert torch.equal(tight.deltas["m"], roomy.deltas["m"])  # type: ignore[arg-type]

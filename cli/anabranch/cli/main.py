@@ -13,6 +13,7 @@ import typer
 
 from anabranch.cli.adapters import adapters_app
 from anabranch.cli.backup import backup_command, restore_command
+from anabranch.cli.doctor import doctor_command
 from anabranch.cli.federation import federation_app
 from anabranch.cli.inspect import inspect_command
 from anabranch.cli.keys import keys_app
@@ -38,6 +39,7 @@ app.command("simulate")(simulate_command)
 app.command("merge")(merge_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
+app.command("doctor")(doctor_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 app.command("verify")(verify_command)

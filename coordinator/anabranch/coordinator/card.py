@@ -89,9 +89,15 @@ def _lead(read: Receipt | None) -> str:
         )
     left = f"; {len(read.exclusions)} others were left out" if read.exclusions else ""
     return (
-        f"A LoRA adapter merged from the updates of {len(read.inputs)} clients{left}. Their data "
+        f"A LoRA adapter merged from the updates of {_merged(read)} clients{left}. Their data "
         "never left them."
     )
+
+
+def _merged(read: Receipt) -> int:
+    """Clients that are in the merge; one that was suspected is an input and left out."""
+    gone = [one.client for one in read.exclusions]
+    return sum(one.client not in gone for one in read.inputs)
 
 
 def _facts(row: Publication, adapter: Adapter, read: Receipt | None) -> list[tuple[str, object]]:
@@ -107,7 +113,7 @@ def _facts(row: Publication, adapter: Adapter, read: Receipt | None) -> list[tup
         when = datetime.fromtimestamp(read.time_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
         facts += [
             ("federation, run", f"{read.federation}, {read.run}"),
-            ("clients merged", len(read.inputs)),
+            ("clients merged", _merged(read)),
             ("clients left out", len(read.exclusions)),
             ("method", read.recipe.get("method", "rollback")),
             ("published", when),
@@ -133,7 +139,11 @@ def _scores(read: Receipt | None) -> str:
     """What is known in numbers: of the start, as the clients scored it, and of the merge."""
     if read is None or not read.scores:
         return ""
-    words = {"cohort": "clients' training, mean", "start": "the adapter before it, mean"}
+    words = {
+        "cohort": "clients' training, mean",
+        "gate": "validation at the gate",
+        "start": "the adapter before it, mean",
+    }
     lines = ["## What is known of it", "", "| | |", "|---|---|"]
     for name, value in sorted(read.scores.items()):
         of, _, what = name.rpartition(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -45,6 +45,7 @@ def merge_receipt(
     candidate: InService,
     key: PrivateKey | None,
     factors: Sequence[float] | None = None,
+    gate: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The receipt of a merge that is about to be published.
 
@@ -57,13 +58,17 @@ def merge_receipt(
         candidate: The same, decoded.
         key: Who signs; None leaves it unsigned.
         factors: How much each of the cohort counted; None: all alike.
+        gate: What a gate found, before and after; None where there is none.
     """
     report = publication.report
     weights = report.get("coefficients")
     assert candidate.blob is not None
-    receipt = _of_round(store, config, plan, "merge", cohort, weights, factors).model_copy(
+    receipt = _of_round(store, config, plan, "merge", cohort, weights, factors)
+    receipt = receipt.model_copy(
         update={
+            "exclusions": (*receipt.exclusions, *_suspected(report)),
             "scores": _scores(store, config, plan.round, cohort)
+            | _gated(gate)
             | {"truncation-error": _number(report.get("overall_truncation", 0.0))},
             "release": _plain(report.get(RELEASE_KEY, {})),
             "output": Output(
@@ -83,10 +88,12 @@ def abandoned_receipt(
     cohort: Sequence[Contribution],
     reason: str,
     key: PrivateKey | None,
+    gate: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The receipt of a round that changed nothing; arguments as in ``merge_receipt``."""
     receipt = _of_round(store, config, plan, "abandoned", cohort)
-    return encode_receipt(receipt.model_copy(update={"reason": reason}), key)
+    changes = {"reason": reason, "scores": _gated(gate)}
+    return encode_receipt(receipt.model_copy(update=changes), key)
 
 
 def rollback_receipt(
@@ -240,6 +247,23 @@ def _of_round(
     )
 
 
+def _suspected(report: Mapping[str, Any]) -> tuple[Exclusion, ...]:
+    """Clients whose whole change was left out, each by the finding that stood out most.
+
+    They are among the inputs all the same: whoever merges again has to suspect them again.
+    """
+    findings = (report.get("suspicion") or {}).get("findings", ())
+    why: dict[str, str] = {}
+    for one in findings:
+        masked = one["action"] == "mask_module" and one["module"] is None
+        if one["action"] == "exclude" or masked:
+            why.setdefault(one["client"], one["why"])
+    return tuple(
+        Exclusion(client=client, code="suspicion", reason=why[client][:300])
+        for client in sorted(why)
+    )
+
+
 def _base(store: Store, config: FederationConfig, plan: RoundPlan, kind: Kind) -> Receipt:
     last = store.last_receipt()
     return Receipt(
@@ -274,6 +298,15 @@ def _scores(
                 assert isinstance(value, float)
                 found[f"{of}.{name}"] = _number(value)
     return found
+
+
+def _gated(gate: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """The numbers of a gate's verdict."""
+    return {
+        f"gate.{name.replace('_', '-')}": _number(float(value))
+        for name, value in (gate or {}).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def _number(value: float | None) -> float | None:

@@ -15,9 +15,6 @@ from anabranch.aggregation.engine.cohort import Cohort
 from anabranch.aggregation.engine.rows import FP32_BYTES, fill_rows, merged_on
 from anabranch.aggregation.whole import WHOLE_COPIES
 
-_STRETCHES = 4
-"""What a median over stretches takes, in copies of them: they, stacked, sorted, with indices."""
-
 
 class WholeModule:
     """A ``Whole`` that forms each contribution's tensor when it is its turn.
@@ -51,7 +48,7 @@ class WholeModule:
                 "one contribution while its entries are ranked; allow at least "
                 f"{2 * ranked_bytes * cohort.ranks.local_count}"
             )
-        abreast_bytes = len(self) * FP32_BYTES * _STRETCHES
+        abreast_bytes = len(self) * FP32_BYTES
         self.side_by_side = max(1, min(self.entries, budget_bytes // 2 // abreast_bytes))
         self.size_bytes = ranked_bytes + self.side_by_side * abreast_bytes
 

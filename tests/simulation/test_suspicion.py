@@ -1,0 +1,72 @@
+"""Suspicion in a whole federation: attackers are left out, and journal, receipt and page say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anabranch.coordinator.federation import load_federation
+from anabranch.coordinator.store import FolderStore
+from anabranch.coordinator.verification import Verifier
+from anabranch.simulation import report
+from anabranch.simulation.run import simulate
+from anabranch.simulation.scenario import Scenario
+from anabranch.vectors.peft_folder import read_adapter
+from anabranch.wire.receipt import decode_receipt
+
+
+def scenario(**changes: Any) -> Scenario:
+    nothing = {"local_only": False, "fedavg": False, "oracle": False, "unattacked": False}
+    given = {
+        "name": "suspected",
+        "seed": 3,
+        "rounds": 2,
+        "task": {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 8},
+        "train": {"steps": 10, "batch_size": 32, "learning_rate": 0.01},
+        "codec": {"name": "dense", "feedback": 0.0},
+        "recipe": {"method": "mean", "suspicion": {"action": "exclude"}},
+        "evaluate_every": 0,
+        "attackers": [{"kind": "gaussian", "count": 2}],
+        "baselines": nothing,
+        **changes,
+    }
+    return Scenario.model_validate(given)
+
+
+def test_attackers_are_left_out_and_everybody_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = simulate(scenario(), tmp_path / "out")
+    attackers = {row["id"] for row in summary["clients"] if row["attacks"]}
+    assert len(attackers) == 2
+    for number in (1, 2):
+        found = {row["client"] for row in summary["suspicions"] if row["round"] == number}
+        assert found == attackers
+    assert {row["action"] for row in summary["suspicions"]} == {"exclude"}
+    assert summary["mean"]["merged"] > summary["mean"]["base"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setattr(report, "write_report", lambda summary, measured, path: None)
+    open_ = simulate(scenario(recipe={"method": "mean"}), tmp_path / "open")
+    assert summary["mean"]["merged"] > open_["mean"]["merged"] + 0.05
+
+    folder = tmp_path / "out"
+    store = FolderStore(folder)
+    receipt = decode_receipt(store.receipts()[-1], None)
+    assert {(one.client, one.code) for one in receipt.exclusions} == {
+        (client, "suspicion") for client in attackers
+    }
+    assert all("times the cohort's median" in one.reason for one in receipt.exclusions)
+    assert {one.client for one in receipt.inputs if one.weight == 0.0} == attackers
+    assert "merged from the updates of 6 clients; 2 others were left out" in (
+        folder / "adapter" / "README.md"
+    ).read_text().replace("\n", " ")
+    config, template = load_federation(folder), read_adapter(folder / "start")
+    verifier = Verifier(store, config, template)
+    for data in store.receipts():
+        again = {check.what: check.status for check in verifier.verify(data).checks}
+        assert again["merge"] == "ok", again
+
+    assert "Contributions that stood out" in page
+    assert page.count("<code>exclude</code>") == len(summary["suspicions"])
