@@ -96,8 +96,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Asked:
-    """The orders are out: to so many clients, beside the updates held from before a restart, and
-    those that are owed since earlier rounds."""
+    """The orders are out: to so many clients, beside updates held already, and those owed."""
 
     at_s: float
     waiting: int
@@ -107,8 +106,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Admitted:
-    """An update is safe in the store, and counts; a late one is an earlier round's, and one that
-    replaces takes the place of another of its client, which counted until then."""
+    """An update is safe in the store, and counts.
+
+    Attributes:
+        at_s: When.
+        late: It is an earlier round's.
+        replaces: Another of its client counted until then, and does no more.
+    """
 
     at_s: float
     late: bool = False
@@ -117,8 +121,7 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Lost:
-    """A client will not contribute: its reply was refused, or none will come; a late one is an
-    earlier round's."""
+    """A client will not contribute, to an earlier round if late: refused, or no reply will come."""
 
     late: bool = False
 
