@@ -220,13 +220,15 @@ def _cost(rules: list[dict[str, Any]]) -> str:
     if not priced:
         return "Not measured."
     rows = [["rule", "seconds", "peak MiB"]]
-    rows += [
-        [row["rule"], f"{row['seconds']:.2f}", f"{row['peak_bytes'] / 2**20:.0f}"] for row in priced
-    ]
+    for row in rules:
+        figures = ["n/a", "n/a"]
+        if "seconds" in row:
+            figures = [f"{row['seconds']:.2f}", f"{row['peak_bytes'] / 2**20:.0f}"]
+        rows.append([row["rule"], *figures])
     said = (
         "20 contributions of 1,000,000 entries, 4 declared; processor seconds on one thread, and\n"
         "peak memory beside the contributions' own 76 MiB. Flower's include turning messages into\n"
-        "arrays, which it cannot do without.\n\n"
+        "arrays, which it cannot do without. n/a: not measured.\n\n"
     )
     return said + markdown(rows)
 

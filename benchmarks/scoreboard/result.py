@@ -17,7 +17,13 @@ def interval(values: list[float]) -> float | None:
     """Half of the 95 % confidence interval of the mean; None of a single value."""
     if len(values) < 2:
         return None
-    return T_975[min(len(values) - 1, len(T_975)) - 1] * stdev(values) / sqrt(len(values))
+    student = T_975[min(len(values) - 1, len(T_975)) - 1]
+    return digits(student * stdev(values) / sqrt(len(values)))
+
+
+def digits(value: float) -> float:
+    """Five digits: more would be of the draw."""
+    return float(f"{value:.5g}")
 
 
 def over_seeds(found: Mapping[Cell, Found]) -> list[dict[str, Any]]:
@@ -40,9 +46,10 @@ def over_seeds(found: Mapping[Cell, Found]) -> list[dict[str, Any]]:
             entries.append({**entry, "na": reasons[0]})
             continue
         seeds = {name: [float(one[name]) for one in several] for name in several[0]}
-        entry |= {name: fmean(values) for name, values in seeds.items()}
+        entry |= {name: digits(fmean(values)) for name, values in seeds.items()}
         entry["ci95"] = {name: interval(values) for name, values in seeds.items()}
-        entries.append({**entry, "seeds": seeds})
+        shown = {name: [digits(value) for value in values] for name, values in seeds.items()}
+        entries.append({**entry, "seeds": shown})
     return entries
 
 

@@ -182,6 +182,7 @@ class OneRound:
             candidate,
             here.key,
             self.counted.factors(here.config.collect.staleness_exponent),
+            facts.get("gate"),
         )
         here.store.publish(publication, facts, [receipt])
         self.driver.happen(Passed())
@@ -192,7 +193,9 @@ class OneRound:
     def _abandon(self, reason: str, facts: dict[str, Any]) -> None:
         log.warning("round %d abandoned: %s", self._number, reason)
         here, cohort = self._here, self.counted.own
-        receipt = abandoned_receipt(here.store, here.config, self.plan, cohort, reason, here.key)
+        receipt = abandoned_receipt(
+            here.store, here.config, self.plan, cohort, reason, here.key, facts.get("gate")
+        )
         here.store.abandon(self._number, facts | {"status": "abandoned", "reason": reason}, receipt)
 
     def _facts(self, sums: Sums | None) -> dict[str, Any]:
