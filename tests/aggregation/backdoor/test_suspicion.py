@@ -183,6 +183,20 @@ def test_fewer_than_half_are_acted_on(make_cohort: Make, plant: Plant) -> None:
     assert sorted(acts.values()) == ["exclude", "exclude", "note"]
 
 
+def test_of_two_updates_of_one_client_the_one_that_stands_out_is_acted_on(
+    make_cohort: Make, plant: Plant
+) -> None:
+    start, ends = make_cohort(8)
+    ends[3] = plant(ends[3], MODULE, 8.0)
+    names = [f"client-{index % 5}" for index in range(8)]
+    names[3] = names[0]
+    config = {"action": "exclude", "signals": ("spectrum",)}
+    result = merge(ends, recipe(**config), start=start, names=names)
+    alone = merge(ends[:3] + ends[4:], Recipe(method="mean"), start=start)
+    assert result.adapter.hash() == alone.adapter.hash()
+    assert found(result.report) == {("client-0", MODULE)}
+
+
 def test_the_report_is_plain(make_cohort: Make, plant: Plant) -> None:
     start, ends = make_cohort(6)
     ends[3] = plant(ends[3], MODULE, 8.0)
