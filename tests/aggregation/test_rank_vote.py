@@ -15,6 +15,8 @@ from anabranch.aggregation.engine.whole_module import WholeModule
 from anabranch.aggregation.methods.rank_vote import RANK_VOTE, RankVoteConfig
 from anabranch.aggregation.ranking import tally
 from anabranch.aggregation.whole import InMemory
+from anabranch.simulation.attacks.attack import View
+from anabranch.simulation.attacks.vem import VemConfig, vem
 from anabranch.vectors import LowRank, TaskVector
 
 CLIENTS, ENTRIES = 7, 240
@@ -153,6 +155,20 @@ def test_ranks_bound_an_attack_less_than_approvals_do() -> None:
         return int((RANK_VOTE(attacked_CD, None, config) * clean_D < 0).sum())
 
     assert turned(None) > 2 * turned(0.2)
+
+
+def test_what_vem_turns_at_two_of_ten_is_not_kept() -> None:
+    honest_CD = honest(8, 4000)
+    view = View(lambda: honest_CD.double(), 2, 4000, torch.Generator().manual_seed(0))
+    bad_D = vem(view, VemConfig()).float()
+    attacked_CD = torch.cat([honest_CD, bad_D.expand(2, -1)])
+    turned = {
+        density: RANK_VOTE(attacked_CD, None, config) * RANK_VOTE(honest_CD, None, config) < 0
+        for density in (1.0, 0.5)
+        if (config := RankVoteConfig(density=density))
+    }
+    assert float(turned[1.0].float().mean()) > 0.3
+    assert not turned[0.5].any()
 
 
 def test_votes_are_whole_numbers_and_curves_do_not_depend_on_what_fits_at_once() -> None:

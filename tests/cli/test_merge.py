@@ -207,3 +207,32 @@ def test_fishers_lie_beside_the_adapters_they_weigh(run: Any, tmp_path: Path) ->
     merged = read_adapter(tmp_path / "out").lora["q"].delta().dense()
     wanted = torch.tensor([[1.0], [3.0]]).expand(2, 4)
     torch.testing.assert_close(merged, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_who_stands_out_is_named_with_what_was_done(run: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    folders = []
+    for index in range(6):
+        size = 50.0 if index == 4 else 1.0
+        factors = LoraFactors(
+            torch.randn(4, 16, generator=generator),
+            size * torch.randn(24, 4, generator=generator),
+            4.0,
+        )
+        folders.append(tmp_path / f"client-{index}")
+        write_adapter(Adapter({"layer.query": factors}), folders[-1])
+    recipe = tmp_path / "careful.toml"
+    recipe.write_text('method = "mean"\n[suspicion]\naction = "exclude"\nsignals = ["energy"]\n')
+    code, said, err = run("merge", recipe, *folders, "-o", tmp_path / "out")
+    assert (code, err) == (0, "")
+    lines = [line for line in said.splitlines() if line.startswith("stood out: ")]
+    assert len(lines) == 1
+    assert "client-4 (exclude): " in lines[0]
+    assert "times the cohort's median" in lines[0]
+    code, said, _ = run("merge", recipe, *folders, "-o", tmp_path / "json", "--json")
+    assert json.loads(said)["report"]["suspicion"]["findings"][0]["action"] == "exclude"
+    code, said, _ = run("merge", recipe, *folders, "--without", folders[4], "-o", tmp_path / "rest")
+    assert code == 0
+    assert "nobody stood out" in said
+    merged, rest = (read_adapter(tmp_path / name) for name in ("out", "rest"))
+    assert merged.hash() == rest.hash()

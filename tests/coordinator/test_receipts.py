@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flwr.clientapp import ClientApp
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
 from anabranch.coordinator.federation import FederationConfig
-from anabranch.coordinator.receipts import configuration, merge_receipt
+from anabranch.coordinator.receipts import abandoned_receipt, configuration, merge_receipt
 from anabranch.coordinator.store import Publication, Store, open_store
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.coordinator.trust import trust_of
@@ -229,3 +230,31 @@ def test_a_round_that_somebody_else_ended_comes_to_nothing(tmp_path: Path) -> No
     assert chain[2].start_hash == first.adapter_hash
     assert third.adapter_hash == strategy.adapter.hash()
     assert chain[1].previous == receipt_hash(store.receipts()[0])
+
+
+def test_a_receipt_says_what_a_gate_found_and_whom_the_merge_left_out(tmp_path: Path) -> None:
+    cfg = config(rounds=1)
+    strategy, store = run(tmp_path, cfg)
+    (row,) = store.publications()
+    finding = {
+        "client": "client-0002", "module": None, "signal": "energy", "score": 9.0,
+        "why": "its energy lies in one direction", "action": "exclude",
+    }  # fmt: skip
+    noted = {**finding, "client": "client-0000", "action": "note"}
+    report = {**row.report, "suspicion": {"scores": {}, "findings": [finding, noted]}}
+    gate = {
+        "passed": True, "reasons": [], "metric_before": 0.5, "metric": 0.75, "asr_class": "x",
+        "negative_flips": math.nan,
+    }  # fmt: skip
+    plan = strategy.plan(2)
+    rows = store.contributions(1)
+    publication = row.model_copy(update={"round": 2, "report": report})
+    data = merge_receipt(store, cfg, plan, rows, publication, strategy.service, None, None, gate)
+    receipt = decode_receipt(data, None)
+    assert [(one.client, one.code, one.reason) for one in receipt.exclusions] == [
+        ("client-0002", "suspicion", "its energy lies in one direction")
+    ]
+    scores = {name: value for name, value in receipt.scores.items() if name.startswith("gate.")}
+    assert scores == {"gate.metric-before": 0.5, "gate.metric": 0.75, "gate.negative-flips": None}
+    data = abandoned_receipt(store, cfg, plan, rows, "the gate kept it back", None, gate)
+    assert decode_receipt(data, None).scores == scores

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from anabranch.client.session import open_session
 from anabranch.coordinator.gate import Scorecard
+from anabranch.simulation import report
 from anabranch.simulation.run import simulate
 from anabranch.simulation.scenario import Scenario
 from anabranch.simulation.validation import ValidationScorer, validation_scorer, write_task
@@ -18,6 +19,13 @@ from anabranch.vectors import Adapter
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 6}
 NOTHING = {"local_only": False, "fedavg": False, "oracle": False, "unattacked": False}
+
+
+@pytest.fixture(autouse=True)
+def _no_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes three times as long as such a federation: one test looks at the page."""
+    if "page" not in request.node.name:
+        monkeypatch.setattr(report, "write_report", lambda summary, measured, path: None)
 
 
 def scenario(**changes: Any) -> Scenario:
@@ -48,10 +56,14 @@ def test_what_is_no_worse_passes_and_scoring_changes_nothing(tmp_path: Path) -> 
     assert first["positive_flips"] > first["negative_flips"]
 
 
-def test_an_attacked_merge_is_kept_back_and_the_page_says_why(tmp_path: Path) -> None:
+def test_an_attacked_merge_is_kept_back_and_the_page_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From round 2 on one in six sends its update a hundred times as large, and turned round."""
     band = {"kind": "sign_flip", "count": 1, "from_round": 2, "params": {"scale": 100.0}}
     gated = simulate(scenario(attackers=[band], gate={}), tmp_path / "gated")
+    page = (tmp_path / "gated" / "report.html").read_text()
+    monkeypatch.setattr(report, "write_report", lambda summary, measured, path: None)
     open_ = simulate(scenario(attackers=[band]), tmp_path / "open")
     statuses = [row["status"] for row in gated["rounds"]]
     assert statuses == ["published", "abandoned", "abandoned"]
@@ -61,7 +73,6 @@ def test_an_attacked_merge_is_kept_back_and_the_page_says_why(tmp_path: Path) ->
     assert not second["gate"]["passed"]
     assert second["gate"]["negative_flips"] > 0.05
     assert gated["mean"]["merged"] > open_["mean"]["merged"] + 0.05
-    page = (tmp_path / "gated" / "report.html").read_text()
     assert "kept back\n2:" in page
     assert "128 inputs turn from right to wrong" in page
 

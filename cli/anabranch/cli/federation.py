@@ -70,6 +70,20 @@ def abort_command(folder: Folder) -> None:
     _ask(folder, "abort")
 
 
+@federation_app.command("watch")
+def watch_command(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9464,
+) -> None:
+    """Serve /metrics for Prometheus, /healthz, /readyz and /status until interrupted; read only."""
+    from anabranch.coordinator.web.watch import server
+
+    serving = server(folder, host, port)
+    stdout.print(f"http://{host}:{port}/metrics  /healthz  /readyz  /status", markup=False)
+    serving.run()
+
+
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[FederationConfig, Store]]:
     from anabranch.coordinator.federation import load_federation

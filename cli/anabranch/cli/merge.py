@@ -279,8 +279,19 @@ def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any],
     return asdict(result.report), (
         f"{len(contributions)} adapters by {job.recipe.method}, "
         f"{len(result.adapter.lora)} modules, rank {'/'.join(map(str, inner))}, "
-        f"truncation error {result.report.overall_truncation:.2%}"
+        f"truncation error {result.report.overall_truncation:.2%}{_stood_out(result.report)}"
     )
+
+
+def _stood_out(report: Any) -> str:
+    """Who was suspected, by what first, and what was done; nothing where nobody looked."""
+    if report.suspicion is None:
+        return ""
+    first: dict[str, Any] = {}
+    for finding in report.suspicion["findings"]:
+        first.setdefault(finding["client"], finding)
+    said = [f"{name} ({one['action']}): {one['why']}" for name, one in first.items()]
+    return "".join(f"\nstood out: {line}" for line in said) or "\nnobody stood out"
 
 
 def _merge_checkpoints(

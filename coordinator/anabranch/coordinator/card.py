@@ -139,7 +139,11 @@ def _scores(read: Receipt | None) -> str:
     """What is known in numbers: of the start, as the clients scored it, and of the merge."""
     if read is None or not read.scores:
         return ""
-    words = {"cohort": "clients' training, mean", "start": "the adapter before it, mean"}
+    words = {
+        "cohort": "clients' training, mean",
+        "gate": "validation at the gate",
+        "start": "the adapter before it, mean",
+    }
     lines = ["## What is known of it", "", "| | |", "|---|---|"]
     for name, value in sorted(read.scores.items()):
         of, _, what = name.rpartition(".")

@@ -59,17 +59,37 @@ class Coordination:
             service: The adapter that it starts from.
             train: Further fields of the clients' ``TrainPlan``.
         """
-        config = self.config
-        return RoundPlan(
-            federation=config.name,
-            run=config.run,
-            round=number,
-            base_hash=self.base_hash,
-            start_hash=service.hash,
-            seed=config.seed,
-            codec=config.codec,
-            trains=config.trains,
-            importance=self.method.needs_importance,
-            hold=config.down_codec is not None,
-            train={**config.train, **dict(train or {})},
-        )
+        return plan_of(self.config, self.method, self.base_hash, number, service, train)
+
+
+def plan_of(
+    config: FederationConfig,
+    method: MergeMethod,
+    base_hash: str,
+    number: int,
+    service: InService,
+    train: Mapping[str, object] | None = None,
+) -> RoundPlan:
+    """What a round of a federation asks of a client, at work or when it is done again.
+
+    Args:
+        config: The federation.
+        method: How its cohorts are merged.
+        base_hash: Of the base that is trained on.
+        number: Which round.
+        service: The adapter that it starts from.
+        train: Further fields of the clients' ``TrainPlan``.
+    """
+    return RoundPlan(
+        federation=config.name,
+        run=config.run,
+        round=number,
+        base_hash=base_hash,
+        start_hash=service.hash,
+        seed=config.seed,
+        codec=config.codec,
+        trains=config.trains,
+        importance=method.needs_importance,
+        hold=config.down_codec is not None,
+        train={**config.train, **dict(train or {})},
+    )

@@ -45,6 +45,7 @@ def merge_receipt(
     candidate: InService,
     key: PrivateKey | None,
     factors: Sequence[float] | None = None,
+    gate: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The receipt of a merge that is about to be published.
 
@@ -57,6 +58,7 @@ def merge_receipt(
         candidate: The same, decoded.
         key: Who signs; None leaves it unsigned.
         factors: How much each of the cohort counted; None: all alike.
+        gate: What a gate found, before and after; None where there is none.
     """
     report = publication.report
     weights = report.get("coefficients")
@@ -66,6 +68,7 @@ def merge_receipt(
         update={
             "exclusions": (*receipt.exclusions, *_suspected(report)),
             "scores": _scores(store, config, plan.round, cohort)
+            | _gated(gate)
             | {"truncation-error": _number(report.get("overall_truncation", 0.0))},
             "release": _plain(report.get(RELEASE_KEY, {})),
             "output": Output(
@@ -85,10 +88,12 @@ def abandoned_receipt(
     cohort: Sequence[Contribution],
     reason: str,
     key: PrivateKey | None,
+    gate: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The receipt of a round that changed nothing; arguments as in ``merge_receipt``."""
     receipt = _of_round(store, config, plan, "abandoned", cohort)
-    return encode_receipt(receipt.model_copy(update={"reason": reason}), key)
+    changes = {"reason": reason, "scores": _gated(gate)}
+    return encode_receipt(receipt.model_copy(update=changes), key)
 
 
 def rollback_receipt(
@@ -293,6 +298,15 @@ def _scores(
                 assert isinstance(value, float)
                 found[f"{of}.{name}"] = _number(value)
     return found
+
+
+def _gated(gate: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """The numbers of a gate's verdict."""
+    return {
+        f"gate.{name.replace('_', '-')}": _number(float(value))
+        for name, value in (gate or {}).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def _number(value: float | None) -> float | None:

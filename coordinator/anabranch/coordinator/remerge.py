@@ -11,8 +11,9 @@ from torch import Tensor
 from anabranch.aggregation import MergeMethod, MergeReport
 from anabranch.aggregation.registry import named
 from anabranch.coordinator.cohort import Cohort
+from anabranch.coordinator.coordination import plan_of
 from anabranch.coordinator.federation import FederationConfig
-from anabranch.coordinator.in_service import InService, successor
+from anabranch.coordinator.in_service import InService, in_service, successor
 from anabranch.coordinator.merging import merge_cohort, merge_privately
 from anabranch.coordinator.privacy.ledger import Release
 from anabranch.coordinator.privacy.noise import noise_source
@@ -20,7 +21,7 @@ from anabranch.coordinator.rounds.stragglers import late_name
 from anabranch.coordinator.start import Start, at_rank
 from anabranch.coordinator.store import Contribution, Store
 from anabranch.vectors import Adapter, seeded_start
-from anabranch.wire import decode_adapter, read_manifest
+from anabranch.wire import read_manifest
 from anabranch.wire.keys import PrivateKey
 from anabranch.wire.plan import RoundPlan
 from anabranch.wire.receipt import Input, Receipt
@@ -75,7 +76,7 @@ class Remerge:
             KeyError: It is missing.
             ValueError: It was altered, or is none of this federation.
         """
-        return decode_adapter(self._store.get(digest), self._seeded, self._config.trains)
+        return self._read(digest).adapter
 
     def candidate(self, earlier: Sequence[Remerge] = ()) -> InService:
         """What the merge puts in service.
@@ -201,9 +202,7 @@ class Remerge:
         return merge_privately(release, noise, whole, ends, names)
 
     def _read(self, digest: str) -> InService:
-        blob = self._store.get(digest)
-        adapter = decode_adapter(blob, self._seeded, self._config.trains)
-        return InService(adapter, self._seeded, blob)
+        return in_service(self._store.get(digest), self._seeded, self._config)
 
     def _before(self, number: int) -> InService:
         """What was in service when a round began."""
@@ -211,18 +210,7 @@ class Remerge:
         return self._read(rows[-1].digest) if rows else self.seeded()
 
     def _plan(self, number: int, before: InService) -> RoundPlan:
-        config = self._config
-        return RoundPlan(
-            federation=config.name,
-            run=config.run,
-            round=number,
-            base_hash=self.receipt.base_hash,
-            start_hash=before.hash,
-            seed=config.seed,
-            codec=config.codec,
-            trains=config.trains,
-            importance=self._method.needs_importance,
-        )
+        return plan_of(self._config, self._method, self.receipt.base_hash, number, before)
 
     def _start(self, one: Input) -> Start:
         """What a client was handed."""

@@ -144,7 +144,7 @@ class MergeStrategy(Strategy):
         self.roster.wait_for(grid, first, self.config.join_timeout_s)
         done = self._done()
         if done:
-            self._evaluate(done, grid, result)
+            self._evaluate(done, mail, grid, result)
         for server_round in range(done + 1, (num_rounds or self.config.rounds) + 1):
             if server_round <= self._done():
                 # An earlier adapter was put in service again between two rounds.
@@ -164,7 +164,7 @@ class MergeStrategy(Strategy):
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             self.store.tidy()
-            self._evaluate(server_round, grid, result)
+            self._evaluate(server_round, mail, grid, result)
             if evaluate_fn and (own := evaluate_fn(server_round, self.arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = own
         for reply in mail.give_up(Closed("closed", "the run ended before it came")):
@@ -203,16 +203,7 @@ class MergeStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask every known client that has not done so yet to score the adapter in service."""
-        every = self.config.evaluate_every
-        if not every or server_round % every:
-            return []
-        done = scored(self.store, server_round)
-        asked = {node: name for node, name in self.roster.nodes().items() if name not in done}
-        whole = self.service.start(self.plan(server_round), self._here.key)
-        orders = self._here.orders.evaluate(asked, whole)
-        down = self._here.orders.bytes_down
-        self.store.note("scoring", {"round": server_round, "bytes_down": down})
-        return orders
+        return self._ask_scores(server_round, set())
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -238,8 +229,25 @@ class MergeStrategy(Strategy):
     def _begin(self, server_round: int, train: ConfigRecord) -> OneRound:
         return OneRound(self._here, server_round, self.service, self._deadline_s, dict(train))
 
-    def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
-        orders = list(self.configure_evaluate(server_round, self.arrays, ConfigRecord(), grid))
+    def _ask_scores(self, server_round: int, busy: set[int]) -> list[Message]:
+        """Orders to score, but for nodes that are at work: they would answer after that only."""
+        every = self.config.evaluate_every
+        if not every or server_round % every:
+            return []
+        without = scored(self.store, server_round)
+        asked = {
+            node: name
+            for node, name in self.roster.nodes().items()
+            if name not in without and node not in busy
+        }
+        whole = self.service.start(self.plan(server_round), self._here.key)
+        orders = self._here.orders.evaluate(asked, whole)
+        down = self._here.orders.bytes_down
+        self.store.note("scoring", {"round": server_round, "bytes_down": down})
+        return orders
+
+    def _evaluate(self, server_round: int, mail: Mail, grid: Grid, result: Result) -> None:
+        orders = self._ask_scores(server_round, {node for node, _ in mail.owed()})
         incoming = replies(
             grid, orders, deadline_s=self.config.evaluate_deadline_s, poll_s=self.config.poll_s
         )

@@ -53,7 +53,7 @@ class Input(_Part):
 
 
 class Exclusion(_Part):
-    """A client that was asked, and is not in the merge."""
+    """A client that was asked, and whose update is not in the merge, or counts nothing in it."""
 
     client: Name
     code: str = Field(min_length=1, max_length=100)

@@ -248,3 +248,27 @@ def test_a_loss_that_is_not_finite_stops_it(worlds: list[Any]) -> None:
     poisoned = own(world, examples={"task": Batch(torch.full((4, 24), float("inf")))})
     with pytest.raises(RuntimeError, match="the loss is nan at step 0"):
         merge_on_data(world.adapters, quick(rule="adamerging"), poisoned)
+
+
+def test_a_base_inside_another_model_is_found_by_its_prefix() -> None:
+    inner, generator = Reader().eval(), torch.Generator().manual_seed(0)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = inner
+
+        def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+            logits: Tensor = self.encoder(attention_mask, inputs_embeds)
+            return logits
+
+    batch = Batch(torch.randn(4, 5, 6, generator=generator), {"attention_mask": torch.ones(4, 5)})
+    changes = {"mixer": torch.randn(6, 6, generator=generator)}
+    values = {"head.bias": torch.randn(3, generator=generator)}
+    plain = ModelCalibration(inner, {"t": batch}, "own", keyword="inputs_embeds")
+    inside = ModelCalibration(
+        Wrapped().eval(), {"t": batch}, "own", keyword="inputs_embeds", prefix="encoder."
+    )
+    wanted = plain.logits("t", batch, changes, values)
+    torch.testing.assert_close(inside.logits("t", batch, changes, values), wanted)
+    assert not torch.allclose(wanted, plain.logits("t", batch, {}, {}))

@@ -19,7 +19,7 @@ from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.rounds.control import Control, Want, ask
 from anabranch.coordinator.rounds.one_round import OneRound
 from anabranch.coordinator.rounds.stragglers import carried
-from anabranch.coordinator.store import FolderStore
+from anabranch.coordinator.store import Contribution, FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.vectors import Adapter
@@ -159,6 +159,70 @@ def test_updates_of_an_abandoned_round_are_not_lost(tmp_path: Path) -> None:
     assert list(report["names"]) == ["client-0000", "client-0002", "client-0001 (round 1)"]
     # No publication lies between: it weighs as much as the others.
     assert report["coefficients"] == pytest.approx([1 / 3] * 3)
+
+
+def test_a_round_waits_for_those_that_are_still_at_work(tmp_path: Path) -> None:
+    """Nobody answers round 1 in time, so that round 2 has nobody to ask."""
+    store = FolderStore(tmp_path)
+    grid = SlowGrid(lambda number, node: len(store.notes("planned")) < 2)
+    cfg = config(rounds=2, deadline_s=2.0, collect={"stragglers": "carry"})
+    MergeStrategy(cfg, template(), store).start(grid)
+    first, second = store.notes("round")
+    assert (first["status"], second["status"]) == ("abandoned", "published")
+    # Two make the quorum, and with nobody else asked none is waited for beyond.
+    assert second["carried"] == {"client-0000": 1, "client-0001": 1}
+    assert [number for number, _ in grid.asked] == [1] * 4
+
+
+def test_an_update_that_replaces_a_carried_one_does_not_close_the_round(tmp_path: Path) -> None:
+    cfg = config(rounds=1, deadline_s=0.3, collect={"stragglers": "carry", "close_at": 2})
+    run(tmp_path, cfg, SlowGrid(lambda number, node: node > 10))
+    later = cfg.model_copy(update={"rounds": 2, "deadline_s": 20.0})
+    _, store, _ = run(tmp_path, later)
+    assert [row["status"] for row in store.notes("round")] == ["abandoned", "published"]
+    assert list(store.publications()[0].report["names"]) == ["client-0000", "client-0001"]
+
+
+def test_a_client_is_asked_again_once_its_update_is_too_old(tmp_path: Path) -> None:
+    grid = SlowGrid(lambda number, node: (number, node) == (1, 13))
+    policy = {"close_at": 3, "stragglers": "carry", "max_staleness": 1}
+    _, store, _ = run(tmp_path, config(collect=policy), grid)
+    assert [number for number, node in grid.asked if node == 13] == [1, 3]
+    (row,) = (row for row in store.refusals() if row.round == 1)
+    assert (row.client, row.code) == ("client-0003", "closed")
+
+
+def test_what_cannot_be_taken_up_again_is_left_out(tmp_path: Path) -> None:
+    cfg = config(rounds=1, deadline_s=0.3, collect={"stragglers": "carry", "close_at": 3})
+    _, store, _ = run(tmp_path, cfg, SlowGrid(lambda number, node: node > 10))
+    (row,) = store.contributions(1)
+    next(path for path in tmp_path.rglob("*") if row.digest in path.name).unlink()
+    later = cfg.model_copy(update={"rounds": 2, "deadline_s": 20.0})
+    _, store, _ = run(tmp_path, later, SlowGrid(lambda number, node: node == 10))
+    assert store.notes("round")[1]["status"] == "published"
+    assert "carried" not in store.notes("round")[1]
+    (note,) = store.notes("not-carried")
+    assert (note["client"], note["from"], note["round"]) == ("client-0000", 1, 2)
+
+
+def test_a_client_at_work_is_not_asked_for_scores(tmp_path: Path) -> None:
+    grid = SlowGrid(lambda number, node: (number, node) == (1, 13))
+    policy = {"close_at": 3, "stragglers": "carry"}
+    _, store, _ = run(tmp_path, config(rounds=1, evaluate_every=1, collect=policy), grid)
+    scored = sorted(row["client"][-1] for row in store.notes("evaluate"))
+    assert scored == ["0", "1", "2"]
+
+
+def test_what_a_client_sent_before_it_was_withdrawn_is_not_carried(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    for number, client in ((1, "a"), (1, "b"), (2, "b"), (4, "c")):
+        digest = store.put(f"{client}{number}".encode())
+        store.admit(Contribution(round=number, client=client, digest=digest, size_bytes=2))
+    assert [one.name for one in carried(store, 5, 4)] == [
+        "a (round 1)", "b (round 2)", "c (round 4)",
+    ]  # fmt: skip
+    store.note("round", {"round": 3, "status": "withdrawn", "without": ["b", "c"]})
+    assert [one.name for one in carried(store, 5, 4)] == ["a (round 1)", "c (round 4)"]
 
 
 def test_every_update_counts_once(tmp_path: Path) -> None:

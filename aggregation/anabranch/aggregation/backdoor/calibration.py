@@ -83,6 +83,8 @@ class ModelCalibration:
         split: Which part of the data they are.
         keyword: The argument that takes the inputs, such as ``inputs_embeds`` or ``pixel_values``;
             None: the first.
+        prefix: What the model calls the base inside it, with a dot, such as ``encoder.``, where it
+            wraps the base that the adapters were trained on.
         seed: Of the draws of batches.
     """
 
@@ -91,6 +93,7 @@ class ModelCalibration:
     source: Literal["own", "public"]
     split: str = "validation"
     keyword: str | None = None
+    prefix: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,10 +123,11 @@ class ModelCalibration:
         self, task: str, batch: Batch, changes: Mapping[str, Tensor], values: Mapping[str, Tensor]
     ) -> Tensor:
         """Logits [N, K] of the model with changed weights."""
-        parameters = dict(values)
+        parameters = {f"{self.prefix}{name}": value for name, value in values.items()}
         for module, change_mn in changes.items():
-            weight_mn = self.model.get_parameter(f"{module}.weight").detach()
-            parameters[f"{module}.weight"] = weight_mn + change_mn.to(weight_mn.dtype)
+            name = f"{self.prefix}{module}.weight"
+            weight_mn = self.model.get_parameter(name).detach()
+            parameters[name] = weight_mn + change_mn.to(weight_mn.dtype)
         arguments: dict[str, Any] = dict(batch.context)
         first: tuple[Tensor, ...] = ()
         if self.keyword is None:

@@ -60,24 +60,22 @@ def consequences(
             f"suspicion: {first['client']}: {first['why']}{more}; "
             "look at it, then name it in suspicion.allow or leave it out"
         )
-    acted = [one["client"] for one in suspicion.findings if one["action"] != "note"]
-    most = (len(names) - 1) // 2
-    those = list(dict.fromkeys(acted))[:most]
-    findings = tuple(
-        one if one["client"] in those else Finding(**{**one, "action": "note"})
-        for one in suspicion.findings
-    )
+    pairs = list(zip(suspicion.rows, suspicion.findings, strict=True))
+    acted = list(dict.fromkeys(row for row, one in pairs if one["action"] != "note"))
+    those = acted[: (len(names) - 1) // 2]
+    pairs = [
+        (row, one if row in those else Finding(**{**one, "action": "note"})) for row, one in pairs
+    ]
     elsewhere = [1.0] * len(names)
-    for one in findings:
+    for row, one in pairs:
         if one["module"] is None or one["action"] == "exclude":
-            row = names.index(one["client"])
             elsewhere[row] = min(elsewhere[row], _factor(one, config))
     factors: dict[str, list[float]] = {}
-    for one in findings:
+    for row, one in pairs:
         if one["module"] is not None and one["action"] not in ("note", "exclude"):
             mine = factors.setdefault(one["module"], list(elsewhere))
-            row = names.index(one["client"])
             mine[row] = min(mine[row], _factor(one, config))
+    findings = tuple(one for _, one in pairs)
     tables = {module: tuple(mine) for module, mine in factors.items()}
     return Consequences(tuple(names), tables, tuple(elsewhere), findings)
 

@@ -58,10 +58,12 @@ class Suspicion:
     Attributes:
         scores: Each contribution's largest score, found or not.
         findings: Those at or above the threshold, the largest first.
+        rows: Of which contribution each finding is, by place: two may be of one client.
     """
 
     scores: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,19 +145,25 @@ def suspect(
         cosines_CC = cosines(gram_CC).tolist()
         judged += _copies(cosines_CC, names, config) + _against(cosines_CC)
     largest = dict.fromkeys(names, 0.0)
-    findings = []
+    findings: list[tuple[int, Finding]] = []
     for row, module, signal, score, why in judged:
         name = names[row]
         largest[name] = max(largest[name], round(score, 2))
         if score >= config.threshold:
             action = "note" if name in config.allow else config.actions.get(signal, config.action)
-            findings.append(Finding(
-                client=name, module=module, signal=signal, score=round(score, 2), why=why,
+            finding = Finding(
+                client=name,
+                module=module,
+                signal=signal,
+                score=round(score, 2),
+                why=why,
                 action=action,
-            ))  # fmt: skip
-    order = {name: row for row, name in enumerate(names)}
-    findings.sort(key=lambda one: (-one["score"], order[one["client"]], one["module"] or ""))
-    return Suspicion(largest, tuple(findings))
+            )
+            findings.append((row, finding))
+    findings.sort(key=lambda one: (-one[1]["score"], one[0], one[1]["module"] or ""))
+    return Suspicion(
+        largest, tuple(finding for _, finding in findings), tuple(row for row, _ in findings)
+    )
 
 
 _Judged = tuple[int, str | None, Signal, float, str]

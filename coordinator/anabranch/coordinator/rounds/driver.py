@@ -75,19 +75,19 @@ class Driver:
         """How long it has been collecting, without the time it was paused."""
         return self._clock() - self.round.began_s
 
-    def asked(self, waiting: int, admitted: int) -> None:
-        """Orders went to so many clients, beside the updates that are held already."""
-        self.happen(Asked(self._clock(), waiting, admitted))
+    def asked(self, waiting: int, admitted: int, owed: int = 0) -> None:
+        """Orders went to so many clients, beside the updates that are held already, or owed."""
+        self.happen(Asked(self._clock(), waiting, admitted, owed))
 
-    def admitted(self, late: bool) -> None:
-        """An update counts; a late one is an earlier round's."""
+    def admitted(self, late: bool, replaces: bool = False) -> None:
+        """An update counts: an earlier round's, or in place of another of its client."""
         if self.round.state is State.COLLECTING:
-            self.happen(Admitted(self._clock(), late))
+            self.happen(Admitted(self._clock(), late, replaces))
 
-    def lost(self) -> None:
-        """A client will not contribute."""
+    def lost(self, late: bool = False) -> None:
+        """A client will not contribute what it was asked for, in an earlier round if late."""
         if self.round.state is State.COLLECTING:
-            self.happen(Lost())
+            self.happen(Lost(late))
 
     def closed(self) -> Closed | None:
         """Why nothing more is waited for; None while the round collects."""

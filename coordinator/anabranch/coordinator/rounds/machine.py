@@ -64,6 +64,7 @@ class Round:
         asked: Clients whose update it waits for or holds.
         admitted: Updates it holds.
         lost: Clients that will not answer in it: refused, failed or gone.
+        owed: Updates of earlier rounds that are still to come, and would count in it.
         began_s: When it was asked for.
         ends_s: Its deadline, as it stands.
         paused_s: Since when its clock stands still; None while it runs.
@@ -76,6 +77,7 @@ class Round:
     asked: int = 0
     admitted: int = 0
     lost: int = 0
+    owed: int = 0
     began_s: float = 0.0
     ends_s: float = math.inf
     paused_s: float | None = None
@@ -94,24 +96,34 @@ class Round:
 
 @dataclass(frozen=True)
 class Asked:
-    """The orders are out: to so many clients, beside the updates held from before a restart."""
+    """The orders are out: to so many clients, beside updates held already, and those owed."""
 
     at_s: float
     waiting: int
     admitted: int = 0
+    owed: int = 0
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """An update is safe in the store, and counts; a late one is an earlier round's."""
+    """An update is safe in the store, and counts.
+
+    Attributes:
+        at_s: When.
+        late: It is an earlier round's.
+        replaces: Another of its client counted until then, and does no more.
+    """
 
     at_s: float
     late: bool = False
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A client will not contribute: its reply was refused, or none will come."""
+    """A client will not contribute, to an earlier round if late: refused, or no reply will come."""
+
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,11 @@ def _complete(now: Round, event: Event) -> bool:
     return enough or now.admitted + now.lost >= now.asked
 
 
+def _hopeless(now: Round, event: Event) -> bool:
+    """Nothing is to come any more, of no round."""
+    return now.admitted + now.lost >= now.asked and not now.owed
+
+
 def _overdue(now: Round, event: Event) -> bool:
     return isinstance(event, Tick) and now.paused_s is None and event.at_s >= now.ends_s
 
@@ -218,14 +235,14 @@ class Row:
 
 TABLE = (
     Row(State.PLANNED, Asked, _both(_complete, _quorate), State.MERGING),
-    Row(State.PLANNED, Asked, _complete, State.ABANDONED),
+    Row(State.PLANNED, Asked, _hopeless, State.ABANDONED),
     Row(State.PLANNED, Asked, _always, State.COLLECTING),
     Row(State.PLANNED, Abort, _always, State.ABANDONED),
     Row(State.COLLECTING, Admitted, _both(_complete, _quorate), State.MERGING),
-    Row(State.COLLECTING, Admitted, _complete, State.ABANDONED),
+    Row(State.COLLECTING, Admitted, _hopeless, State.ABANDONED),
     Row(State.COLLECTING, Admitted, _always, State.COLLECTING),
     Row(State.COLLECTING, Lost, _both(_complete, _quorate), State.MERGING),
-    Row(State.COLLECTING, Lost, _complete, State.ABANDONED),
+    Row(State.COLLECTING, Lost, _hopeless, State.ABANDONED),
     Row(State.COLLECTING, Lost, _always, State.COLLECTING),
     Row(State.COLLECTING, Tick, _both(_overdue, _quorate), State.MERGING),
     Row(State.COLLECTING, Tick, _overdue, State.ABANDONED),
@@ -266,18 +283,22 @@ def _counted(now: Round, event: Event) -> Round:
                 now,
                 asked=event.waiting + event.admitted,
                 admitted=event.admitted,
+                owed=event.owed,
                 began_s=event.at_s,
                 ends_s=event.at_s + terms.deadline_s,
             )
         case Admitted():
             moved = min(event.at_s + terms.progress_s, now.began_s + terms.cap_s)
-            # Nobody waited for a late one: it leaves as many to come as before.
+            # A late one leaves as many of the round's own to come as before.
             return replace(
                 now,
-                asked=now.asked + event.late,
-                admitted=now.admitted + 1,
+                asked=now.asked + event.late - event.replaces,
+                admitted=now.admitted + 1 - event.replaces,
+                owed=max(0, now.owed - event.late),
                 ends_s=max(now.ends_s, moved),
             )
+        case Lost(late=True):
+            return replace(now, owed=max(0, now.owed - 1))
         case Lost():
             return replace(now, lost=now.lost + 1)
         case Pause() if now.paused_s is None:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.candidate import merged_candidate
 from anabranch.coordinator.cohort import Cohort, update_bytes
-from anabranch.coordinator.collect import Mail, Reply
+from anabranch.coordinator.collect import Closed, Mail, Reply
 from anabranch.coordinator.coordination import Coordination
 from anabranch.coordinator.gate import judged
 from anabranch.coordinator.in_service import InService, in_service
@@ -62,6 +62,8 @@ class OneRound:
         self._cohort = Cohort(here.store, here.trust, here.config.max_norm)
         self._secure: SecureRound | None = None
         self._refused = self._refused_bytes = 0
+        self._heard: set[str] = set()  # clients of which an update counts
+        self._unusable: set[tuple[str, int]] = set()  # carried no further, by client and round
         self.driver = Driver(number, terms_of(here.config, deadline_s), here.store, here.control)
         self.counted = Counted()
 
@@ -76,7 +78,8 @@ class OneRound:
         late = {int(group) for _, group in owed}
         here.orders.begin(self._service.start(self.plan, here.key), late)
         done = {row.client for row in here.store.contributions(self._number)}
-        asked = self._to_ask(done, {node for node, _ in owed})
+        busy = {node for node, group in owed if not self._is_too_late(group)}
+        asked = self._to_ask(done, busy)
         facts = {
             "round": self._number,
             "asked": sorted(asked.values()),
@@ -84,7 +87,9 @@ class OneRound:
         }
         here.store.note("planned", facts)
         if here.config.secure is None:
-            self.driver.asked(len(asked), len(done) + len(self._count().late))
+            self._check_carried()
+            self._heard = done | {one.row.client for one in self._count().late}
+            self.driver.asked(len(asked), len(self._heard), len(owed))
             return here.orders.train(asked)
         assert here.trust is not None
         self._secure = SecureRound(
@@ -97,6 +102,8 @@ class OneRound:
 
     def collect(self, mail: Mail, orders: Sequence[Message]) -> Iterator[Reply]:
         """The replies that it takes, and one for each that it gives up."""
+        stale = Closed("closed", "too many rounds were published before it came")
+        yield from mail.give_up(stale, self._is_too_late)
         yield from mail.send(orders)
         yield from mail.arrivals(self.driver.closed)
         closed = self.driver.closed()
@@ -114,13 +121,17 @@ class OneRound:
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
-                if client is not None and number == self._number:
+                if number != self._number:
+                    self.driver.lost(late=True)
+                elif client is not None:
                     self.driver.lost()
             else:
-                self.driver.admitted(late=number != self._number)
+                assert client is not None
+                self.driver.admitted(number != self._number, client in self._heard)
+                self._heard.add(client)
         # Replies that Flower's own loop did not bring will not come.
         while self.driver.round.state is State.COLLECTING:
-            self.driver.lost()
+            self.driver.lost(late=self.driver.round.owed > 0)
 
     def refuse(self, number: int, client: str | None, error: RefusedError) -> None:
         """Record why a reply to an order of some round does not count."""
@@ -182,6 +193,7 @@ class OneRound:
             candidate,
             here.key,
             self.counted.factors(here.config.collect.staleness_exponent),
+            facts.get("gate"),
         )
         here.store.publish(publication, facts, [receipt])
         self.driver.happen(Passed())
@@ -192,7 +204,9 @@ class OneRound:
     def _abandon(self, reason: str, facts: dict[str, Any]) -> None:
         log.warning("round %d abandoned: %s", self._number, reason)
         here, cohort = self._here, self.counted.own
-        receipt = abandoned_receipt(here.store, here.config, self.plan, cohort, reason, here.key)
+        receipt = abandoned_receipt(
+            here.store, here.config, self.plan, cohort, reason, here.key, facts.get("gate")
+        )
         here.store.abandon(self._number, facts | {"status": "abandoned", "reason": reason}, receipt)
 
     def _facts(self, sums: Sums | None) -> dict[str, Any]:
@@ -254,13 +268,26 @@ class OneRound:
             if policy.stragglers == "carry"
             else []
         )
-        return Counted(here.store.contributions(self._number), late)
+        usable = [one for one in late if (one.row.client, one.row.round) not in self._unusable]
+        return Counted(here.store.contributions(self._number), usable)
+
+    def _check_carried(self) -> None:
+        """Leave out what cannot be taken up again, as after retention: it would cost each round."""
+        for one in self._count().late:
+            try:
+                self._end_of(one.row)
+            except (KeyError, ValueError) as error:
+                about = {"client": one.row.client, "from": one.row.round, "round": self._number}
+                reason = one_line(str(error.args[0]))
+                self._here.store.note("not-carried", about | {"reason": reason})
+                self._unusable.add((one.row.client, one.row.round))
 
     def _end_of(self, row: Contribution) -> tuple[Start, Adapter]:
         """What a contribution was trained from, and what came of it.
 
         Raises:
-            KeyError: Retention has let go of what it was trained from.
+            KeyError: Retention has let go of it, or of what it was trained from.
+            ValueError: It was altered, or made from another start.
         """
         here = self._here
         if not here.orders.knows(row.round):

@@ -68,7 +68,7 @@ def carried(store: Store, number: int, max_staleness: int) -> list[Carried]:
     """What round ``number`` may count beside its own updates, at most one update per client.
 
     A client that contributed to the round itself is left out, and of several of one client the
-    newest is taken: one vote each.
+    newest is taken: one vote each. What a client sent before it was withdrawn counts no more.
 
     Args:
         store: What was admitted, published and counted so far.
@@ -77,11 +77,12 @@ def carried(store: Store, number: int, max_staleness: int) -> list[Carried]:
     """
     published = [row.round for row in store.publications()]
     own = {row.client for row in store.contributions(number)}
-    counted = _counted(store)
+    counted, gone = _counted(store), _withdrawn(store)
     newest: dict[str, Carried] = {}
     for row in store.contributions():
         staleness = sum(row.round <= other < number for other in published)
         taken = (row.client, row.round) in counted or row.client in own
+        taken = taken or row.round <= gone.get(row.client, 0)
         if row.round < number and not taken and staleness <= max_staleness:
             newest[row.client] = Carried(row, staleness)
     return [newest[client] for client in sorted(newest)]
@@ -90,6 +91,12 @@ def carried(store: Store, number: int, max_staleness: int) -> list[Carried]:
 def told(rows: Sequence[Carried]) -> dict[str, int]:
     """Whose updates of which rounds, for the record of the round that counts them."""
     return {one.row.client: one.row.round for one in rows}
+
+
+def _withdrawn(store: Store) -> dict[str, int]:
+    """The round in whose place each client was withdrawn from the run."""
+    rows = [row for row in store.notes("round") if row["status"] == "withdrawn"]
+    return {client: row["round"] for row in rows for client in row["without"]}
 
 
 def _counted(store: Store) -> set[tuple[str, int]]:
