@@ -38,6 +38,7 @@ bench: install
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.wire
 	$(BIN)/python -m benchmarks.robust_speed
+	$(BIN)/python -m benchmarks.robust_memory
 	$(BIN)/python -m benchmarks.secure
 	$(BIN)/python -m benchmarks.federation
 

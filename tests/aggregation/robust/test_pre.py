@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anabranch.aggregation import Recipe, merge, merge_task_vectors
-from anabranch.aggregation.engine import entries
+from anabranch.aggregation.kernels import linear
+from anabranch.aggregation.kernels.linear import mixtures
 from anabranch.aggregation.method import combine
 from anabranch.aggregation.registry import methods
 from anabranch.aggregation.robust import BUCKETING, CLIP, NNM, PRE_AGGREGATORS, UNIT_NORM
@@ -77,11 +78,13 @@ def test_mixtures_for_a_kernel_are_copied_within_the_budget(
     inputs = [TaskVector({"a": torch.randn(2200, 500, generator=generator)}) for _ in range(4)]
     budget_bytes, mixed = 1 << 21, []
 
-    def counted(deltas_CD: Tensor, coefficients_C: Tensor) -> Tensor:
+    def counted(deltas_CD: Tensor, mix_KC: Tensor) -> Tensor:
         mixed.append(deltas_CD.nbytes)
-        return combine(deltas_CD, coefficients_C)
+        found_KD = mixtures(deltas_CD, mix_KC)
+        assert torch.equal(found_KD[1], combine(deltas_CD, mix_KC[1]))
+        return found_KD
 
-    monkeypatch.setattr(entries, "combine", counted)
+    monkeypatch.setattr(linear, "mixtures", counted)
     small = merge_task_vectors(inputs, recipe(method, STEPS[:1]), budget_bytes=budget_bytes)
     assert 0 < max(mixed) <= budget_bytes // 2
     large = merge_task_vectors(inputs, recipe(method, STEPS[:1]))

@@ -24,7 +24,7 @@ from anabranch.aggregation.engine.rows import (
     merged_on,
 )
 from anabranch.aggregation.engine.whole_module import WholeModule
-from anabranch.aggregation.kernels.rows import has_kernel, load
+from anabranch.aggregation.kernels.rows import MIXTURES, has_kernel, load
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.statistics import Found, gather_statistics
@@ -172,5 +172,8 @@ def _mixed(chunks: Iterable[Chunk], mix_KC: Tensor | None) -> Iterator[Chunk]:
         if mix_KC is None:
             yield chunk
             continue
-        mixed = [combine(chunk.deltas_CD, mix_C) for mix_C in mix_KC]
-        yield replace(chunk, rows=torch.stack(mixed))
+        if chunk.fused and has_kernel(MIXTURES, chunk.rows[0].device):
+            mixed_KD: Tensor = load(MIXTURES, chunk.rows[0].device)(chunk.rows, mix_KC)
+        else:
+            mixed_KD = torch.stack([combine(chunk.deltas_CD, mix_C) for mix_C in mix_KC])
+        yield replace(chunk, rows=mixed_KD)

@@ -22,6 +22,7 @@ from torch import Tensor
 from anabranch.aggregation.chunk import Rows
 
 WEIGHTED_SUM = "anabranch.aggregation.kernels.linear:weighted_sum"
+MIXTURES = "anabranch.aggregation.kernels.linear:mixtures"
 TERNARY_SUM = "anabranch.aggregation.kernels.ternary:weighted_sum"
 GRAM = "anabranch.aggregation.kernels.gram:piece_grams"
 HISTOGRAM = "anabranch.aggregation.kernels.histogram:histogram"
