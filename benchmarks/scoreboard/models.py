@@ -31,6 +31,7 @@ ATTACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "label flip": ("label_flip", {}),
     "free-rider": ("free_rider", {}),
     "Sybil": ("sybil", {}),
+    "VEM": ("vem", {}),
 }
 """Kind and parameters by name."""
 

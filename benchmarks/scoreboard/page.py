@@ -54,9 +54,10 @@ BLOCK_B = """
 ## B. A small model
 
 A federation of {clients} clients on the synthetic task, {rounds} rounds, LoRA, f of them attackers:
-block A's attacks on what clients send, and label flip, free-riders and Sybils besides. A cell is
-how much accuracy the final round lacks, in points, beside the same federation with everybody honest
-and a plain mean (CAD). {seeds} seeds. *Worst* is the largest mean over the attacks, with its name.
+block A's attacks on what clients send, and label flip, free-riders, Sybils and VEM besides. A cell
+is how much accuracy the final round lacks, in points, beside the same federation with everybody
+honest and a plain mean (CAD). {seeds} seeds. *Worst* is the largest mean over the attacks, with its
+name.
 
 {tables}
 """
