@@ -204,14 +204,16 @@ def _can_carry(policy: RoundPolicy, info: ValidationInfo) -> RoundPolicy:
         problem = "no account holds for a client that counts in another round than it was asked in"
     elif info.data.get("secure") is not None:
         problem = "secure aggregation sums the updates of one round"
+    elif info.data.get("gate") is not None:
+        problem = "what the gate kept back would be carried into every round after"
     if problem:
         raise keyed_error(("stragglers",), f'{problem}; or set stragglers = "drop"')
     return policy
 
 
 Collect = Annotated[RoundPolicy, AfterValidator(_can_carry)]
-"""The model it stands in has fields ``trains``, ``ranks``, ``rest``, ``privacy`` and ``secure``
-before it."""
+"""The model it stands in has fields ``trains``, ``ranks``, ``rest``, ``privacy``, ``secure`` and
+``gate`` before it."""
 
 
 def can_be_gated(gate: GateConfig | None, info: ValidationInfo) -> GateConfig | None:

@@ -112,8 +112,9 @@ class Orders:
     def _messages(
         self, asked: Mapping[int, str], start_of: Callable[[str], Start], kind: str
     ) -> list[Message]:
-        # Waiting for a reply ends with the deadline; its message may live a little longer.
-        ttl = self._config.deadline_s + 60
+        # Flower takes no reply to a message that has expired: it lives a little longer than a reply
+        # is waited for.
+        ttl = self._config.collect.answers_until_s(self._config.deadline_s) + 60
         self.bytes_down, orders = 0, []
         for node, client in asked.items():
             start = start_of(client)

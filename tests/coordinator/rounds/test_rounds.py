@@ -321,8 +321,29 @@ def test_control_reads_the_store_at_most_once_a_second(tmp_path: Path) -> None:
     [
         ({"trains": "b"}, 'trains = "b" merges factors'),
         ({"ranks": {"client-0000": 1}}, "ranks and rest need one start of all"),
+        ({"gate": {"scorer": "a.b:c"}}, "kept back would be carried"),
     ],
 )
 def test_what_cannot_be_carried_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError, match=told):
         config(collect={"stragglers": "carry"}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("policy", "ttl_s"),
+    [({}, 260), ({"deadline_cap_s": 150}, 210), ({"stragglers": "carry", "max_staleness": 2}, 660)],
+)
+def test_an_order_lives_as_long_as_its_answer_may_count(
+    policy: dict[str, Any], ttl_s: float, tmp_path: Path
+) -> None:
+    grid, lived = SlowGrid(), []
+    push = grid.push_messages
+
+    def look(messages: Iterable[Message]) -> Iterable[str]:
+        orders = list(messages)
+        lived.extend(o.metadata.ttl for o in orders if o.metadata.message_type == MessageType.TRAIN)
+        return push(orders)
+
+    grid.push_messages = look  # type: ignore[method-assign]
+    run(tmp_path, config(rounds=1, deadline_s=100, collect=policy), grid)
+    assert lived == [ttl_s] * 4

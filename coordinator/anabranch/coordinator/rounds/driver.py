@@ -39,7 +39,7 @@ def terms_of(config: FederationConfig, deadline_s: float) -> Terms:
         quorum_fraction=policy.quorum_fraction,
         close_at=policy.close_at,
         progress_s=policy.progress_s,
-        cap_s=policy.deadline_cap_s or 2 * deadline_s,
+        cap_s=policy.latest_s(deadline_s),
     )
 
 

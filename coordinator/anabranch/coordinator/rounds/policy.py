@@ -30,3 +30,12 @@ class RoundPolicy(BaseModel):
     """Published rounds after which a carried update is too old, and its client is asked again."""
     staleness_exponent: float = Field(0.5, ge=0)
     """a in the weight (1 + published rounds between)^-a of a carried update; 0 weighs all alike."""
+
+    def latest_s(self, deadline_s: float) -> float:
+        """Seconds after which no progress moves a round's deadline any more."""
+        return self.deadline_cap_s or 2 * deadline_s
+
+    def answers_until_s(self, deadline_s: float) -> float:
+        """Seconds in which an order may still be answered; a carried update has more rounds."""
+        rounds = 1 + (self.max_staleness if self.stragglers == "carry" else 0)
+        return rounds * self.latest_s(deadline_s)
