@@ -39,6 +39,7 @@ def byzfl() -> Any:
         raise SystemExit("byzfl is not installed; run `make install`")
     package = types.ModuleType("byzfl")
     package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = spec  # found again by who asks for it
     sys.modules["byzfl"] = package
     return importlib.import_module("byzfl.aggregators")
 

@@ -30,6 +30,7 @@ def byzfl() -> Iterator[Any]:
     assert spec.submodule_search_locations is not None
     package = types.ModuleType("byzfl")
     package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = spec  # found again by who asks for it
     before = sys.modules.get("byzfl")
     sys.modules["byzfl"] = package
     yield importlib.import_module("byzfl.aggregators")
