@@ -8,7 +8,6 @@ way to some trigger, so what counts is how much more than the adapter in service
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from anabranch.wire.canonical import number
 
 if TYPE_CHECKING:
     from anabranch.vectors import Adapter
@@ -100,7 +101,7 @@ def decide(config: GateConfig, before: Scorecard, candidate: Scorecard) -> Verdi
     reasons: list[str] = []
     facts: dict[str, Any] = {}
     if before.metric is not None:
-        metric = _number(candidate.metric)
+        metric = number(candidate.metric)
         facts |= {"metric_before": before.metric, "metric": metric}
         if metric is None:
             reasons.append("the validation metric is no number")
@@ -233,7 +234,3 @@ def gate_of(config: GateConfig | None, folder: Path) -> Gate | None:
             "return an object with score(adapter)"
         )
     return Gate(config, scorer)
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

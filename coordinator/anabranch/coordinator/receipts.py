@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from anabranch.coordinator.in_service import InService
 from anabranch.coordinator.privacy.ledger import RELEASE_KEY
 from anabranch.coordinator.scores import mean_metrics
 from anabranch.coordinator.store import Contribution, Publication, Store
-from anabranch.wire.canonical import LARGEST_INT
+from anabranch.wire.canonical import LARGEST_INT, number
 from anabranch.wire.keys import PrivateKey
 from anabranch.wire.plan import RoundPlan
 from anabranch.wire.receipt import (
@@ -69,7 +68,7 @@ def merge_receipt(
             "exclusions": (*receipt.exclusions, *_suspected(report)),
             "scores": _scores(store, config, plan.round, cohort)
             | _gated(gate)
-            | {"truncation-error": _number(report.get("overall_truncation", 0.0))},
+            | {"truncation-error": number(report.get("overall_truncation", 0.0))},
             "release": _plain(report.get(RELEASE_KEY, {})),
             "output": Output(
                 adapter_hash=publication.adapter_hash,
@@ -152,7 +151,7 @@ def withdrawal_receipt(
     changes = {
         "start_hash": start_hash,
         "inputs": tuple(
-            one.model_copy(update={"weight": _number(weight)})
+            one.model_copy(update={"weight": number(weight)})
             for one, weight in zip(inputs, counted, strict=True)
         ),
         "exclusions": of.exclusions,
@@ -161,9 +160,7 @@ def withdrawal_receipt(
         "recipe": of.recipe,
         "settings": of.settings,
         "codec": of.codec,
-        "scores": {}
-        if report is None
-        else {"truncation-error": _number(report.overall_truncation)},
+        "scores": {} if report is None else {"truncation-error": number(report.overall_truncation)},
         "output": Output(adapter_hash=service.hash, artifact=digest, size_bytes=len(service.blob)),
         "reason": reason,
     }
@@ -222,7 +219,7 @@ def _of_round(
             size_bytes=row.size_bytes,
             nonce=row.nonce,
             factor=factor,
-            weight=_number(weight),
+            weight=number(weight),
         )
         for row, factor, weight in zip(cohort, factors or [1.0] * len(cohort), counted, strict=True)
     )
@@ -296,21 +293,17 @@ def _scores(
         for name, value in (mean_metrics(rows) or {}).items():
             if not name.endswith("-seconds"):
                 assert isinstance(value, float)
-                found[f"{of}.{name}"] = _number(value)
+                found[f"{of}.{name}"] = number(value)
     return found
 
 
 def _gated(gate: Mapping[str, Any] | None) -> dict[str, float | None]:
     """The numbers of a gate's verdict."""
     return {
-        f"gate.{name.replace('_', '-')}": _number(float(value))
+        f"gate.{name.replace('_', '-')}": number(float(value))
         for name, value in (gate or {}).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _plain(value: Any) -> Any:
@@ -321,4 +314,4 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, int) and abs(value) > LARGEST_INT:
         return str(value)
-    return _number(value) if isinstance(value, float) else value
+    return number(value) if isinstance(value, float) else value

@@ -18,6 +18,11 @@ from anabranch.wire.errors import WireError
 LARGEST_INT = 2**53 - 1
 
 
+def number(value: float | None) -> float | None:
+    """A number as JSON can hold it: None stands for what is not finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def canonical(value: Any) -> bytes:
     """The one spelling of a JSON value, in UTF-8.
 
