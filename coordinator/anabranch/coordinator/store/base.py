@@ -119,6 +119,10 @@ class Store(ABC):
     def contributions(self, round_number: int | None = None) -> list[Contribution]:
         """A round's admitted updates, sorted by client; or all, sorted by round and client."""
 
+    def contribution(self, round_number: int, client: str) -> Contribution | None:
+        """A client's admitted update of a round."""
+        return next((row for row in self.contributions(round_number) if row.client == client), None)
+
     @abstractmethod
     def refusals(self, round_number: int | None = None) -> list[Refusal]:
         """A round's refusals, or all, oldest first."""

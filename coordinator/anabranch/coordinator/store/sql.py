@@ -116,6 +116,14 @@ class SqlStore(Store):
         # Sorted here: databases sort text each by its own rules.
         return sorted(rows, key=lambda row: (row.round, row.client))
 
+    def contribution(  # noqa: D102
+        self, round_number: int, client: str
+    ) -> Contribution | None:
+        query = self._select(contributions).where(
+            contributions.c.round == round_number, contributions.c.client == client
+        )
+        return next((Contribution(**row) for row in self._rows(query)), None)
+
     def refusals(self, round_number: int | None = None) -> list[Refusal]:  # noqa: D102
         query = self._select(refusals).order_by(refusals.c.id)
         if round_number is not None:
