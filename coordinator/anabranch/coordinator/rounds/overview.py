@@ -116,7 +116,7 @@ def _number(query: Select[Any]) -> ScalarSelect[Any]:
 
 
 def _done(head: Mapping[str, Any]) -> int:
-    return max((head["over"] or {}).get("round", 0), head["newest"] or 0)
+    return max(int((head["over"] or {}).get("round", 0)), int(head["newest"] or 0))
 
 
 def _planned(connection: Connection, done: Mapping[int, int]) -> dict[int, list[dict[str, Any]]]:
