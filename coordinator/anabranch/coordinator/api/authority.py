@@ -37,7 +37,9 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         key, certificate = folder / CA_KEY, folder / CA_CERTIFICATE
         if key.exists() != certificate.exists():
-            raise ValueError(f"{folder}: {CA_KEY} and {CA_CERTIFICATE} belong together; restore both")
+            raise ValueError(
+                f"{folder}: {CA_KEY} and {CA_CERTIFICATE} belong together; restore both"
+            )
         if not key.exists():
             _make(key, certificate)
         if key.stat().st_mode & 0o077:

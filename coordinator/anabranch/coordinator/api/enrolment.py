@@ -13,7 +13,14 @@ from anabranch.coordinator.api.authority import Authority
 from anabranch.coordinator.api.config import ApiConfig
 from anabranch.coordinator.api.guard import call
 from anabranch.coordinator.api.identity import Identity, Role
-from anabranch.coordinator.api.peers import EVERY, Grant, Issued, NotEnrolledError, Peers, token_hash
+from anabranch.coordinator.api.peers import (
+    EVERY,
+    Grant,
+    Issued,
+    NotEnrolledError,
+    Peers,
+    token_hash,
+)
 from anabranch.coordinator.api.refusal import RefusedCallError
 from anabranch.coordinator.api.shelf import Shelf
 from anabranch.coordinator.registry import client_keys, enrol, revoke
@@ -69,7 +76,7 @@ class Enrolment:
         return await asyncio.to_thread(renew)
 
     async def Invite(self, request: pb.InviteRequest, context: Any) -> pb.Invitation:  # noqa: N802
-        """A one-time token for somebody: an admin invites to federations it takes part in itself."""
+        """A one-time token: an admin invites to federations that it takes part in itself."""
         own = call().granted
         if request.role not in ROLES:
             raise RefusedCallError("role-unknown", "name a role")

@@ -104,9 +104,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         else:
             make, serve = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         wrap = self._many if handler.response_streaming else self._one
-        return make(
-            wrap(serve, method), handler.request_deserializer, handler.response_serializer
-        )
+        return make(wrap(serve, method), handler.request_deserializer, handler.response_serializer)
 
     def admit(self, method: str, context: Any) -> Call:
         """Let a call in.

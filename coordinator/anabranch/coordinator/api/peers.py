@@ -182,7 +182,9 @@ class Peers:
         """Let none of a peer's certificates and tokens count any more; returns how many held."""
         now = time.time()
         with self._writing() as base:
-            base.execute("update tokens set used_s = ? where name = ? and used_s is null", (now, name))
+            base.execute(
+                "update tokens set used_s = ? where name = ? and used_s is null", (now, name)
+            )
             done = base.execute(
                 "update certificates set revoked_s = ? where name = ? and revoked_s is null",
                 (now, name),
@@ -215,7 +217,8 @@ class Peers:
         who = grant.identity
         live = "revoked_s is null and not_after_s > ?"
         other = base.execute(
-            f"select organisation from certificates where name = ? and organisation != ? and {live}",
+            "select organisation from certificates where name = ? and organisation != ? "
+            f"and {live}",
             (who.name, who.organisation, time.time()),
         ).fetchone()
         if other is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -105,9 +105,7 @@ class ApiServer:
             [*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._server
         )
         key, certificate = self.authority.server_pair(config.names)
-        pair = grpc.ssl_server_certificate_configuration(
-            [(key, certificate)], self.authority.pem
-        )
+        pair = grpc.ssl_server_certificate_configuration([(key, certificate)], self.authority.pem)
 
         def begun() -> None:
             self._handshakes.begin()
@@ -140,7 +138,9 @@ class ApiServer:
         try:
             return int(self._server.add_secure_port(address, credentials))
         except RuntimeError as error:
-            raise OSError(f"{address} cannot be listened on: {error}; choose another port") from error
+            raise OSError(
+                f"{address} cannot be listened on: {error}; choose another port"
+            ) from error
 
     def _sound(self) -> bool:
         """Whether the register answers and the folder of federations is there."""
@@ -176,7 +176,7 @@ class ApiServer:
 
 
 def handlers(services: dict[str, Any]) -> tuple[Any, ...]:
-    """gRPC's handlers of the services given, one per method of the .proto file.
+    """GRPC's handlers of the services given, one per method of the .proto file.
 
     Args:
         services: By name; each has a coroutine or an asynchronous generator per method.

@@ -121,7 +121,5 @@ def _opened(folder: Path) -> Served:
             config.store, folder, federation=config.name, run=config.run, durable=config.durable
         )
     except (ValueError, FileNotFoundError) as error:
-        raise RefusedCallError(
-            "not-served", str(error), StatusCode.FAILED_PRECONDITION
-        ) from error
+        raise RefusedCallError("not-served", str(error), StatusCode.FAILED_PRECONDITION) from error
     return Served(folder, config, store)

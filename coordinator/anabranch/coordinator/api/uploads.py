@@ -180,9 +180,7 @@ class Uploads:
                 StatusCode.DATA_LOSS,
             )  # fmt: skip
         try:
-            row = _as_call(
-                lambda: served.intake.admit(wanted.client, wanted.round, data, metrics)
-            )
+            row = _as_call(lambda: served.intake.admit(wanted.client, wanted.round, data, metrics))
         except RefusedCallError as error:
             # For want of room it may be tried again.
             if error.code != "no-room":

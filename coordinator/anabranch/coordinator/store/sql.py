@@ -40,7 +40,6 @@ from anabranch.coordinator.store.schema import (
 )
 from anabranch.wire.receipt import receipt_hash
 
-
 LAST = 16
 """State notes looked back at: a round has three, and again as many after each restart."""
 
@@ -202,9 +201,7 @@ class SqlStore(Store):
             .limit(most)
         )
         return [
-            Happening(
-                cursor=row["id"], time_s=row["time"], event=row["event"], facts=row["facts"]
-            )
+            Happening(cursor=row["id"], time_s=row["time"], event=row["event"], facts=row["facts"])
             for row in self._rows(query)
         ]
 
