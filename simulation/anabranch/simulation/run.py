@@ -41,6 +41,7 @@ from anabranch.simulation.folder import (
     SCORES_FILE,
     SUMMARY_FILE,
     UNATTACKED_FOLDER,
+    UNDEFENDED_FOLDER,
     open_folder,
 )
 from anabranch.simulation.keys import write_keys
@@ -52,7 +53,9 @@ from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
 from anabranch.wire.config import CodecConfig
 
-NO_BASELINES = Baselines(local_only=False, fedavg=False, oracle=False, unattacked=False)
+NO_BASELINES = Baselines(
+    local_only=False, fedavg=False, oracle=False, unattacked=False, undefended=False
+)
 ATTACKED_APP = "anabranch.simulation.attacks.app:app"
 
 Progress = Callable[[str, int, int], None]
@@ -238,6 +241,31 @@ def unattacked_of(scenario: Scenario) -> Scenario:
     )
 
 
+def undefended_of(scenario: Scenario) -> Scenario:
+    """The same federation and attack where nothing defends: a plain mean of ΔW."""
+    update: dict[str, Any] = {
+        "recipe": Recipe(method="mean", refactor=scenario.recipe.refactor),
+        "gate": None,
+        "max_norm": None,
+        "privacy": None,
+        "evaluate_every": 0,
+        "baselines": NO_BASELINES,
+    }
+    if scenario.codec.name == "ranks":
+        # Ranks are votes; a mean takes sizes.
+        update["codec"] = CodecConfig(name="dense", feedback=0.0)
+    return scenario.model_copy(update=update)
+
+
+def has_defence(scenario: Scenario) -> bool:
+    """Whether a scenario merges by more than the plain mean it would be compared with."""
+    bare = undefended_of(scenario)
+    return any(
+        getattr(scenario, name) != getattr(bare, name)
+        for name in ("recipe", "gate", "max_norm", "privacy")
+    )
+
+
 def simulate(
     scenario: Scenario,
     folder: Path,
@@ -291,6 +319,10 @@ def simulate(
         "fedavg": (wanted.fedavg, fedavg_of, FEDAVG_FOLDER, "FedAvg baseline"),
         "unattacked": (
             wanted.unattacked and bool(plot.bands), unattacked_of, UNATTACKED_FOLDER, "unattacked",
+        ),
+        "undefended": (
+            wanted.undefended and bool(plot.bands) and has_defence(scenario),
+            undefended_of, UNDEFENDED_FOLDER, "undefended",
         ),
     }  # fmt: skip
     for name, (asked, other_of, inner, phase) in others.items():
