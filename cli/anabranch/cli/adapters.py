@@ -104,7 +104,7 @@ def push_command(
 
     from anabranch.coordinator.lineage import chosen, dress, published, read_published
     from anabranch.coordinator.pushing import hub, oci
-    from anabranch.coordinator.pushing.target import annotations, read_target
+    from anabranch.coordinator.pushing.target import labels, read_target
     from anabranch.vectors.peft_folder import write_adapter
 
     place = read_target(target)
@@ -118,7 +118,7 @@ def push_command(
         told = f"the adapter of round {row.publication.round}"
         if place.kind == "oci":
             tag = place.tag or (which if which in row.tags else f"round-{row.publication.round}")
-            told += f" as {tag}, {oci.push(files, place.folder, tag, annotations(config, row))}"
+            told += f" as {tag}, {oci.push(files, place.folder, tag, labels(config, row))}"
         else:
             hub.push(files, place.folder)
     stdout.print(f"{place.folder}  {told}", soft_wrap=True, markup=False)

@@ -47,7 +47,7 @@ def read_target(text: str) -> Target:
     return Target(kind, Path(rest), tag)
 
 
-def annotations(config: FederationConfig, row: Published) -> dict[str, str]:
+def labels(config: FederationConfig, row: Published) -> dict[str, str]:
     """What a manifest says of an adapter: of when it was made, not of when it was pushed."""
     said = {
         "org.opencontainers.image.title": f"{config.name}, round {row.publication.round}",
