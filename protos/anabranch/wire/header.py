@@ -180,7 +180,8 @@ def _frame_info(frame: pb.Frame) -> FrameInfo:
         raise WireError("manifest", f"a frame's ranks do not add up, or one is beyond {RANK}")
     if len(frame.digest) != DIGEST_BYTES:
         raise WireError("manifest", f"a digest has {len(frame.digest)} bytes, not {DIGEST_BYTES}")
-    shapes = [tuple(dims[end - rank : end]) for rank, end in zip(ranks, accumulate(ranks))]
+    ends = accumulate(ranks)
+    shapes = [tuple(dims[end - rank : end]) for rank, end in zip(ranks, ends, strict=True)]
     tensors = tuple(map(TensorInfo, names, shapes, nonzeros, scales))
     info = FrameInfo(frame.codec, tensors, frame.raw_bytes, frame.payload_bytes, frame.digest)
     if info.entries != frame.entries:

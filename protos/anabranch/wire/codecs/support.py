@@ -93,7 +93,7 @@ def _read_draws(payload: memoryview, raw_bytes: int, count: int, entries: int) -
     if words.size and words[-1] == 0:
         raise WireError("payload", "the coded draws end in a word of zeros")
     coder = constriction.stream.stack.AnsCoder(words)
-    runs_r = coder.decode(_law(count, entries), raw_bytes).astype(np.uint8)
+    runs_r: Array = coder.decode(_law(count, entries), raw_bytes).astype(np.uint8)
     # Decoding is a bijection: what leaves nothing behind is what encoding these runs would give.
     if not coder.is_empty():
         raise WireError("payload", "coded draws are left over after the last run")

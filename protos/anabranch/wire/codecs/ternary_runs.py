@@ -1,8 +1,8 @@
 """Ternary tensors as they are admitted and kept: run bytes and packed signs, not yet positions.
 
-That a frame places as many non-zeros in each tensor as it announces follows from sums of run bytes.
-So an update is checked, weighed and held at about a byte a non-zero, where positions take eight, and
-positions are made once, when the tensor is wanted.
+That a frame places as many non-zeros in each tensor as it announces follows from sums of run
+bytes. So an update is checked, weighed and held at about a byte a non-zero, where positions take
+eight, and positions are made once, when the tensor is wanted.
 
 Shape legend: k non-zeros of a tensor, r run bytes, n entries.
 """
@@ -35,8 +35,8 @@ class TernaryRuns:
 
     Attributes:
         runs_r: uint8 [r], the run bytes that end with its last non-zero.
-        before: Where the first run starts, counted from the tensor's first entry: 0 or less, since a
-            run may start in an earlier tensor.
+        before: Where the first run starts, counted from the tensor's first entry: 0 or less, since
+            a run may start in an earlier tensor.
         signs: uint8, packed bits of the frame's non-zeros.
         first_sign: Which of those bits is the tensor's first.
         nonzeros: Entries that are not 0.
