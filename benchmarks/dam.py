@@ -201,7 +201,9 @@ def chosen(
     return cells.found(name, test)
 
 
-def repetition(plan: Plan, seed: int, runs: Path, wanted: str | None) -> Iterator[tuple[str, Found]]:
+def repetition(
+    plan: Plan, seed: int, runs: Path, wanted: str | None
+) -> Iterator[tuple[str, Found]]:
     """Every rule on one seed's cohort."""
     cohort = Cohort(plan.attacked, seed, runs)
     kept = plan.attacked.setting.folder(runs, seed) / f"cells-x{plan.attacked.enlarged:g}.jsonl"

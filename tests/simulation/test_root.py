@@ -33,7 +33,7 @@ def scenario(**changes: Any) -> Scenario:
         "codec": {"name": "dense", "feedback": 0.0},
         "recipe": FLTRUST,
         "evaluate_every": 0,
-        "attackers": [{"kind": "sign_flip", "count": 3, "params": {"scale": 10.0}}],
+        "attackers": [{"kind": "sign_flip", "count": 3, "params": {"scale": 1.0}}],
         "baselines": NOTHING,
         **changes,
     }
@@ -42,15 +42,12 @@ def scenario(**changes: Any) -> Scenario:
 
 def test_whoever_points_against_the_root_counts_nothing(tmp_path: Path) -> None:
     """Half of the clients attack, which no majority could outvote."""
-    summary = simulate(scenario(), tmp_path / "rooted")
-    plain = simulate(scenario(recipe={"method": "mean"}), tmp_path / "plain")
-    assert summary["mean"]["merged"] > summary["mean"]["base"] + 0.02
-    assert summary["mean"]["merged"] > plain["mean"]["merged"] + 0.05
-    for row in FolderStore(tmp_path / "rooted").publications():
+    simulate(scenario(), tmp_path)
+    for row in FolderStore(tmp_path).publications():
         weights = dict(zip(row.report["names"], row.report["coefficients"], strict=True))
         assert weights["client-0000"] == 0.0  # it measures, and is not merged
-        attackers = sum(weights[f"client-000{number}"] for number in (3, 4, 5))
-        assert attackers < 0.05 * (weights["client-0001"] + weights["client-0002"])
+        assert min(weights["client-0001"], weights["client-0002"]) > 0.1
+        assert [weights[f"client-000{number}"] for number in (3, 4, 5)] == [0.0] * 3
 
 
 @pytest.mark.parametrize(
