@@ -80,7 +80,7 @@ class Driver:
         self.happen(Asked(self._clock(), waiting, admitted, owed))
 
     def admitted(self, late: bool, replaces: bool = False, beside: bool = False) -> None:
-        """An update counts: an earlier round's, in place of another of its client, or of a lost one."""
+        """An update counts: an earlier round's, in another's place, or of a client given up."""
         if self.round.state is State.COLLECTING:
             self.happen(Admitted(self._clock(), late, replaces, beside))
 
