@@ -5,6 +5,7 @@ from anabranch.coordinator.store.base import FullError as FullError
 from anabranch.coordinator.store.base import Publication as Publication
 from anabranch.coordinator.store.base import Refusal as Refusal
 from anabranch.coordinator.store.base import Store as Store
+from anabranch.coordinator.store.base import StoreError as StoreError
 from anabranch.coordinator.store.base import TakenError as TakenError
 from anabranch.coordinator.store.config import StoreConfig as StoreConfig
 from anabranch.coordinator.store.folder import FolderStore as FolderStore

@@ -11,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from anabranch.wire.receipt import Receipt, decode_receipt, receipt_hash
 
 
-class FullError(RuntimeError):
+class StoreError(RuntimeError):
+    """The store cannot do now what it could do later: nobody's update and no merge is at fault."""
+
+
+class FullError(StoreError):
     """There is no room: a disk or a quota is full. Nothing changed."""
 
 
