@@ -225,7 +225,7 @@ def test_a_late_update_that_no_merge_can_do_with_costs_itself_alone(
     grid = SlowGrid()
     grid.holds = lambda number, node: node > 11 and number == 1 and grid.begun < 2
     spoilt(monkeypatch, "client-0003 (round 1)")
-    cfg = config(deadline_s=0.3, collect={"stragglers": "carry"})
+    cfg = config(deadline_s=1.5, collect={"stragglers": "carry"})
     _, store, _ = run(tmp_path, cfg, grid)
     rounds = store.notes("round")
     assert [row["status"] for row in rounds] == ["published"] * 3
@@ -242,11 +242,11 @@ def test_where_the_fault_is_not_known_late_updates_are_not_carried_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No merge works any more: the late ones age, and are given up by and by."""
-    cfg = config(rounds=1, quorum=3, deadline_s=0.3, collect={"stragglers": "carry"})
+    cfg = config(rounds=1, quorum=3, deadline_s=1.5, collect={"stragglers": "carry"})
     run(tmp_path, cfg, SlowGrid(lambda number, node: node > 11))
     spoilt(monkeypatch, "client-0002", "client-0003")
     policy = {"stragglers": "carry", "max_staleness": 2}
-    later = config(rounds=5, deadline_s=0.3, collect=policy)
+    later = config(rounds=5, deadline_s=1.5, collect=policy)
     _, store, _ = run(tmp_path, later, SlowGrid(lambda number, node: node < 12))
     rounds = store.notes("round")[1:]
     both = {"client-0000": 1, "client-0001": 1}

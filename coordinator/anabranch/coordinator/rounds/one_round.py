@@ -13,20 +13,27 @@ from flwr.serverapp import Grid
 
 from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.candidate import merged_candidate
-from anabranch.coordinator.cohort import Cohort, update_bytes
+from anabranch.coordinator.cohort import NO_ROOM, Cohort, update_bytes
 from anabranch.coordinator.collect import Closed, Mail, Reply
 from anabranch.coordinator.coordination import Coordination
 from anabranch.coordinator.gate import judged
 from anabranch.coordinator.in_service import InService, in_service
 from anabranch.coordinator.privacy.budget import spent_with
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
+from anabranch.coordinator.rounds.control import Want
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
 from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
 from anabranch.coordinator.rounds.salvage import usable
 from anabranch.coordinator.rounds.stragglers import NOT_CARRIED, Carried, Counted, carried, told
 from anabranch.coordinator.secure.round import SecureRound, Sums
 from anabranch.coordinator.start import Start
-from anabranch.coordinator.store import Contribution, Publication, Refusal, StoreError
+from anabranch.coordinator.store import (
+    Contribution,
+    FullError,
+    Publication,
+    Refusal,
+    StoreError,
+)
 from anabranch.vectors import Adapter
 from anabranch.wire.errors import one_line
 
@@ -67,6 +74,7 @@ class OneRound:
         self._cohort = Cohort(here.store, here.trust, here.config.max_norm)
         self._secure: SecureRound | None = None
         self._refused = self._refused_bytes = 0
+        self._no_room = ""  # why an update was refused that could have been kept
         self._heard: set[str] = set()  # clients of which an update counts
         self._unusable: set[tuple[str, int]] = set()  # carried no further, by client and round
         self.driver = Driver(number, terms_of(here.config, deadline_s), here.store, here.control)
@@ -123,6 +131,7 @@ class OneRound:
             try:
                 self._admit(reply, client, number)
             except RefusedError as error:
+                self._no_room = str(error) if error.code == NO_ROOM else self._no_room
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
@@ -153,7 +162,11 @@ class OneRound:
 
         Raises:
             TakenError: The round was ended otherwise meanwhile, as by a rollback.
+            StoreError: There is no room for what it makes, or it is short of its quorum for updates
+                that there was no room for: it goes on, as it stands, once there is.
         """
+        if self._no_room and self._is_short():
+            raise FullError(self._no_room)
         sums = self._sums()
         self.counted = self._count()
         facts = self._facts(sums)
@@ -217,6 +230,12 @@ class OneRound:
         return (
             self._secure.finish() if now.state is State.MERGING else self._secure.leave(now.reason)
         )
+
+    def _is_short(self) -> bool:
+        """Whether it is abandoned for want of updates, and nobody asked for its end."""
+        now, want = self.driver.round, self._here.control.want()
+        asked = want in (Want.DRAIN, Want.ABORT)
+        return now.state is State.ABANDONED and now.admitted < now.needed and not asked
 
     def _check_quorum(self, admitted: int) -> None:
         """End a round that was to be merged and has too few."""

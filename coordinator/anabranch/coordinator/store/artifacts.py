@@ -91,10 +91,7 @@ class FolderArtifacts(Artifacts):
         digest = hashlib.sha256(data).hexdigest()
         # Plain names and calls of the system: a small update's file costs a third of what it would.
         path = str(self._path(digest))
-        try:
-            # As good as new, so that no collection of garbage takes it for an old remnant.
-            os.utime(path)
-        except FileNotFoundError:
+        if not self._refresh(path, data):
             partial = f"{path}.{os.getpid()}{PARTIAL}"
             try:
                 self._write(partial, data)
@@ -108,6 +105,16 @@ class FolderArtifacts(Artifacts):
             if self._durable:
                 flush_folder(Path(path).parent)
         return digest
+
+    def _refresh(self, path: str, data: bytes) -> bool:
+        """Make what is there as good as new; False when nothing is, or something else."""
+        try:
+            # No collection of garbage takes it for an old remnant.
+            os.utime(path)
+            # A disk may have lost or turned some of its bits: it is written again then.
+            return Path(path).read_bytes() == data
+        except FileNotFoundError:
+            return False
 
     def size(self, digest: str) -> int:  # noqa: D102
         try:

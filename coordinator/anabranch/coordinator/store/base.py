@@ -19,6 +19,10 @@ class FullError(StoreError):
     """There is no room: a disk or a quota is full. Nothing changed."""
 
 
+class LostError(StoreError):
+    """The database did not come back in time. What had returned before is there."""
+
+
 class TakenError(ValueError):
     """Somebody else ended this round, or wrote the receipt that was to be next. Nothing changed."""
 
@@ -68,7 +72,8 @@ class Publication(BaseModel):
 class Store(ABC):
     """Durable memory of one federation. What a method returned from survives a crash.
 
-    Every writing method raises ``FullError``, and changes nothing, when there is no room.
+    Every writing method raises ``FullError``, and changes nothing, when there is no room. Every
+    method waits for a database that is gone, and raises ``LostError`` when it does not come back.
     """
 
     @abstractmethod

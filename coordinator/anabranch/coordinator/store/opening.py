@@ -40,6 +40,7 @@ def open_store(
         run=run,
         quota_bytes=None if quota is None else quota << 20,
         keep_rounds=config.keep_rounds,
+        patience_s=config.patience_s,
     )
 
 
