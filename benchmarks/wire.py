@@ -239,7 +239,10 @@ def admit(name: str, codec: CodecConfig, entries: float) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         enrol(Path(folder), [KEY.public])
         trust = Trust(
-            Path(folder), KEY, 300.0, rounds={1: (Planned(meta.issued_s, time.monotonic()), None)}
+            Path(folder),
+            KEY,
+            300.0,
+            rounds={1: (Planned(meta.issued_s, time.time() - time.monotonic()), None)},
         )
         took = seconds(lambda: examine(reply, handed, "client", 1e9, trust))
     return Row(

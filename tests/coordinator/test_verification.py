@@ -189,6 +189,7 @@ def test_a_private_rounds_receipt_lets_nobody_check_a_guess(
     with closing(opened(folder)) as store:
         rows, receipts = store.contributions(), store.receipts()
         secret = store.notes("receipt-secret")[0]["secret"]
+        assert secret not in str(store.history())
     assert len(rows) == 5
     for row in rows:
         for data in receipts:

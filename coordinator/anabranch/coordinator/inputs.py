@@ -14,10 +14,9 @@ import secrets
 
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.store import Contribution, Store
+from anabranch.coordinator.store.base import SECRET_EVENT
 from anabranch.wire.receipt import Input, Receipt
 
-EVENT = "receipt-secret"
-"""The kind of note that holds a run's secret: as confidential as the updates it stands beside."""
 CONTEXT = b"anabranch.receipt.input/1\0"
 
 
@@ -25,11 +24,11 @@ def name_of(store: Store, config: FederationConfig, row: Contribution) -> str:
     """What the receipts of a federation call an admitted update."""
     if config.privacy is None:
         return row.digest
-    rows = store.notes(EVENT)
+    rows = store.notes(SECRET_EVENT)
     if not rows:
-        store.note(EVENT, {"secret": secrets.token_hex(32)})
+        store.note(SECRET_EVENT, {"secret": secrets.token_hex(32)})
         # Another process may have been first, and its word counts.
-        rows = store.notes(EVENT)
+        rows = store.notes(SECRET_EVENT)
     return _keyed(bytes.fromhex(rows[0]["secret"]), row)
 
 
@@ -47,7 +46,7 @@ def digest_of(store: Store, receipt: Receipt, one: Input) -> str:
     if not is_private(receipt):
         return one.artifact
     rows = [row for row in store.contributions(one.round) if row.client == one.client]
-    keys = [bytes.fromhex(row["secret"]) for row in store.notes(EVENT)[:1]]
+    keys = [bytes.fromhex(row["secret"]) for row in store.notes(SECRET_EVENT)[:1]]
     for row in rows:
         # An earlier release wrote the sha256 itself.
         if one.artifact in (row.digest, *(_keyed(key, row) for key in keys)):

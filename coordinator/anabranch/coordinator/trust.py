@@ -27,11 +27,11 @@ class Planned:
 
     Attributes:
         wall_s: In Unix seconds.
-        steady_s: By the clock that nobody sets.
+        apart_s: Seconds that the clock which may be set then stood before the one that may not.
     """
 
     wall_s: int
-    steady_s: float
+    apart_s: float
 
 
 @dataclass
@@ -62,10 +62,16 @@ class Trust:
     _ring: KeyRing = field(default_factory=lambda: KeyRing({}), init=False)
     _stamp: tuple[tuple[int, int], ...] = field(default=(), init=False)
 
-    def begin_round(self, plan: RoundPlan) -> RoundPlan:
-        """Note the time; where updates are sealed, the plan gets a fresh key to seal them to."""
+    def begin_round(self, plan: RoundPlan, planned_s: int | None = None) -> RoundPlan:
+        """Note the time; where updates are sealed, the plan gets a fresh key to seal them to.
+
+        Args:
+            plan: The round's.
+            planned_s: When it was planned, in Unix seconds; None: now.
+        """
         seal = new_seal_key() if self.sealed else None
-        self.rounds[plan.round] = Planned(int(self.wall()), self.steady()), seal
+        at_s = int(self.wall()) if planned_s is None else planned_s
+        self.rounds[plan.round] = Planned(at_s, self.wall() - self.steady()), seal
         return plan if seal is None else plan.model_copy(update={"seal_to": seal.public.hex()})
 
     def seal(self, number: int) -> SealKey | None:
@@ -110,7 +116,7 @@ class Trust:
 
     def _jumped_s(self, planned: Planned) -> float:
         """Seconds by which the clock was set since a round was planned."""
-        return self.wall() - planned.wall_s - (self.steady() - planned.steady_s)
+        return self.wall() - self.steady() - planned.apart_s
 
 
 def trust_of(folder: Path, config: FederationConfig, store: Store) -> Trust:

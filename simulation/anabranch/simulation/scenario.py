@@ -65,11 +65,15 @@ class Baselines(BaseModel):
     local_only: bool = True
     """Every client trains alone for as many steps."""
     fedavg: bool = True
-    """The same federation averaging dense factors (FedIT: A and B apart, fp32, no codec)."""
+    """The same clients averaging dense factors (FedIT: A and B apart, fp32, no codec), plainly:
+    no cap, no signatures, no secure aggregation, no privacy, no gate."""
     oracle: bool = True
     """One adapter trained on everybody's data together, as many samples and steps."""
     unattacked: bool = True
     """The same federation with everybody honest; only where somebody attacks."""
+    undefended: bool = True
+    """The same attack on a plain mean of ΔW, without steps, suspicion, gate, cap or privacy; only
+    where somebody attacks and the scenario has more than that."""
 
 
 class SimulatedGate(GateConfig):

@@ -14,12 +14,13 @@ from anabranch.simulation import report
 from anabranch.simulation.attacks.ipm import IPM, IpmConfig
 from anabranch.simulation.attacks.lying_manifest import Lie
 from anabranch.simulation.attacks.turn import flat
-from anabranch.simulation.run import prepare, simulate
+from anabranch.simulation.prepare import prepare
+from anabranch.simulation.run import simulate
 from anabranch.simulation.scenario import Scenario
 from anabranch.wire import decode_update, read_manifest
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 8}
-NOTHING = {"local_only": False, "fedavg": False, "oracle": False, "unattacked": False}
+NOTHING = dict.fromkeys(("local_only", "fedavg", "oracle", "unattacked", "undefended"), False)
 
 
 @pytest.fixture(autouse=True)

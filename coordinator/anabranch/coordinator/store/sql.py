@@ -11,8 +11,11 @@ from sqlalchemy import Connection, Engine, Select, Table, delete, exists, func, 
 from anabranch.coordinator.store import retention
 from anabranch.coordinator.store.artifacts import Artifacts
 from anabranch.coordinator.store.base import (
+    CLOSED,
+    SECRET_EVENT,
     Contribution,
     FullError,
+    Happening,
     Publication,
     Refusal,
     Store,
@@ -20,6 +23,7 @@ from anabranch.coordinator.store.base import (
     following,
 )
 from anabranch.coordinator.store.database import (
+    LOCK,
     federation_id,
     insert_once,
     place,
@@ -39,6 +43,8 @@ from anabranch.coordinator.store.schema import (
 from anabranch.wire.receipt import receipt_hash
 
 T = TypeVar("T")
+LAST = 16
+"""State notes looked back at: a round has three, and again as many after each restart."""
 
 
 class SqlStore(Store):
@@ -90,18 +96,28 @@ class SqlStore(Store):
         return self.kept.get(digest)
 
     def admit(self, contribution: Contribution) -> bool:  # noqa: D102
+        return self._write(
+            lambda connection: self._admit(connection, contribution), contributions, True
+        )
+
+    def admit_collecting(self, contribution: Contribution) -> bool:  # noqa: D102
         def work(connection: Connection) -> bool:
-            if not self._add(connection, contributions, contribution.model_dump(), once=True):
-                # A try that was still under way on a line that was cut may have come first.
-                return self._holds(connection, contributions, _time_of(connection))
-            self._hold(connection, contribution.digest, contribution.size_bytes)
-            return True
+            # Writers of one federation go one after the other: a round that closes after this
+            # look counts what is admitted here.
+            if self._closed(connection, contribution.round):
+                raise TakenError(f"round {contribution.round} takes no update any more")
+            return self._admit(connection, contribution)
 
         return self._write(work, contributions, True)
 
     def refuse(self, refusal: Refusal) -> None:  # noqa: D102
         row = refusal.model_dump()
-        self._write(lambda connection: self._add(connection, refusals, row), refusals)
+
+        def work(connection: Connection) -> None:
+            self._add(connection, refusals, row)
+            self._add(connection, notes, {"event": "refused", "facts": row})
+
+        self._write(work, refusals)
 
     def contributions(self, round_number: int | None = None) -> list[Contribution]:  # noqa: D102
         query = self._select(contributions)
@@ -110,6 +126,14 @@ class SqlStore(Store):
         rows = [Contribution(**row) for row in self._rows(query)]
         # Sorted here: databases sort text each by its own rules.
         return sorted(rows, key=lambda row: (row.round, row.client))
+
+    def contribution(  # noqa: D102
+        self, round_number: int, client: str
+    ) -> Contribution | None:
+        query = self._select(contributions).where(
+            contributions.c.round == round_number, contributions.c.client == client
+        )
+        return next((Contribution(**row) for row in self._rows(query)), None)
 
     def refusals(self, round_number: int | None = None) -> list[Refusal]:  # noqa: D102
         query = self._select(refusals).order_by(refusals.c.id)
@@ -183,6 +207,22 @@ class SqlStore(Store):
         query = self._select(notes).where(notes.c.event == event).order_by(notes.c.id)
         return [row["facts"] for row in self._rows(query)]
 
+    def last_note(self, event: str) -> dict[str, Any] | None:  # noqa: D102
+        query = self._select(notes).where(notes.c.event == event).order_by(notes.c.id.desc())
+        return next((row["facts"] for row in self._rows(query.limit(1))), None)
+
+    def history(self, after: int = 0, most: int = 1000) -> list[Happening]:  # noqa: D102
+        query = (
+            select(notes.c.id, notes.c.time, notes.c.event, notes.c.facts)
+            .where(notes.c.federation == self.id, notes.c.id > after, notes.c.event != SECRET_EVENT)
+            .order_by(notes.c.id)
+            .limit(most)
+        )
+        return [
+            Happening(cursor=row["id"], time_s=row["time"], event=row["event"], facts=row["facts"])
+            for row in self._rows(query)
+        ]
+
     def tidy(self) -> int:  # noqa: D102
         keep = self._keep_rounds
         if keep is not None:
@@ -191,6 +231,25 @@ class SqlStore(Store):
 
     def close(self) -> None:  # noqa: D102
         self.engine.dispose()
+
+    def _admit(self, connection: Connection, contribution: Contribution) -> bool:
+        row = contribution.model_dump()
+        if not self._add(connection, contributions, row, once=True):
+            # A try that was still under way on a line that was cut may have come first.
+            return self._holds(connection, contributions, _time_of(connection))
+        self._hold(connection, contribution.digest, contribution.size_bytes)
+        self._add(connection, notes, {"event": "admitted", "facts": row})
+        return True
+
+    def _closed(self, connection: Connection, number: int) -> bool:
+        """Whether a round takes no update any more."""
+        query = select(notes.c.facts).where(notes.c.federation == self.id)
+        states = query.where(notes.c.event == "state").order_by(notes.c.id.desc()).limit(LAST)
+        ends = query.where(notes.c.event == "round").order_by(notes.c.id.desc()).limit(1)
+        if any(facts["round"] >= number for facts in connection.scalars(ends)):
+            return True
+        rows = connection.scalars(states)
+        return any(facts["round"] == number and facts["state"] in CLOSED for facts in rows)
 
     def _held_bytes(self) -> int:
         query = (
@@ -289,6 +348,9 @@ class SqlStore(Store):
         def tried(again: bool) -> T:
             with refusing_when_full(self.engine), self._writer.begin() as connection:
                 connection.execution_options(**options)
+                if connection.dialect.name == "postgresql" and hasattr(self, "id"):
+                    # As SQLite does: what happens in a federation has one order.
+                    connection.execute(select(func.pg_advisory_xact_lock(LOCK, self.id)))
                 if again and table is not None and self._holds(connection, table, **options):
                     return cast(T, done)
                 return work(connection)
