@@ -238,12 +238,8 @@ def admit(name: str, codec: CodecConfig, entries: float) -> Row:
     handed = Start(plan, start, {}, None)
     with tempfile.TemporaryDirectory() as folder:
         enrol(Path(folder), [KEY.public])
-        trust = Trust(
-            Path(folder),
-            KEY,
-            300.0,
-            rounds={1: (Planned(meta.issued_s, time.time() - time.monotonic()), None)},
-        )
+        planned = Planned(meta.issued_s, time.time() - time.monotonic())
+        trust = Trust(Path(folder), KEY, 300.0, rounds={1: (planned, None)})
         took = seconds(lambda: examine(reply, handed, "client", 1e9, trust))
     return Row(
         "verify, decode, admit", 1e3 * took, None, "", f"{len(blob) / 1e6:.1f} MB, {name}", "ms",
