@@ -55,7 +55,7 @@ def config(**changes: Any) -> FederationConfig:
 
 def opened(cfg: FederationConfig, folder: Path) -> Store:
     """The federation's store."""
-    return open_store(cfg.store, folder, federation=cfg.name, run=cfg.run, durable=cfg.durable)
+    return open_store(cfg.store, folder, federation=cfg.name, run=cfg.run, patient=True)
 
 
 def template() -> Adapter:

@@ -41,11 +41,18 @@ class Postgres:
         port: Of loopback, or of ``host``; None listens on the socket alone.
         host: The address that the port is of.
         safe: Flush commits to the disk: what a killed server had committed is there.
+        namespace: The network that its port is in; None: this one.
     """
 
     def __init__(
-        self, port: int | None = None, host: str = "127.0.0.1", *, safe: bool = True
+        self,
+        port: int | None = None,
+        host: str = "127.0.0.1",
+        *,
+        safe: bool = True,
+        namespace: str | None = None,
     ) -> None:
+        self._namespace = namespace
         self._port, self._host, self._safe = port, host, safe
         self.port = port or 5432
         self._count = itertools.count()
@@ -66,6 +73,8 @@ class Postgres:
             [self._programs / "initdb", "-D", "data", "-U", "postgres", "-A", "trust", "-N"],
             check=True, stdout=subprocess.DEVNULL, **self._user,
         )  # fmt: skip
+        with (self.folder / "data" / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all 0.0.0.0/0 trust\n")
         self.start()
         return self
 
@@ -91,10 +100,18 @@ class Postgres:
         ]  # fmt: skip
         given += ["-p", str(self._port)] if self._port is not None else []
         given += [] if self._safe else ["-F"]
+        user, before = self._user, []
+        if self._namespace is not None:
+            # Root enters the namespace, and nobody runs what is in it.
+            user = {"cwd": self.folder, "env": {**user["env"], "PATH": os.environ["PATH"]}}
+            before = [
+                "ip", "netns", "exec", self._namespace,
+                "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups",
+            ]  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self._server = subprocess.Popen(
-                [self._programs / "postgres", *given],
-                stdout=subprocess.DEVNULL, stderr=log, start_new_session=True, **self._user,
+                [*before, self._programs / "postgres", *given],
+                stdout=subprocess.DEVNULL, stderr=log, start_new_session=True, **user,
             )  # fmt: skip
         end = time.monotonic() + PATIENCE_S
         while True:

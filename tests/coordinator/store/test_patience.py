@@ -37,7 +37,7 @@ def server() -> Iterator[Postgres]:
 
 def store_of(url: str, folder: Path, **changes: Any) -> SqlStore:
     config = StoreConfig(url=url, **changes)
-    found = open_store(config, folder, federation="f", run="r")
+    found = open_store(config, folder, federation="f", run="r", patient=True)
     assert isinstance(found, SqlStore)
     return found
 
