@@ -84,6 +84,7 @@ class OneRound:
             "round": self._number,
             "asked": sorted(asked.values()),
             "start_hash": self.plan.start_hash,
+            "planned_s": int(time.time()),
         }
         here.store.note("planned", facts)
         if here.config.secure is None:
