@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from markupsafe import escape
 
 from anabranch.coordinator.federation import load_federation
