@@ -38,7 +38,7 @@ def compiled(function: F) -> F:
     # it, so a change of those makes it stale too. There is no public way to say so; where numba
     # has other names one day, test_compiled.py fails.
     kept = getattr(getattr(jitted, "_cache", None), "_cache_file", None)
-    if hasattr(kept, "_source_stamp"):
+    if kept is not None and hasattr(kept, "_source_stamp"):
         kept._source_stamp = (kept._source_stamp, _SOURCES)
     return jitted
 
