@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test check bench chaos quality scoreboard gpu fuzz clean
+.PHONY: install demo test check bench chaos quality dam scoreboard gpu fuzz clean
 
 install: $(STAMP)
 
@@ -49,6 +49,10 @@ bench: install
 
 quality: install
 	$(BIN)/python -m benchmarks.quality
+
+# Twenty minutes on one core, half of it the forms of DAM; goes on where it stopped.
+dam: install
+	$(BIN)/python -m benchmarks.dam
 
 # A is minutes on one core; make scoreboard BLOCK=B trains.
 BLOCK ?= A
