@@ -64,11 +64,11 @@ gpu: install
 	$(BIN)/python -m pytest -rs tests/gpu
 	$(BIN)/python -m benchmarks.gpu
 
-# A coordinator killed a hundred times; make test does it a few times.
+# A coordinator killed a hundred times, which make test does a few times; and a node, deployed.
 chaos: export OMP_NUM_THREADS := 1
 chaos: export CHAOS_KILLS := 100
 chaos: install
-	$(BIN)/python -m pytest tests/chaos
+	$(BIN)/python -m pytest tests/chaos tests/e2e/test_secure_deployment.py
 
 # What it finds new stays in runs/fuzz; a crash is written beside it.
 fuzz: install
