@@ -29,11 +29,13 @@ CODECS = [
     CodecConfig(name="dense", dtype="bf16"),
     CodecConfig(name="dense", dtype="fp16"),
     CodecConfig(name="dense", dtype="int8"),
+    CodecConfig(name="axes"),
 ]
 
 
 def _codec_id(codec: CodecConfig) -> str:
-    return f"ternary-{codec.density}" if codec.name == "ternary" else codec.dtype
+    own = {"ternary": f"ternary-{codec.density}", "dense": codec.dtype}
+    return own.get(codec.name, codec.name)
 
 
 def _layout(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -234,6 +236,7 @@ GOLDEN_HASHES = {
     "dare": "51179874e99e7464c2697154a4311cf0eb3d62edee645afeff593f3090f9ee28",
     "fp32-coded": "5ec756001c89daecef2187d0780e4d777962ff551a27a2b2c1daf974e0d3c72a",
     "ranks": "1963e07bc592c87500a1dbe6528d7a9c82b390bfa5d372d48253553e79dc5884",
+    "axes": "f6b0f141dc433430af01c475a03aaee9e1240d4b1493f86f8f92e627e6de05b3",
     "int8-coded": "1a940bf76a59a854b2d3a38422d3587a48a49778d9efe7de1873b7d62348c020",
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,8 @@ def update(
     fields = {
         "kind": "update", "base_hash": plan.base_hash, "start_hash": plan.start_hash,
         "federation": plan.federation, "run": plan.run, "round": plan.round, "client": client,
-        "nonce": seed.to_bytes(16, "big"), "seed": None, "examples": 1, **changes,
+        "nonce": seed.to_bytes(16, "big"), "seed": None, "examples": 1,
+        "issued_s": int(time.time()), **changes,
     }  # fmt: skip
     return encode_update(tensors, UpdateMeta(**fields), plan.codec, key).blob
 
@@ -61,6 +63,7 @@ class World:
     folder: Path
     server: ApiServer
     callers: list[Caller] = field(default_factory=list)
+    signed: bool = False
 
     @property
     def address(self) -> str:
@@ -155,7 +158,7 @@ def start_world(tmp_path: Path, flower_identity: None) -> Iterator[Callable[...,
             }
         )  # fmt: skip
         running.append(serving(config))
-        worlds.append(World(tmp_path, running[-1].__enter__()))
+        worlds.append(World(tmp_path, running[-1].__enter__(), signed=bool(changes.get("signed"))))
         return worlds[-1]
 
     yield begin

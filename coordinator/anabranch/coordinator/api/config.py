@@ -30,8 +30,11 @@ class LimitsConfig(BaseModel):
     """Uploads read at a time; further ones wait for their turn."""
     admissions: int = Field(2, ge=1)
     """Updates decoded and checked at a time: each is in memory whole."""
+    downloads: int = Field(8, ge=1)
+    """Downloads at a time, each with its adapter in memory; further ones wait for their turn."""
     stall_s: float = Field(20, gt=0)
-    """Seconds in which an upload must bring ``stall_kb``, or its end; else it is ended."""
+    """Seconds in which an upload must bring ``stall_kb``, or its end, and who downloads must take
+    what was sent; else the call is ended."""
     stall_kb: int = Field(64, ge=1)
     """KiB of progress that ``stall_s`` asks for."""
     handshake_s: float = Field(10, gt=0)

@@ -7,9 +7,10 @@ cannot be called.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +80,18 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         audit: Where it is written down.
         quotas: How often each may call.
         handshakes: Told of every connection that came to a call.
+        stall_s: Seconds in which a peer has to take what is sent to it.
     """
 
     def __init__(
-        self, peers: Peers, audit: AuditLog, quotas: Quotas, handshakes: Handshakes
+        self,
+        peers: Peers,
+        audit: AuditLog,
+        quotas: Quotas,
+        handshakes: Handshakes,
+        stall_s: float,
     ) -> None:
-        self._peers, self._audit = peers, audit
+        self._peers, self._audit, self._stall_s = peers, audit, stall_s
         self._quotas, self._handshakes = quotas, handshakes
 
     async def intercept_service(
@@ -191,16 +198,32 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return served
 
     def _many(self, serve: Any, method: str) -> Any:
-        async def served(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def served(request: Any, context: Any) -> None:
             try:
                 self.admit(method, context)
-                async for reply in serve(request, context):
-                    yield reply
+                replies = serve(request, context)
+                # gRPC's own watch of a server's health writes by itself.
+                if inspect.isawaitable(replies):
+                    await replies
+                else:
+                    async for reply in replies:
+                        await self._send(reply, context)
             except Exception as error:
                 await self._refuse(error, context)
             await self._done()
 
         return served
+
+    async def _send(self, reply: Any, context: Any) -> None:
+        """Send one of several replies; a peer that does not take it holds nothing up for long."""
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await context.write(reply)
+        except TimeoutError:
+            raise RefusedCallError(
+                "stalled", f"nothing was taken for {self._stall_s:g} s; go on from where it ended",
+                StatusCode.DEADLINE_EXCEEDED,
+            ) from None  # fmt: skip
 
     async def _done(self) -> None:
         rule = TABLE.get(call().method)

@@ -14,10 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from anabranch.coordinator.api.adapters import Adapters
 from anabranch.coordinator.api.audit import AuditLog
 from anabranch.coordinator.api.authority import Authority
 from anabranch.coordinator.api.config import ApiConfig
 from anabranch.coordinator.api.enrolment import Enrolment
+from anabranch.coordinator.api.federations import Federations
 from anabranch.coordinator.api.guard import Guard
 from anabranch.coordinator.api.handshakes import Handshakes
 from anabranch.coordinator.api.peers import Peers
@@ -73,7 +75,7 @@ class ApiServer:
         """
         config, limits = self._config, self._config.limits
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
-        guard = Guard(self.peers, self.audit, self._quotas, self._handshakes)
+        guard = Guard(self.peers, self.audit, self._quotas, self._handshakes, limits.stall_s)
         self._server = grpc.aio.server(
             interceptors=[guard],
             maximum_concurrent_rpcs=limits.calls,
@@ -96,6 +98,8 @@ class ApiServer:
         services = {
             "Enrolment": enrolment,
             "Peers": enrolment,
+            "Federations": Federations(self._shelf, self._quotas, limits, guard.check),
+            "Adapters": Adapters(self._shelf, limits.downloads),
             "Uploads": Uploads(self._shelf, self._spool, self._quotas, limits),
         }
         self._server.add_generic_rpc_handlers(handlers(services))
