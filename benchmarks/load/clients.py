@@ -17,10 +17,8 @@ from typing import Any
 
 import grpc
 
-from anabranch.client.session import client_name
-from anabranch.wire.plan import RoundPlan
 from anabranch.wire.v1 import coordinator_pb2 as pb
-from benchmarks.load.material import NAME, Updates, updates_of
+from benchmarks.load.updates import NAME, Updates, client_name, read_updates
 
 PART_BYTES = 1 << 20
 SERVICE = "/anabranch.wire.v1.Uploads"
@@ -45,10 +43,9 @@ class Client:
         )
         self._upload = self.channel.stream_unary(f"{SERVICE}/Upload")
 
-    async def order(self) -> RoundPlan:
-        """What the round under way asks of it."""
-        reply = await self._order(pb.OrderRequest(federation=NAME))
-        return RoundPlan.model_validate_json(reply.plan)
+    async def order(self) -> str:
+        """What the round under way asks of it, a plan's JSON."""
+        return str((await self._order(pb.OrderRequest(federation=NAME))).plan)
 
     async def upload(self, updates: Updates, parts: list[bytes]) -> float:
         """Send its update; seconds until it was admitted."""
@@ -83,12 +80,14 @@ async def run(spec: dict[str, Any]) -> None:
         clients.append(Client(number, spec["address"], shown))
     gate = asyncio.Semaphore(32)
 
-    async def connect(client: Client) -> RoundPlan:
-        async with gate:
-            return await client.order()
+    updates = read_updates(Path(spec["update"]))
 
-    plans = await asyncio.gather(*map(connect, clients))
-    updates = updates_of(plans[0], spec["entries"])
+    async def connect(client: Client) -> None:
+        async with gate:
+            plan = json.loads(await client.order())
+            assert plan["start_hash"] == updates.manifest.meta.start_hash
+
+    await asyncio.gather(*map(connect, clients))
     parts = [
         pb.UploadPart(data=updates.payload[start : start + PART_BYTES]).SerializeToString()
         for start in range(0, len(updates.payload), PART_BYTES)

@@ -20,6 +20,7 @@ from anabranch.coordinator.flower import (
     wait_for_port,
     write_bundle,
 )
+from benchmarks.load import material
 from benchmarks.load.ours import Load, Outcome, generate, outcome
 from benchmarks.load.watching import watched
 
@@ -54,12 +55,15 @@ def take(root: Path, load: Load, *, on_disk: bool) -> tuple[Outcome, float]:
         "benchmarks.load.flower_app:app",
         "benchmarks.plain_flower:client_app",
     )
+    plan = material.plan(load.clients, load.entries, 1)
+    update = root / "update.bin"
+    update.write_bytes(material.update(plan, load.entries))
     spec = root / "spec.json"
     spec.write_text(
         json.dumps(
             {
                 "address": f"127.0.0.1:{port}", "ca": str(root / "ca.pem"),
-                "clients": load.clients, "entries": load.entries, "at_once": load.at_once,
+                "clients": load.clients, "update": str(update), "at_once": load.at_once,
             }
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""1,000 SuperNodes in one process, by Flower's own classes: `... benchmarks.load.flower_clients SPEC`.
+"""1,000 SuperNodes in one process, of Flower's own classes; its argument is a file.
 
 Each has a key, a connection and a node id of its own, and has taken its message before the clock
 starts. It prints a line when all have, waits for one, sends the replies, and prints what came of it
@@ -36,15 +36,15 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object
 from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
     iterate_object_tree,
+    pull_objects,
 )
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from anabranch.simulation.engine.identity import server_identity
 from anabranch.wire.plan import UPDATE_STYPE
-from benchmarks.load.material import Updates, plan, updates_of
+from benchmarks.load.updates import Updates, read_updates
 
 PATIENCE_S = 600.0
 """Seconds a call may take."""
@@ -89,7 +89,7 @@ class SuperNode:
         message, tree = message_from_proto(got.messages_list[0]), got.message_object_trees[0]
         run, about = message.metadata.run_id, message.metadata
         pull = make_pull_object_fn_protobuf(self._fleet.PullObject, self._node, run)
-        contents = {one.object_id: pull(one.object_id) for one in iterate_object_tree(tree)}
+        contents = pull_objects([one.object_id for one in iterate_object_tree(tree)], pull)
         self._fleet.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
                 node=self._node, run_id=run, message_object_id=about.message_id
@@ -134,7 +134,7 @@ class SuperNode:
 def run(spec: dict[str, Any]) -> None:
     """Register all, wait for the word, reply."""
     trusted = ssl.create_default_context(cafile=spec["ca"])
-    updates = updates_of(plan(spec["clients"], spec["entries"]), spec["entries"])
+    updates = read_updates(Path(spec["update"]))
     with ThreadPoolExecutor(16) as some:
         nodes = list(
             some.map(
@@ -144,7 +144,7 @@ def run(spec: dict[str, Any]) -> None:
         list(some.map(SuperNode.take, nodes))
     print("ready", flush=True)
     sys.stdin.readline()
-    with ThreadPoolExecutor(spec["at_once"]) as all_of_them, server_identity():
+    with ThreadPoolExecutor(spec["at_once"]) as all_of_them:
         began = time.time()
         took_s = list(all_of_them.map(lambda node: node.reply(updates), nodes))
         ended = time.time()

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.client.api.credentials import new_request
-from anabranch.client.session import client_name
 from anabranch.coordinator.api.authority import Authority
 from anabranch.coordinator.api.identity import Identity, Role
 from anabranch.coordinator.api.peers import Grant, Peers
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.store import Store, open_store
 from benchmarks.load import material
+from benchmarks.load.updates import NAME, RUN, client_name
 from benchmarks.load.watching import Watched, watched
 
 
@@ -82,12 +82,15 @@ class Api:
         self._round += 1
         store.note("planned", {"round": self._round, "asked": names, "planned_s": int(time.time())})
         store.note("state", {"round": self._round, "state": "collecting"})
+        plan = material.plan(self._load.clients, self._load.entries, self._round)
+        update = self._root / "update.bin"
+        update.write_bytes(material.update(plan, self._load.entries))
         spec = self._root / "spec.json"
         spec.write_text(
             json.dumps(
                 {
                     "address": self._address, "clients": self._load.clients, "at_once": at_once,
-                    "entries": self._load.entries, "peers": str(self._root / "peers"),
+                    "update": str(update), "peers": str(self._root / "peers"),
                 }
             )
         )  # fmt: skip
@@ -101,8 +104,8 @@ class Api:
     def store(self) -> Store:
         """What the coordinator remembers."""
         return open_store(
-            self._config.store, self._root / "federations" / material.NAME,
-            federation=material.NAME, run=material.RUN,
+            self._config.store, self._root / "federations" / NAME,
+            federation=NAME, run=RUN,
         )  # fmt: skip
 
 
@@ -129,7 +132,7 @@ def generate(arguments: list[str], env: dict[str, str] | None = None) -> dict[st
 @contextmanager
 def api(root: Path, load: Load) -> Iterator[Api]:
     """An API with a federation and its clients enrolled, served while the block runs."""
-    config = material.write(root / "federations" / material.NAME, load.clients, load.entries)
+    config = material.write(root / "federations" / NAME, load.clients, load.entries)
     enrol(root, load.clients)
     path = root / "api.toml"
     path.write_text('federations = "federations"\nstate = "api"\nport = 0\nenrol_port = 0\n')
@@ -157,7 +160,7 @@ def enrol(root: Path, clients: int) -> None:
     for number in range(clients):
         name = client_name(number)
         identity = Identity(f"org-{name}", name, Role.CLIENT)
-        token, _ = peers.invite(Grant(identity, (material.NAME,)), 3600)
+        token, _ = peers.invite(Grant(identity, (NAME,)), 3600)
         key, request = new_request(name)
         made, pem = authority.issue(request, identity, 86_400)
         peers.redeem(token, f"{made.serial_number:x}", made.not_valid_after_utc.timestamp())

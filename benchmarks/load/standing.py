@@ -26,9 +26,7 @@ def fill(engine: Engine, count: int) -> None:
     with engine.begin() as connection:
         for key in range(1, count + 1):
             about = {"federation": key, "time": 0.0}
-            connection.execute(
-                insert(federations), {"id": key, "name": f"f{key:03}", "run": "r"}
-            )
+            connection.execute(insert(federations), {"id": key, "name": f"f{key:03}", "run": "r"})
             rows, admitted = [], []
             for number in range(1, ROUNDS + 1):
                 of = {"round": number}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -86,7 +86,12 @@ class Cohort:
 
 
 def keep(
-    store: Store, candidate: Candidate, start: Start, trust: Trust | None, collecting: bool = False
+    store: Store,
+    candidate: Candidate,
+    start: Start,
+    trust: Trust | None,
+    collecting: bool = False,
+    put: Callable[[], str] | None = None,
 ) -> Contribution:
     """Count an update that was examined: its bytes are safe first, its row second.
 
@@ -96,6 +101,7 @@ def keep(
         start: What its client was handed.
         trust: Keys, where the federation is signed.
         collecting: Only while its round still collects, which another process may end.
+        put: Keeps its bytes and says their digest; None puts them into the store.
 
     Raises:
         RefusedError: ``duplicate``, ``no-room`` or ``closed``.
@@ -104,7 +110,7 @@ def keep(
         contribution = Contribution(
             round=start.plan.round,
             client=candidate.client,
-            digest=store.put(candidate.blob),
+            digest=put() if put else store.put(candidate.blob),
             size_bytes=candidate.size_bytes,
             nonce=candidate.meta.nonce.hex(),
             metrics=dict(candidate.metrics),
