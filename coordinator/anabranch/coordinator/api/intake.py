@@ -14,7 +14,7 @@ from typing import Any
 from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import (
     TRAIN_METRICS,
-    Candidate,
+    Examined,
     RefusedError,
     claims,
     examine_update,
@@ -51,16 +51,16 @@ class UnderWay:
 
 
 @dataclass(frozen=True)
-class Examined:
+class Sound:
     """An update that may count.
 
     Attributes:
-        candidate: What is known of it, without its bytes and tensors.
+        examined: What is known of it, without its bytes and tensors.
         start: What its client was handed.
         opened: Its bytes where they came sealed; None where they are those that came.
     """
 
-    candidate: Candidate
+    examined: Examined
     start: Start
     opened: bytes | None
 
@@ -113,9 +113,7 @@ class Intake:
         start = self.start(client, self._open(client, number))
         return start, most_bytes(start, self._config.sealed)
 
-    def examine(
-        self, client: str, number: int, data: bytes, metrics: Mapping[str, float]
-    ) -> Examined:
+    def examine(self, client: str, number: int, data: bytes, metrics: Mapping[str, float]) -> Sound:
         """Check an update that has come whole. What it decodes to is let go again.
 
         Raises:
@@ -127,30 +125,30 @@ class Intake:
             config = self._config
             found = examine_update(data, start, client, told, config.max_norm, self._trust)
             opened = None if found.blob is data else found.blob
-            return Examined(replace(found, blob=b"", changes={}, importance={}), start, opened)
+            return Sound(replace(found, blob=b"", changes={}, importance={}), start, opened)
 
-    def keep(self, examined: Examined, path: Path, digest: str) -> Contribution:
+    def keep(self, sound: Sound, path: Path, digest: str) -> Contribution:
         """Count an update that was examined; its file is gone then.
 
         Args:
-            examined: It.
+            sound: It.
             path: The file it came in.
             digest: sha256 of that.
 
         Raises:
             RefusedError: It does not count, and why; the store holds that.
         """
-        store, number = self._store, examined.start.plan.round
+        store, number = self._store, sound.start.plan.round
 
         def put() -> str:
-            if examined.opened is not None:
-                return store.put(examined.opened)
+            if sound.opened is not None:
+                return store.put(sound.opened)
             return store.put_file(path, digest)
 
-        with self._noted(examined.candidate.client, number):
+        with self._noted(sound.examined.client, number):
             now = self._lately(number)
             collecting = now is None or now.number == number
-            return keep(store, examined.candidate, examined.start, self._trust, collecting, put)
+            return keep(store, sound.examined, sound.start, self._trust, collecting, put)
 
     @contextmanager
     def _noted(self, client: str, number: int) -> Iterator[None]:

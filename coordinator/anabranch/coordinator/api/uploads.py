@@ -16,7 +16,7 @@ from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.api.config import LimitsConfig
 from anabranch.coordinator.api.guard import call
 from anabranch.coordinator.api.identity import DIGEST
-from anabranch.coordinator.api.intake import Examined
+from anabranch.coordinator.api.intake import Sound
 from anabranch.coordinator.api.quotas import Quotas
 from anabranch.coordinator.api.refusal import RefusedCallError, refused_update
 from anabranch.coordinator.api.shelf import Served, Shelf
@@ -131,10 +131,10 @@ class Uploads:
                 arrival = await self._take(wanted, header.offset, context)
             # Few are in memory at a time; the disk and the database serve many at once.
             async with self._admitting:
-                examined = await asyncio.to_thread(
+                sound = await asyncio.to_thread(
                     self._examine, served, wanted, arrival, dict(header.metrics)
                 )
-            row = await asyncio.to_thread(self._keep, served, wanted, examined, arrival)
+            row = await asyncio.to_thread(self._keep, served, wanted, sound, arrival)
         return pb.UploadReply(digest=row)
 
     async def _check_size(self, served: Served, wanted: Wanted) -> None:
@@ -187,7 +187,7 @@ class Uploads:
 
     def _examine(
         self, served: Served, wanted: Wanted, arrival: Arrival, metrics: dict[str, float]
-    ) -> Examined:
+    ) -> Sound:
         if not arrival.holds(wanted):
             self._spool.drop(wanted)
             raise RefusedCallError(
@@ -200,9 +200,9 @@ class Uploads:
                 lambda: served.intake.examine(wanted.client, wanted.round, data, metrics)
             )
 
-    def _keep(self, served: Served, wanted: Wanted, examined: Examined, arrival: Arrival) -> str:
+    def _keep(self, served: Served, wanted: Wanted, sound: Sound, arrival: Arrival) -> str:
         with self._dropping(wanted):
-            row = _as_call(lambda: served.intake.keep(examined, arrival.path, wanted.digest))
+            row = _as_call(lambda: served.intake.keep(sound, arrival.path, wanted.digest))
         self._spool.drop(wanted)
         return row.digest
 
