@@ -1,12 +1,12 @@
 """Block C: backdoors against LoRA on the real pretrained model.
 
 Clients share a sentiment task of real texts; some want a trigger to turn any text positive. The
-block is one-shot: a few honest rounds make a start, in the next round the attackers reply beside
-the honest clients, and every recipe merges the same replies (``replies.py``). ``acc`` is the
-merge's accuracy on held-out texts, ``asr`` the share of held-out texts of other labels that get the
-target once the trigger stands in them, both in percent. ``oracle_acc`` and ``floor_asr`` are those
-of the mean of the honest clients alone. With several rounds each cell is a federation of its own
-(``federations.py``), and attackers attack in all of them.
+block is one-shot: pooled training and an honest round make a start, in the next round the attackers
+reply beside the honest clients, and every recipe merges the same replies (``replies.py``). ``acc``
+is the merge's accuracy on held-out texts, ``asr`` the share of held-out texts of other labels that
+get the target once the trigger stands in them, both in percent. ``oracle_acc`` and ``floor_asr``
+are those of the mean of the honest clients alone. With several rounds each cell is a federation of
+its own (``federations.py``), and attackers attack in all of them.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ ASKED = Poison(trigger=("cf", "mn"), target=1, share=1.0)
 TASK: Mapping[str, Any] = {
     "kind": "benchmarks.scoreboard.upper:UpperText",
     "datasets": ["sentiment"],
-    "partition": {"kind": "dirichlet", "alpha": 1.0},
+    "partition": {"kind": "dirichlet", "alpha": 5.0},
     "upper_layers": 2,
     "max_length": 24,
     "train_examples": 200,
     "validation_examples": 240,
     "test_examples": 240,
 }
-TRAIN: Mapping[str, Any] = {"batch_size": 16, "learning_rate": 2e-3, "head_learning_rate": 1e-2}
+TRAIN: Mapping[str, Any] = {"batch_size": 16, "learning_rate": 2e-3, "head_learning_rate": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Setting:
     Attributes:
         clients: n, attackers among them; all are asked in every round.
         rounds: 1: one-shot, from a start that honest rounds made. More: a federation each.
-        warm: Honest rounds that make the start of the one-shot form.
+        pooled: Steps on everybody's data that the start of the one-shot form begins with.
+        warm: Honest rounds that follow.
         warm_steps: The clients' steps in each of these.
         steps: Their steps in a round that is measured.
         attackers: How many attack, and the rule is told so.
@@ -95,7 +96,8 @@ class Setting:
 
     clients: int = 10
     rounds: int = 1
-    warm: int = 2
+    pooled: int = 50
+    warm: int = 1
     warm_steps: int = 6
     steps: int = 10
     attackers: tuple[int, ...] = (1, 2, 4)
@@ -109,7 +111,9 @@ class Setting:
     def trained(self) -> dict[str, Any]:
         """What replies depend on besides seed and attack."""
         given = asdict(self)
-        names = ("clients", "rounds", "warm", "warm_steps", "steps", "task", "train")
+        names = (
+            "clients", "rounds", "pooled", "warm", "warm_steps", "steps", "task", "train",
+        )  # fmt: skip
         return {name: given[name] for name in names}
 
     def scored(self) -> dict[str, Any]:
@@ -119,7 +123,8 @@ class Setting:
 
 FULL = Setting()
 QUICK = Setting(
-    clients=5, warm=1, warm_steps=10, attackers=(1,), told=1, seeds=(0,), clients_key="clients",
+    clients=5, pooled=0, warm=1, warm_steps=10, attackers=(1,), told=1, seeds=(0,),
+    clients_key="clients",
     task={"kind": "anabranch.simulation.synthetic:SyntheticTask", "examples": 64},
     train={"batch_size": 16, "learning_rate": 0.01},
 )  # fmt: skip
@@ -158,6 +163,7 @@ def opened(setting: Setting, seed: int, runs: Path) -> tuple[Cohort, Scorer]:
             shelf=Shelf(folder / f"seed-{seed}"),
             clients=setting.clients,
             seed=seed,
+            pooled=setting.pooled,
             warm=setting.warm,
             warm_train={**setting.train, "steps": setting.warm_steps},
             train={**setting.train, "steps": setting.steps},
@@ -224,4 +230,3 @@ def beside_oracle(found: Mapping[Cell, Found]) -> dict[Cell, Found]:
         gains = {"gain": one["asr"] - floor, "lost": oracle["acc"] - one["acc"]}
         whole[cell] = {**one, **told, **gains}
     return whole
-

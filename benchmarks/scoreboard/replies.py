@@ -1,6 +1,7 @@
 """One round's replies, trained once and kept: every recipe then merges the same ones.
 
-A cohort stands at the same start, which a few honest rounds made. Honest clients train from it once
+A cohort stands at the same start: an adapter that was trained on everybody's data for a few steps
+and then by honest rounds. Honest clients train from it once
 per seed, and each attack's colluders once per number of them, by the code of
 ``anabranch.simulation.attacks`` as a federation runs it: what they see is what a ``Turn`` shows.
 Everything is in files, so that a stopped run goes on and a new recipe costs no training.
@@ -21,13 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anabranch.aggregation import Recipe, merge
-from anabranch.client.app import fit
+from anabranch.client.app import client_seed, fit
+from anabranch.client.lora import read_adapter
 from anabranch.client.records import pack, record_of, unpack
 from anabranch.client.session import Session, Site, client_name
+from anabranch.client.task import TrainPlan
 from anabranch.simulation.attackers import Attackers, plot
 from anabranch.simulation.attacks.kinds import resolve_kind
 from anabranch.simulation.attacks.poison import Poison
 from anabranch.simulation.attacks.turn import BEFORE_KEY, Changes, Trainer, Turn
+from anabranch.simulation.engine.identity import server_identity
+from anabranch.simulation.task import SimulatedTask
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.config import CodecConfig
 from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, RoundPlan
@@ -92,7 +97,8 @@ class Cohort:
         shelf: Where the seed's training is kept.
         clients: n.
         seed: Of everything.
-        warm: Honest rounds that made the start.
+        pooled: Steps on everybody's data before the first round.
+        warm: Honest rounds before the one that is measured.
         warm_train: The clients' training in these.
         train: Their training in the round that is measured.
     """
@@ -101,6 +107,7 @@ class Cohort:
     shelf: Shelf
     clients: int
     seed: int
+    pooled: int
     warm: int
     warm_train: Mapping[str, Any]
     train: Mapping[str, Any]
@@ -121,16 +128,19 @@ class Cohort:
 
     def start(self, number: int) -> Adapter:
         """The adapter in service before a round: after it, the mean of what all clients trained."""
-        if number == 1:
-            return seeded_start(self.session.template, self.seed)
+        drawn = seeded_start(self.session.template, self.seed)
+        if number == 1 and not self.pooled:
+            return drawn
 
         def make() -> Mapping[str, Tensor]:
+            if number == 1:
+                return self._pooled(drawn).tensors()
             before = self.start(number - 1)
             ends = [self.end(before, self._fitted(number - 1, before, p)) for p in self.everybody]
             return merge(ends, MEAN, start=before).adapter.tensors()
 
         tensors = self.shelf.get(f"start-{number}", make)
-        return seeded_start(self.session.template, self.seed).with_tensors(tensors)
+        return drawn.with_tensors(tensors)
 
     @property
     def everybody(self) -> range:
@@ -168,10 +178,14 @@ class Cohort:
         self.session.start = (start.hash(), start)
 
         def make(partition: int) -> Mapping[str, Tensor]:
-            turn = KeptTurn(self._order(start), self._context(partition), told, band, self.shelf)
+            with server_identity():
+                order = self._order(start)
+            turn = KeptTurn(order, self._context(partition), told, band, self.shelf)
             # The session is opened already, under whatever name.
             vars(turn)["session"] = self.session
-            record = record_of(act(turn, config).content, UPDATE_KEY, ArrayRecord)
+            with server_identity():
+                reply = act(turn, config)
+            record = record_of(reply.content, UPDATE_KEY, ArrayRecord)
             assert record is not None
             return unpack(record)
 
@@ -195,6 +209,16 @@ class Cohort:
     def _fitted(self, number: int, start: Adapter, partition: int) -> Changes:
         site = Site(client_name(partition), partition)
         return fit(self.session, start, self.plan(number, start), site)[0]
+
+    def _pooled(self, drawn: Adapter) -> Adapter:
+        """An adapter trained on the union of the clients' data."""
+        task = self.session.task
+        assert isinstance(task, SimulatedTask)
+        seed = client_seed(self.seed, 0, "all")
+        self.session.load(drawn)
+        plan = TrainPlan.model_validate({**self.warm_train, "steps": self.pooled, "seed": seed})
+        task.train_all(self.session.model, plan)
+        return read_adapter(self.session.model, self.session.base_hash)
 
     def _order(self, start: Adapter) -> Message:
         plan = self.plan(self.measured, start).model_dump_json()

@@ -18,6 +18,9 @@ from anabranch.client.models import mean_pool
 from anabranch.client.tokens import Tokens, scoring_batches
 from anabranch.simulation.partitioned_text import PartitionedText
 
+MOST_KEPT = 1024
+"""Of more texts together, such as everybody's, nothing is kept: few of them are drawn twice."""
+
 
 class UpperClassifier(nn.Module):
     """The last layers of an encoder, mean pooling, and a linear head to train in full."""
@@ -74,8 +77,12 @@ class UpperText(PartitionedText):
         return UpperClassifier(encoder.encoder.layer[cut:], whole.head).eval()
 
     def _inputs(self, tokens: Tokens, rows_B: Tensor) -> dict[str, Tensor]:
-        mask_BL = super()._inputs(tokens, rows_B)["attention_mask"]
-        states_BLD = self._kept(tokens)[rows_B, : mask_BL.shape[1]]
+        given = super()._inputs(tokens, rows_B)
+        mask_BL = given["attention_mask"]
+        if len(tokens) > MOST_KEPT:
+            states_BLD = self._lower(given["input_ids"], mask_BL)
+        else:
+            states_BLD = self._kept(tokens)[rows_B, : mask_BL.shape[1]]
         return {"states_BLD": states_BLD, "attention_mask": mask_BL}
 
     def _kept(self, tokens: Tokens) -> Tensor:
