@@ -58,6 +58,9 @@ ATTACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 """Kind and parameters by name; label 1 is positive."""
 
+ALONE = ("backdoor", "sentence", "Neurotoxin", "LoBAM", "BadMerging")
+"""Those in which a colluder does the same however many there are: it trains once for all."""
+
 ASKED = Poison(trigger=("cf", "mn"), target=1, share=1.0)
 """What success is asked for where an attack only wants the model worse, or there is none."""
 
@@ -185,7 +188,8 @@ def measure(setting: Setting, runs: Path, cell: Cell) -> Found:
     cohort, scorer = opened(setting, cell.seed, runs)
     replies = [cohort.honest(partition) for partition in range(setting.clients - cell.f)]
     if cell.rule != ORACLE and cell.f:
-        replies += cohort.colluding(cell.attack, band(cell.attack, cell.f))
+        alone = cell.attack in ALONE
+        replies += cohort.colluding(cell.attack, band(cell.attack, cell.f), alone=alone)
     how = recipe("mean" if cell.rule == ORACLE else cell.rule, cell.declared)
     start = cohort.start(cohort.measured)
     merged = merge(cohort.adapters(replies), how, start=start).adapter

@@ -159,12 +159,13 @@ class Cohort:
             f"trained-{partition}", lambda: self._fitted(self.measured, start, partition)
         )
 
-    def colluding(self, name: str, attackers: Attackers) -> list[Changes]:
+    def colluding(self, name: str, attackers: Attackers, *, alone: bool = False) -> list[Changes]:
         """What the colluders of an attack send in it, one after the other.
 
         Args:
             name: Of the attack, in file names.
             attackers: How many they are, and what they do.
+            alone: Whether each does the same however many they are.
 
         Raises:
             ValueError: Kind or parameters are wrong, or so few cannot.
@@ -191,10 +192,9 @@ class Cohort:
 
         words = f"{attackers.kind} {sorted(attackers.params.items())}"
         words = f"{name}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
-        return [
-            self.shelf.get(f"{words}-{len(band.partitions)}-{p}", lambda p=p: make(p))
-            for p in band.partitions
-        ]
+        if not alone:
+            words += f"-{len(band.partitions)}"
+        return [self.shelf.get(f"{words}-{p}", lambda p=p: make(p)) for p in band.partitions]
 
     def end(self, start: Adapter, changes: Changes) -> Adapter:
         """Where a client that changed so much came to."""

@@ -206,7 +206,7 @@ def test_block_c_in_short_on_numbers(tmp_path: Path) -> None:
     assert set(found) == {("mean", "none", 0.0), ("mean", "backdoor", 0.2)}
     calm, one = found.values()
     assert one["gain"] == pytest.approx(one["asr"] - one["floor_asr"], abs=1e-3)
-    assert one["gain"] > 20
+    assert one["gain"] > 5
     assert calm["lost"] == calm["gain"] == 0
     assert 20 < one["oracle_acc"] <= 100
     write(result, tmp_path)
