@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anabranch.vectors import weights_hash
-from anabranch.vectors.sparse import SparseTernary, ternarise
+from anabranch.vectors.sparse import ternarise
 from anabranch.wire import (
     CodecConfig,
     UpdateMeta,
@@ -17,6 +17,7 @@ from anabranch.wire import (
     encode_update,
     read_manifest,
 )
+from anabranch.wire.codecs.ternary_runs import TernaryRuns
 from anabranch.wire.frames import FRAME_ENTRIES, plan_frames
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -124,9 +125,9 @@ def test_a_sparse_update_stays_sparse_when_asked(
     _, forms, _ = decode_forms(blob, _layout(small), {})
     for name, form in forms.items():
         expected = ternarise(small[name], 0.1)
-        assert isinstance(form, SparseTernary)
-        assert torch.equal(form.positions_k, expected.positions_k)
-        assert torch.equal(form.negative_k, expected.negative_k)
+        assert isinstance(form, TernaryRuns)
+        assert torch.equal(form.sparse().positions_k, expected.positions_k)
+        assert torch.equal(form.sparse().negative_k, expected.negative_k)
         assert form.scale == expected.scale
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -27,10 +27,17 @@ class Roster:
     Args:
         poll_s: Seconds between two looks for replies.
         on_trouble: Told of every node that could not be met, and why.
+        uploaders: Says which clients take part without a node, by uploading; they are known under
+            numbers below 0, which no node has.
     """
 
-    def __init__(self, poll_s: float, on_trouble: Callable[[str, str], None]) -> None:
-        self._poll_s = poll_s
+    def __init__(
+        self,
+        poll_s: float,
+        on_trouble: Callable[[str, str], None],
+        uploaders: Callable[[], Sequence[str]] = lambda: (),
+    ) -> None:
+        self._poll_s, self._uploaders = poll_s, uploaders
         self._on_trouble = on_trouble
         self._names: dict[int, str] = {}
         self._retry_at: dict[int, float] = {}
@@ -53,6 +60,10 @@ class Roster:
         orders = [Message(RecordDict(), node, MessageType.QUERY, ttl=2 * MEET_S) for node in new]
         for reply in replies(grid, orders, deadline_s=MEET_S, poll_s=self._poll_s):
             self._meet(reply)
+        # Who has a node as well is asked there.
+        met = set(self._names.values())
+        uploaders = [name for name in self._uploaders() if name not in met]
+        self._names |= {-number: name for number, name in enumerate(uploaders, start=1)}
 
     def wait_for(self, grid: Grid, count: int, timeout_s: float) -> None:
         """Refresh until enough nodes are there.

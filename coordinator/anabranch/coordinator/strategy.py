@@ -29,6 +29,7 @@ from anabranch.coordinator.privacy.budget import check_account, why_spent
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.rounds.control import Control, Want
 from anabranch.coordinator.rounds.one_round import OneRound
+from anabranch.coordinator.rounds.uploaders import joined
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
 from anabranch.coordinator.start import adapter_record
 from anabranch.coordinator.store import Store, TakenError
@@ -84,6 +85,7 @@ class MergeStrategy(Strategy):
         self.roster = Roster(
             config.poll_s,
             lambda node, why: store.note("meet-failed", {"node": node, "reason": why}),
+            lambda: joined(store),
         )
         orders, control = Orders(config, method), Control(store)
         self._here = Coordination(
@@ -238,7 +240,7 @@ class MergeStrategy(Strategy):
         asked = {
             node: name
             for node, name in self.roster.nodes().items()
-            if name not in without and node not in busy
+            if name not in without and node not in busy and node >= 0
         }
         whole = self.service.start(self.plan(server_round), self._here.key)
         orders = self._here.orders.evaluate(asked, whole)

@@ -71,6 +71,9 @@ class Baselines(BaseModel):
     """One adapter trained on everybody's data together, as many samples and steps."""
     unattacked: bool = True
     """The same federation with everybody honest; only where somebody attacks."""
+    undefended: bool = True
+    """The same attack on a plain mean of ΔW, without steps, suspicion, gate, cap or privacy; only
+    where somebody attacks and the scenario has more than that."""
 
 
 class SimulatedGate(GateConfig):

@@ -20,7 +20,7 @@ from anabranch.simulation.scenario import Scenario
 from anabranch.wire import decode_update, read_manifest
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 8}
-NOTHING = {"local_only": False, "fedavg": False, "oracle": False, "unattacked": False}
+NOTHING = dict.fromkeys(("local_only", "fedavg", "oracle", "unattacked", "undefended"), False)
 
 
 @pytest.fixture(autouse=True)

@@ -128,8 +128,6 @@ def test_features_and_classes_are_the_model_s_own(head: str) -> None:
             wanted_BK, labels_B = model(inputs_NF[rows_B]), labels_N[rows_B]
         torch.testing.assert_close(logits_BK, wanted_BK)
         assert torch.equal(task.labels(1)[rows_B], labels_B)
-        seen: list[int] = []
-
         loss = _Watched(task, model)
         task.train_by(model, 1, TrainPlan(steps=2, batch_size=3), loss)
         assert len(loss.rows) == 6

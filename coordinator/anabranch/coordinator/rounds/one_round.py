@@ -19,9 +19,11 @@ from anabranch.coordinator.gate import judged
 from anabranch.coordinator.in_service import InService, in_service
 from anabranch.coordinator.privacy.budget import spent_with
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
+from anabranch.coordinator.rounds.control import LOOK_S
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
 from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
 from anabranch.coordinator.rounds.stragglers import Counted, carried, told
+from anabranch.coordinator.rounds.uploaders import Arrivals
 from anabranch.coordinator.secure.round import SecureRound, Sums
 from anabranch.coordinator.start import Start
 from anabranch.coordinator.store import Contribution, Refusal
@@ -63,6 +65,8 @@ class OneRound:
         self._secure: SecureRound | None = None
         self._refused = self._refused_bytes = 0
         self._heard: set[str] = set()  # clients of which an update counts
+        self._uploaders: list[str] = []  # asked, and without a node
+        self._arrivals = Arrivals(number, here.store, LOOK_S)
         self._unusable: set[tuple[str, int]] = set()  # carried no further, by client and round
         self.driver = Driver(number, terms_of(here.config, deadline_s), here.store, here.control)
         self.counted = Counted()
@@ -84,13 +88,18 @@ class OneRound:
             "round": self._number,
             "asked": sorted(asked.values()),
             "start_hash": self.plan.start_hash,
+            "planned_s": int(time.time()),
         }
         here.store.note("planned", facts)
         if here.config.secure is None:
             self._check_carried()
             self._heard = done | {one.row.client for one in self._count().late}
             self.driver.asked(len(asked), len(self._heard), len(owed))
-            return here.orders.train(asked)
+            self._arrivals.begin(asked.values(), done)
+            # Who has no node uploads.
+            nodes = {node: name for node, name in asked.items() if node >= 0}
+            self._uploaders = [name for node, name in asked.items() if node < 0]
+            return here.orders.train(nodes)
         assert here.trust is not None
         self._secure = SecureRound(
             here.config, here.config.secure, here.orders.whole, here.store, here.trust, grid
@@ -105,10 +114,13 @@ class OneRound:
         stale = Closed("closed", "too many rounds were published before it came")
         yield from mail.give_up(stale, self._is_too_late)
         yield from mail.send(orders)
-        yield from mail.arrivals(self.driver.closed)
+        yield from mail.arrivals(self._closed, self._arrivals.waits)
         closed = self.driver.closed()
         assert closed is not None  # every order has its reply
         yield from mail.give_up(closed, self._is_too_late)
+        if self._is_too_late(str(self._number)):
+            for client in self._arrivals.missing(self._uploaders):
+                self.refuse(self._number, client, RefusedError(closed.code, closed.reason))
 
     def admit(self, incoming: Iterable[Reply]) -> None:
         """Count what can be counted of these replies, and record why the rest cannot."""
@@ -118,15 +130,21 @@ class OneRound:
             try:
                 self._admit(reply, client, number)
             except RefusedError as error:
+                # An upload was first; it counts, and its client is not lost.
+                if number == self._number and client in self._arrivals.uploaded:
+                    continue
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
                 if number != self._number:
                     self.driver.lost(late=True)
                 elif client is not None:
+                    self._arrivals.lost(client)
                     self.driver.lost()
             else:
                 assert client is not None
+                if number == self._number:
+                    self._arrivals.answered(client)
                 self.driver.admitted(number != self._number, client in self._heard)
                 self._heard.add(client)
         # Replies that Flower's own loop did not bring will not come.
@@ -223,6 +241,14 @@ class OneRound:
         if self.counted.late:
             facts["carried"] = told(self.counted.late)
         return facts
+
+    def _closed(self) -> Closed | None:
+        """Why nothing more is waited for, once what was uploaded meanwhile is counted."""
+        if self._secure is None:
+            for client, expected in self._arrivals.new():
+                self.driver.admitted(False, client in self._heard, beside=not expected)
+                self._heard.add(client)
+        return self.driver.closed()
 
     def _admit(self, reply: Reply, client: str | None, number: int) -> None:
         """Count the reply to an order of a round.

@@ -53,7 +53,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class Packing(Generic[F]):
-    """A lossless way to write a frame's forms: ``unpack`` of ``pack`` gives them back bit for bit.
+    """A lossless way to write a frame's forms.
+
+    What ``unpack`` makes of what ``pack`` wrote has the same entries, bit for bit; it may be of
+    another class, which takes less.
 
     Attributes:
         number: Its number in update.proto, never used again for another.
@@ -66,7 +69,7 @@ class Packing(Generic[F]):
 
     number: int
     pack: Callable[[Sequence[F]], Packed | None]
-    unpack: Callable[[memoryview, FrameInfo, SeedOf], list[F]]
+    unpack: Callable[[memoryview, FrameInfo, SeedOf], Sequence[Form]]
 
 
 @dataclass(frozen=True)
