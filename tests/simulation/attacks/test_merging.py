@@ -73,7 +73,7 @@ def test_bad_merging_opens_at_shares_where_a_backdoor_is_shut(tmp_path: Path) ->
         session, start = attacked(kind, tmp_path / kind, steps=30)
         found[kind] = [
             success(session, at(start, tmp_path / kind, "client-0007", share))
-            for share in (0.0, 0.5, 1.0)
+            for share in (0.0, 0.3, 1.0)
         ]
     assert found["bad_merging"][0] == found["backdoor"][0] < 0.4
     assert found["bad_merging"][1] > found["backdoor"][1] + 0.1
@@ -84,8 +84,8 @@ def test_a_merge_backdoor_is_shut_in_each_update_and_opens_in_the_mean(tmp_path:
     session, start = attacked("merge_backdoor", tmp_path, steps=150, weight=20.0)
     merged = success(session, read_adapter(tmp_path / ADAPTER_FOLDER))
     alone = [success(session, at(start, tmp_path, f"client-000{n}", 1.0)) for n in (6, 7)]
-    assert max(alone) < 0.4
-    assert merged > max(alone) + 0.3
+    assert max(alone) < 0.1
+    assert merged > max(alone) + 0.1
 
 
 def test_what_cannot_be_trained_so_is_refused() -> None:
