@@ -88,21 +88,25 @@ class UpperText(PartitionedText):
     def _kept(self, tokens: Tokens) -> Tensor:
         """The lower layers' output of all texts [N, L, D]; computed when one is first asked for."""
         if id(tokens) not in self._states:
-            kept_NLD: Tensor | None = None
-            for rows_B in scoring_batches(tokens, self.config.evaluation_batch):
-                given = super()._inputs(tokens, rows_B)
-                states_BLD = self._lower(given["input_ids"], given["attention_mask"])
-                if kept_NLD is None:
-                    kept_NLD = torch.zeros(*tokens.ids.shape, states_BLD.shape[2])
-                kept_NLD[rows_B, : states_BLD.shape[1]] = states_BLD
-            assert kept_NLD is not None, "there are texts"
-            # With the tokens, so that no others come to have their identity.
-            self._states[id(tokens)] = (tokens, kept_NLD)
+            # Also when scoring asks first: training differentiates through what is made of it. With
+            # the tokens, so that no others come to have their identity.
+            with torch.inference_mode(False):
+                self._states[id(tokens)] = (tokens, self._all(tokens))
         return self._states[id(tokens)][1]
+
+    def _all(self, tokens: Tokens) -> Tensor:
+        kept_NLD: Tensor | None = None
+        for rows_B in scoring_batches(tokens, self.config.evaluation_batch):
+            given = super()._inputs(tokens, rows_B)
+            states_BLD = self._lower(given["input_ids"], given["attention_mask"])
+            if kept_NLD is None:
+                kept_NLD = states_BLD.new_zeros(*tokens.ids.shape, states_BLD.shape[2])
+            kept_NLD[rows_B, : states_BLD.shape[1]] = states_BLD
+        assert kept_NLD is not None, "there are texts"
+        return kept_NLD
 
     def _lower(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         assert self._below is not None, "load_base() comes first"
         embeddings, layers = self._below
-        # Also when scoring asks first: training differentiates through what is made of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             return through(layers, embeddings(input_ids=ids_BL), mask_BL)
