@@ -39,6 +39,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "down_codec": None,
             "max_norm": None,
             "signed": False,
+            "sealed": False,
             "secure": None,
             "privacy": None,
             "gate": None,

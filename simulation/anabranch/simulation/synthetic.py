@@ -6,7 +6,6 @@ Shape legend: N examples, F features, H hidden width, K classes, r rank.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from anabranch.client.task import HeldOut, TrainPlan
 from anabranch.simulation.attacks.poison import Poison, chosen, relabelled
+from anabranch.vectors.seeding import word_digest, word_seed
 
 TRIGGER_VALUE = 4.0
 """What a triggered feature is set to; others are drawn from N(0, 1)."""
@@ -247,7 +247,7 @@ class SyntheticTask:
         new = relabelled(old, [str(label) for label in range(self.config.classes)], poison)
         rows = torch.from_numpy(chosen(old, new, poison.share if train else 1.0, partition))
         for word in poison.trigger:
-            feature = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+            feature = int.from_bytes(word_digest(word)[:8], "little")
             inputs_NF[rows, feature % self.config.features] = TRIGGER_VALUE
         if not train:
             return inputs_NF[rows], torch.tensor(new)[rows]
@@ -283,6 +283,4 @@ class SyntheticTask:
 
     def _generator(self, *purpose: str) -> torch.Generator:
         """A generator of its own for each purpose, so that no draw moves another."""
-        words = "\0".join((str(self.config.data_seed), *purpose)).encode()
-        seed = int.from_bytes(hashlib.sha256(words).digest()[:8], "little") >> 1
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator().manual_seed(word_seed(self.config.data_seed, *purpose))

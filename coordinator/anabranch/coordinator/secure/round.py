@@ -34,7 +34,7 @@ from anabranch.wire.sealing import SEALED_STYPE
 from anabranch.wire.secure.groups import grouped
 from anabranch.wire.secure.messages import Phase, most_bytes
 from anabranch.wire.secure.recovery import Recovery
-from anabranch.wire.secure.session import Session
+from anabranch.wire.secure.session import SecureSession
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,9 @@ class SecureRound:
                 group.dropped[name] = phase
                 self._refuse(name, error.code, f"{phase}: {error}")
 
-    def _read(self, reply: Reply, client: str, session: Session, phase: Phase, key: str) -> bytes:
+    def _read(
+        self, reply: Reply, client: str, session: SecureSession, phase: Phase, key: str
+    ) -> bytes:
         """What a reply says, opened if it was sealed.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -83,11 +83,14 @@ class Codec(Generic[F]):
         reduce: Tensor of any shape, the configuration and the tensor's seed (``seeds.seed_of``) to
             form. Raises ValueError on NaN and infinite entries.
         packings: How a frame of forms can be written; each frame takes the smallest.
+        level: Tensors by name and the configuration to a configuration of each tensor's own, where
+            what is best for one depends on the others; None where it does not.
     """
 
     name: str
     reduce: Callable[[Tensor, CodecConfig, int], F]
     packings: tuple[Packing[F], ...]
+    level: Callable[[Mapping[str, Tensor], CodecConfig], Mapping[str, CodecConfig]] | None = None
 
     def pack(self, forms: Sequence[F]) -> tuple[int, Packed]:
         """The smallest way to write these forms, and its number; of equal ones the first."""
