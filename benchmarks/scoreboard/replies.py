@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class Cohort:
         words = f"{name}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         if not alone:
             words += f"-{len(band.partitions)}"
-        return [self.shelf.get(f"{words}-{p}", lambda p=p: make(p)) for p in band.partitions]
+        return [self.shelf.get(f"{words}-{p}", partial(make, p)) for p in band.partitions]
 
     def end(self, start: Adapter, changes: Changes) -> Adapter:
         """Where a client that changed so much came to."""
