@@ -44,6 +44,7 @@ RULES = (
 
 ATTACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "backdoor": ("backdoor", {"target": 1, "scale": 3.0}),
+    "unscaled": ("backdoor", {"target": 1}),
     "sentence": (
         "backdoor", {"target": 1, "scale": 3.0, "trigger": "I watched this 3D movie last weekend"},
     ),
@@ -58,7 +59,7 @@ ATTACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 """Kind and parameters by name; label 1 is positive."""
 
-ALONE = ("backdoor", "sentence", "Neurotoxin", "LoBAM", "BadMerging")
+ALONE = ("backdoor", "unscaled", "sentence", "Neurotoxin", "LoBAM", "BadMerging")
 """Those in which a colluder does the same however many there are: it trains once for all."""
 
 ASKED = Poison(trigger=("cf", "mn"), target=1, share=1.0)
