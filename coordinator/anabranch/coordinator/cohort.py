@@ -21,6 +21,9 @@ from anabranch.wire.plan import UPDATE_KEY
 Decoded = tuple[Mapping[str, Form], Mapping[str, Tensor]]
 """An update's changes and their importance."""
 
+NO_ROOM = "no-room"
+"""The code of an update that the store had no room for."""
+
 DECODED_BYTES = 256 << 20
 """Decoded updates kept from admission to the merge; what is beyond is decoded again."""
 
@@ -112,7 +115,7 @@ def keep(
         admit = store.admit_collecting if collecting else store.admit
         counted = admit(contribution)
     except FullError as error:
-        raise RefusedError("no-room", str(error)) from error
+        raise RefusedError(NO_ROOM, str(error)) from error
     except TakenError as error:
         raise RefusedError("closed", str(error)) from error
     if not counted:
