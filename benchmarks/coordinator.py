@@ -3,7 +3,7 @@
 Everything runs on this machine: the server, the clients (one process that is all of them), the
 rival. Ours: mutual TLS, a signature per update, every update decoded and checked, on the disk and
 in the database before its client is told. The rival: TLS, Flower's own node signatures, its state
-in a database; what it stores is looked at by nobody. Both are timed from the moment at which all
+in memory; what it stores is looked at by nobody. Both are timed from the moment at which all
 clients are connected and know what is asked. ``--quick`` is 8 clients of 64 kB.
 """
 
@@ -18,7 +18,7 @@ from benchmarks.load import flower, material, standing
 from benchmarks.load.ours import Load, Outcome, api
 
 CLIENTS, AT_ONCE = 1000, 64
-FLOWER = "flwr 1.41 SuperLink, --database"
+FLOWER = "flwr 1.41 SuperLink"
 MOST_MIB, LEAST_RATIO, MOST_MS = 512.0, 3.0, 200.0
 
 
@@ -48,7 +48,7 @@ def uploads(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, api(Path(folder), load) as served:
         few, everybody = served.take(load.at_once), served.take(clients)
     with tempfile.TemporaryDirectory() as folder:
-        rival, reached = flower.take(Path(folder), load, on_disk=True)
+        rival, reached = flower.take(Path(folder), load)
     megabytes = few.size_bytes / 1e6
     scenario = f"{clients} clients, {megabytes:.2g} MB, {load.at_once} at once"
     yield Row(

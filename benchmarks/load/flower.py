@@ -1,4 +1,8 @@
-"""The rival: the same updates through a SuperLink to a ServerApp, on loopback."""
+"""The rival: the same updates through a SuperLink to a ServerApp, on loopback.
+
+The SuperLink keeps its state in memory, its default: with ``--database`` it answers so many at once
+with "database is locked", and loses replies.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +32,12 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600.0
 
 
-def take(root: Path, load: Load, *, on_disk: bool) -> tuple[Outcome, float]:
+def take(root: Path, load: Load) -> tuple[Outcome, float]:
     """Let every client send its update in one run.
 
     Args:
         root: A new folder.
         load: How many upload how much.
-        on_disk: Keep the SuperLink's state in a database, and not in memory, its default.
 
     Returns:
         What came of it, as far as the SuperLink; and the updates per second that reached the
@@ -67,8 +70,7 @@ def take(root: Path, load: Load, *, on_disk: bool) -> tuple[Outcome, float]:
             }
         )
     )  # fmt: skip
-    database = ["--database", str(root / "state.db")] if on_disk else []
-    arguments = [command("flower-superlink"), *tls, *database, "--port", str(port)]
+    arguments = [command("flower-superlink"), *tls, "--port", str(port)]
     arguments.append("--disable-runtime-dependency-installation")
     log = root / "superlink.log"
     with process(arguments, log, env) as superlink:

@@ -13,7 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
@@ -30,16 +30,14 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    iterate_object_tree,
-    pull_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -78,6 +76,7 @@ class SuperNode:
             ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT_MAX_INTERVAL)
         )
         self._node = Node(node_id=active.node_id)
+        self._retry = make_simple_http_retry_invoker()
         self._asked: Message | None = None
 
     def take(self) -> None:
@@ -95,7 +94,7 @@ class SuperNode:
                 node=self._node, run_id=run, message_object_id=about.message_id
             )
         )
-        message = inflate_object_from_contents(about.message_id, contents)
+        message = cast(Message, inflate_object_from_contents(about.message_id, contents))
         message.metadata.__dict__["_message_id"] = about.message_id
         self._asked = message
 
@@ -112,20 +111,22 @@ class SuperNode:
             objects, tree = get_all_nested_objects(message), get_object_tree(message)
             bodies = {name: one.deflate() for name, one in objects.items()}
         began = time.perf_counter()
-        pushed = self._fleet.PushMessages(
+        pushed = self._retry.invoke(
+            self._fleet.PushMessages,
             PushMessagesRequest(
                 node=self._node,
                 messages_list=[message_to_proto(remove_content_from_message(message))],
                 message_object_trees=[tree],
                 clientapp_runtime_list=[0.0],
-            )
+            ),
         )
         for name in pushed.objects_to_push:
-            kept = self._fleet.PushObject(
+            kept = self._retry.invoke(
+                self._fleet.PushObject,
                 PushObjectRequest(
                     node=self._node, run_id=run, object_id=name, object_content=bodies[name],
                     session_id=pushed.session_id,
-                )
+                ),
             )  # fmt: skip
             assert kept.stored
         return time.perf_counter() - began
