@@ -158,6 +158,17 @@ class SecureRound:
             self._store.note("secure", group.facts(summed))
         return Sums(self.summed(), self._bytes_up, self._bytes_down, self._refused)
 
+    def leave(self, reason: str) -> Sums:
+        """The round comes to nothing: nobody is asked to open a sum, and none is kept.
+
+        Args:
+            reason: Why.
+        """
+        for group in self._groups:
+            group.lost = group.lost or one_line(reason)
+            self._store.note("secure", group.facts(()))
+        return Sums(self.summed(), self._bytes_up, self._bytes_down, self._refused)
+
     def summed(self) -> int:
         """Clients whose updates are in sums that were opened, before an interruption too."""
         rows = [row for row in self._store.notes("secure") if row["round"] == self._round]

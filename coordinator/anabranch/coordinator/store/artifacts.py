@@ -19,6 +19,7 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says when a disk, a user's share of it or a file is full."""
 DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 PARTIAL = ".partial"
+_APART_S = time.time() - time.monotonic()
 
 
 class Artifacts(ABC):
@@ -34,6 +35,20 @@ class Artifacts(ABC):
         Raises:
             FullError: There is no room; nothing is left behind.
         """
+
+    def put_file(self, path: Path, digest: str) -> str:
+        """``put`` of what a file holds; the file is gone when this returns.
+
+        Args:
+            path: Nobody else writes it any more.
+            digest: sha256 of its bytes, which the caller has taken.
+
+        Raises:
+            FullError: There is no room; the file is still there.
+        """
+        kept = self.put(path.read_bytes())
+        path.unlink()
+        return kept
 
     @abstractmethod
     def size(self, digest: str) -> int:
@@ -99,10 +114,7 @@ class FolderArtifacts(Artifacts):
         digest = hashlib.sha256(data).hexdigest()
         # Plain names and calls of the system: a small update's file costs a third of what it would.
         path = str(self._path(digest))
-        try:
-            # As good as new, so that no collection of garbage takes it for an old remnant.
-            os.utime(path)
-        except FileNotFoundError:
+        if not self._refresh(path, data):
             partial = f"{path}.{os.getpid()}{PARTIAL}"
             try:
                 self._write(partial, data)
@@ -117,6 +129,34 @@ class FolderArtifacts(Artifacts):
                 flush_folder(Path(path).parent)
         return digest
 
+    def put_file(self, path: Path, digest: str) -> str:  # noqa: D102
+        # The file itself becomes the artifact, where it lies on the same file system.
+        target = self._path(digest)
+        try:
+            _make_folder(target.parent, self._durable)
+            if self._durable:
+                flush(path)
+            path.replace(target)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                return super().put_file(path, digest)
+            if error.errno in NO_ROOM:
+                raise full(self.place, error) from error
+            raise
+        if self._durable:
+            flush_folder(target.parent)
+        return digest
+
+    def _refresh(self, path: str, data: bytes) -> bool:
+        """Make what is there as good as new; False when nothing is, or something else."""
+        try:
+            # No collection of garbage takes it for an old remnant.
+            os.utime(path)
+            # A disk may have lost or turned some of its bits: it is written again then.
+            return Path(path).read_bytes() == data
+        except FileNotFoundError:
+            return False
+
     def size(self, digest: str) -> int:  # noqa: D102
         return self._stat(digest).st_size
 
@@ -127,7 +167,7 @@ class FolderArtifacts(Artifacts):
         self._path(name).unlink(missing_ok=True)
 
     def names(self) -> Iterator[tuple[str, float]]:  # noqa: D102
-        now = time.time()
+        now = _now_s()
         for path in sorted(self._folder.glob("[0-9a-f][0-9a-f]/*")):
             with contextlib.suppress(FileNotFoundError):
                 yield path.name, now - path.stat().st_mtime
@@ -202,7 +242,7 @@ class S3Artifacts(Artifacts):
             self._files.rm_file(self._path(name))
 
     def names(self) -> Iterator[tuple[str, float]]:  # noqa: D102
-        now = time.time()
+        now = _now_s()
         for path, facts in sorted(self._files.find(self._root, detail=True).items()):
             yield path.rsplit("/", 1)[-1], now - facts["LastModified"].timestamp()
 
@@ -220,6 +260,14 @@ class S3Artifacts(Artifacts):
         return f"{self._root}/{digest[:2]}/{digest}"
 
 
+def _now_s() -> float:
+    """Unix seconds, but for hours by which somebody has set the clock forward since the start.
+
+    What is on its way to a row would look old, and go with the garbage.
+    """
+    return min(time.time(), time.monotonic() + _APART_S)
+
+
 def full(place: str, error: object) -> FullError:
     """The refusal of what there is no room for."""
     return FullError(f"{place} has no room: {error}; free some, and go on from what is kept")
@@ -227,7 +275,12 @@ def full(place: str, error: object) -> FullError:
 
 def flush_folder(folder: Path) -> None:
     """A new name is safe only once its folder is on the disk too."""
-    number = os.open(folder, os.O_RDONLY)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:
@@ -240,12 +293,18 @@ def _create(path: str, durable: bool) -> int:
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:
-        folder = Path(path).parent
-        root = next(parent for parent in folder.parents if parent.exists())
-        folder.mkdir(parents=True, exist_ok=True)
-        if durable:
-            for parent in folder.parents:
-                flush_folder(parent)
-                if parent == root:
-                    break
+        _make_folder(Path(path).parent, durable)
         return os.open(path, flags, 0o666)
+
+
+def _make_folder(folder: Path, durable: bool) -> None:
+    """Make a folder that is missing, so that it lasts."""
+    if folder.exists():
+        return
+    root = next(parent for parent in folder.parents if parent.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    if durable:
+        for parent in folder.parents:
+            flush_folder(parent)
+            if parent == root:
+                break

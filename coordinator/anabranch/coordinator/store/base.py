@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from anabranch.wire.receipt import Receipt, decode_receipt, receipt_hash
 
+SECRET_EVENT = "receipt-secret"
+"""The kind of note that holds the secret of a private run's receipts: ``history`` leaves it out."""
 
-class FullError(RuntimeError):
+
+class StoreError(RuntimeError):
+    """The store cannot do now what it could do later: nobody's update and no merge is at fault."""
+
+
+class FullError(StoreError):
     """There is no room: a disk or a quota is full. Nothing changed."""
+
+
+class LostError(StoreError):
+    """The database did not come back in time. What had returned before is there."""
 
 
 class TakenError(ValueError):
@@ -80,7 +92,8 @@ CLOSED = ("merging", "gating")
 class Store(ABC):
     """Durable memory of one federation. What a method returned from survives a crash.
 
-    Every writing method raises ``FullError``, and changes nothing, when there is no room.
+    Every writing method raises ``FullError``, and changes nothing, when there is no room. Every
+    method waits for a database that is gone, and raises ``LostError`` when it does not come back.
     """
 
     @abstractmethod
@@ -89,6 +102,17 @@ class Store(ABC):
 
         They stay once a contribution or a publication names them.
         """
+
+    def put_file(self, path: Path, digest: str) -> str:
+        """``put`` of what a file holds; the file is gone when this returns.
+
+        Args:
+            path: Nobody else writes it any more.
+            digest: sha256 of its bytes, which the caller has taken.
+        """
+        kept = self.put(path.read_bytes())
+        path.unlink()
+        return kept
 
     @abstractmethod
     def get(self, digest: str) -> bytes:
@@ -203,7 +227,7 @@ class Store(ABC):
 
     @abstractmethod
     def history(self, after: int = 0, most: int = 1000) -> list[Happening]:
-        """What happened, oldest first: what was noted, admitted and refused.
+        """What happened, oldest first: what was noted, admitted and refused; no secret.
 
         Args:
             after: Cursor of the last one the caller has.
