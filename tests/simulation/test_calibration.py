@@ -34,7 +34,7 @@ def test_it_sees_what_the_task_scores(session: Session) -> None:
         whole = calibration.examples[task]
         logits_NK = calibration.logits(task, whole, {}, {})
         assert logits_NK.shape == (16, labels)
-        labels_N = session.task.labels(places[task], "validation")  # type: ignore[attr-defined]
+        labels_N = session.task.own_labels(places[task], "validation")  # type: ignore[attr-defined]
         said = float((logits_NK.argmax(1) == labels_N).float().mean())
         metrics = session.task.evaluate(session.model, places[task], "validation")
         assert said == pytest.approx(metrics["accuracy"])

@@ -42,7 +42,7 @@ def trigger_scorer(folder: Path) -> ModelScorer:
     assert isinstance(session.task, TextClassification)
     labels_N, where = {}, {}
     for task, place in places.items():
-        labels_N[task] = session.task.labels(place, "validation")
+        labels_N[task] = session.task.own_labels(place, "validation")
         where[task] = torch.zeros_like(calibration.examples[task].inputs_NX[0])
         where[task][1 : 1 + TRIGGER_TOKENS] = 1
     return ModelScorer(calibration, calibration.examples, labels_N, TEXT_TRIGGERS, where)
