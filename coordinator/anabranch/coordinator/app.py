@@ -31,8 +31,9 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.run_config["federation"]))
     config = load_federation(folder)
     opened = open_store(
-        config.store, folder, federation=config.name, run=config.run, durable=config.durable
-    )
+        config.store, folder, federation=config.name, run=config.run, durable=config.durable,
+        patient=True,
+    )  # fmt: skip
     with closing(opened) as store:
         trust = trust_of(folder, config, store) if config.signed else None
         template = read_adapter(folder / START_FOLDER)
