@@ -13,6 +13,7 @@ import typer
 
 from anabranch.cli.adapters import adapters_app
 from anabranch.cli.backup import backup_command, restore_command
+from anabranch.cli.coordinator import coordinator_app
 from anabranch.cli.doctor import doctor_command
 from anabranch.cli.federation import federation_app
 from anabranch.cli.inspect import inspect_command
@@ -32,7 +33,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), 130 interrupted. "
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), "
+    "4 stopped, and goes on (coordinator up), 130 interrupted. "
     "ANABRANCH_DEBUG=1 shows tracebacks.",
 )
 app.command("simulate")(simulate_command)
@@ -43,6 +45,7 @@ app.command("doctor")(doctor_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 app.command("verify")(verify_command)
+app.add_typer(coordinator_app)
 app.add_typer(federation_app)
 app.add_typer(keys_app)
 app.add_typer(receipts_app)

@@ -53,18 +53,19 @@ def examine_federation(folder: Path) -> list[Finding]:
 def _findings(folder: Path) -> Iterator[Finding]:
     config: list[FederationConfig] = []
     adapter: list[Adapter] = []
-    yield _look("configuration", lambda: _configuration(folder, config))
-    yield _look("start adapter", lambda: _start(folder, adapter))
-    yield _look("keys", lambda: _keys(folder, config[0]))
-    yield _look("store", lambda: _store(folder, config[0]))
-    yield _look("recipe", lambda: _recipe(folder, config[0], adapter[0]))
-    yield _look("disk", lambda: _disk(folder, config[0], adapter[0]))
-    yield _look("memory", lambda: _memory(config[0], adapter[0]))
+    yield look("configuration", lambda: _configuration(folder, config))
+    yield look("start adapter", lambda: _start(folder, adapter))
+    yield look("keys", lambda: _keys(folder, config[0]))
+    yield look("store", lambda: _store(folder, config[0]))
+    yield look("recipe", lambda: _recipe(folder, config[0], adapter[0]))
+    yield look("disk", lambda: _disk(folder, config[0], adapter[0]))
+    yield look("memory", lambda: _memory(config[0], adapter[0]))
 
 
-def _look(check: str, look: Callable[[], str]) -> Finding:
+def look(check: str, at: Callable[[], str]) -> Finding:
+    """One look: what it says, or what it raises."""
     try:
-        return Finding(check, True, look())
+        return Finding(check, True, at())
     # Whatever stops a coordinator is a finding: files, databases and settings fail in many ways.
     except Exception as error:
         return Finding(check, False, " ".join(str(error).split()) or type(error).__name__)

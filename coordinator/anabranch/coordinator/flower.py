@@ -46,6 +46,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def reachable(host: str) -> str:
+    """An address of this machine at which a server that listens on ``host`` answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
 def environment(home: Path, port: int) -> dict[str, str]:
     """This process's environment with Flower made private."""
     # Flower starts its helpers by bare name: they must be found without an activated environment.
@@ -130,9 +135,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for_port(
-    port: int, child: subprocess.Popen[bytes], log: Path, timeout_s: float = 60
+    port: int,
+    child: subprocess.Popen[bytes],
+    log: Path,
+    timeout_s: float = 60,
+    host: str = "127.0.0.1",
 ) -> None:
-    """Wait until a server answers on a loopback port.
+    """Wait until a server answers on a port of this machine.
 
     Raises:
         FlowerError: It ended, or did not answer in time.
@@ -141,10 +150,12 @@ def wait_for_port(
     while time.monotonic() < end:
         if child.poll() is not None:
             raise FlowerError(f"{child.args!r} ended with code {child.returncode}; see {log}")
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        try:
+            socket.create_connection((reachable(host), port), timeout=1).close()
+        except OSError:
+            pass
+        else:
+            return
         time.sleep(0.1)
     raise FlowerError(f"{child.args!r} does not answer on port {port}; see {log}")
 

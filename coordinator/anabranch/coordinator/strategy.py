@@ -28,6 +28,7 @@ from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.privacy.budget import check_account, why_spent
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.rounds.control import Control, Want
+from anabranch.coordinator.rounds.driver import SuspendedError
 from anabranch.coordinator.rounds.one_round import OneRound
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
 from anabranch.coordinator.start import adapter_record
@@ -158,7 +159,12 @@ class MergeStrategy(Strategy):
             self.roster.wait_for(grid, needed, self.config.join_timeout_s)
             under_way = self._begin(server_round, train_config or ConfigRecord())
             orders = under_way.begin(grid, mail.owed())
-            arrays, metrics = self._aggregate(under_way, under_way.collect(mail, orders))
+            try:
+                arrays, metrics = self._aggregate(under_way, under_way.collect(mail, orders))
+            except SuspendedError:
+                log.info("round %d goes on in the next run", server_round)
+                self.store.note("suspended", {"round": server_round})
+                return result
             if arrays is not None:
                 result.arrays = arrays
             if metrics is not None:
