@@ -28,7 +28,7 @@ from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.baselines import score
 from anabranch.simulation.engine.flower import run_in_flower
 from anabranch.simulation.engine.threads import at_once
-from anabranch.simulation.run import open_task, task_params
+from anabranch.simulation.prepare import open_task, task_params
 from anabranch.simulation.scenario import Scenario, load_scenario, write_scenario
 from anabranch.simulation.task import SimulatedTask
 from anabranch.vectors import Adapter

@@ -14,8 +14,9 @@ from anabranch.simulation.scenario import load_scenario
 if __name__ == "__main__":
     scenario, folder = load_scenario(Path(sys.argv[1])), Path(sys.argv[2])
     with collector_paused():
+        from anabranch.simulation.federation import run_federation
         from anabranch.simulation.folder import open_folder
-        from anabranch.simulation.run import prepare, run_federation
+        from anabranch.simulation.prepare import prepare
 
         session = prepare(scenario)
     open_folder(scenario, folder, resume=False, overwrite=False)

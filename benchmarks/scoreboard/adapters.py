@@ -20,7 +20,8 @@ from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.simulation.attackers import Attackers, plot
 from anabranch.simulation.attacks.success import split_of, success_rates
 from anabranch.simulation.baselines import score
-from anabranch.simulation.run import prepare, run_federation
+from anabranch.simulation.federation import run_federation
+from anabranch.simulation.prepare import prepare
 from anabranch.simulation.scenario import Scenario
 from anabranch.vectors.peft_folder import read_adapter
 from benchmarks.scoreboard.cells import Cell, Found

@@ -16,7 +16,8 @@ from typing import Any
 
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.simulation.baselines import score
-from anabranch.simulation.run import prepare, run_federation
+from anabranch.simulation.federation import run_federation
+from anabranch.simulation.prepare import prepare
 from anabranch.simulation.scenario import Scenario
 from anabranch.vectors.peft_folder import read_adapter
 from benchmarks.scoreboard import vectors

@@ -78,3 +78,33 @@ def test_a_folder_that_is_none(run: Any, tmp_path: Path) -> None:
     assert code == 2
     assert "federation.toml" in err
     assert len(err.splitlines()) == 1
+
+
+def test_federations_of_one_database_are_listed(run: Any, folder: Path, store: Store) -> None:
+    store.note("planned", {"round": 1, "asked": ["a", "b"]})
+    store.note("state", {"round": 1, "state": "collecting"})
+    other = folder / "other"
+    config = FederationConfig.model_validate(
+        {"name": "also", "run": "1", "store": {"url": f"sqlite:///{folder}/store.db"}}
+    )
+    write_federation(config, other)
+    assert run("federation", "status", other)[0] == 0
+    for place in (folder, other):
+        code, out, _ = run("federation", "list", place, "--json")
+        assert code == 0
+        rows = json.loads(out)
+        assert [(row["federation"], row["round"], row["asked"]) for row in rows] == [
+            ("also", None, 0), ("demo", 1, 2),
+        ]  # fmt: skip
+    code, out, _ = run("federation", "list", folder)
+    assert out.splitlines()[1] == (
+        "demo, run 1: 0 rounds over, 0 published, 0 abandoned; round 1 is collecting: 0 of 2 "
+        "admitted; asked to run"
+    )
+    write_federation(
+        FederationConfig.model_validate({"name": "j", "run": "1", "store": {"url": "journal"}}),
+        folder / "journal",
+    )
+    code, _, err = run("federation", "list", folder / "journal")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a journal holds one federation" in err

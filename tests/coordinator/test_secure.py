@@ -20,8 +20,9 @@ from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.coordinator.trust import trust_of
 from anabranch.simulation.engine.identity import name_message
 from anabranch.simulation.engine.inprocess import InProcessGrid
+from anabranch.simulation.federation import run_federation
 from anabranch.simulation.keys import write_keys
-from anabranch.simulation.run import prepare, run_federation
+from anabranch.simulation.prepare import prepare
 from anabranch.simulation.scenario import Scenario
 from anabranch.simulation.summary import Measured, summarise
 from anabranch.wire import WireError

@@ -9,7 +9,8 @@ import pytest
 
 from anabranch.coordinator.app import ADAPTER_FOLDER
 from anabranch.simulation.baselines import score
-from anabranch.simulation.run import prepare, run_federation
+from anabranch.simulation.federation import run_federation
+from anabranch.simulation.prepare import prepare
 from anabranch.simulation.scenario import Scenario, load_scenario, write_scenario
 from anabranch.vectors.peft_folder import read_adapter
 

@@ -22,8 +22,10 @@ from anabranch.client.session import open_session
 from anabranch.coordinator.flower import FlowerError
 from anabranch.coordinator.published import check_folder
 from anabranch.coordinator.store import FolderStore
-from anabranch.simulation import run, synthetic
-from anabranch.simulation.run import fedavg_of, simulate
+from anabranch.simulation import synthetic
+from anabranch.simulation.baselines import fedavg_of
+from anabranch.simulation.prepare import prepare
+from anabranch.simulation.run import simulate
 from anabranch.simulation.scenario import Scenario, write_scenario
 from anabranch.simulation.synthetic import SyntheticTask
 from anabranch.vectors import peft_folder
@@ -324,6 +326,15 @@ def test_fedavg_is_dense_whatever_the_scenario_compresses() -> None:
     rival = fedavg_of(scenario(down="int8", max_norm=1e-3, codec={"density": 0.1}))
     assert (rival.down, rival.max_norm, rival.codec.name) == ("fp32", None, "dense")
     assert fedavg_of(scenario(trains="b")).trains == "both"
+    assert fedavg_of(scenario(down_codec={"name": "ternary"})).down_codec is None
+
+
+def test_fedavg_is_neither_private_nor_gated() -> None:
+    """With privacy every recipe is the mean: a private FedAvg would say nothing of its cost."""
+    privacy = {"clip": 1.0, "epsilon": 8.0, "delta": 1e-5}
+    private = scenario(recipe={"method": "fedit"}, privacy=privacy)
+    assert fedavg_of(private).federation(4).privacy is None
+    assert fedavg_of(scenario(gate={})).federation(4).gate is None
 
 
 def test_a_task_that_cannot_be_simulated_is_named(tmp_path: Path) -> None:
@@ -377,7 +388,7 @@ def test_a_method_on_matrices_is_tried_on_matrices(monkeypatch: pytest.MonkeyPat
     picky = replace(TSV_M, matrices=refuse)
     monkeypatch.setattr(engine_groups, "resolve", lambda *_: (picky, TSV_M.config()))
     with pytest.raises(ValueError, match=r"recipe: a round merges .* tsv_m cannot: too few: \d"):
-        run.prepare(scenario())
+        prepare(scenario())
 
 
 def test_a_federation_learns_by_ranks_alone(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from anabranch.coordinator.federation import START_FOLDER, write_federation
 from anabranch.coordinator.store import FolderStore
 from anabranch.simulation.engine.inprocess import run_in_process
 from anabranch.simulation.engine.threads import ClientThreads, at_once
-from anabranch.simulation.run import open_task, task_params
+from anabranch.simulation.prepare import open_task, task_params
 from anabranch.simulation.scenario import Scenario
 from anabranch.vectors import seeded_start
 from anabranch.vectors.peft_folder import write_adapter

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 federation_app = typer.Typer(
     name="federation",
-    help="Where a federation stands; pause, resume, drain or abort it.",
+    help="Where federations stand; pause, resume, drain or abort it.",
     no_args_is_help=True,
 )
 
@@ -38,6 +38,35 @@ def status_command(folder: Folder, json: AsJson = False) -> None:
         print_json(asdict(found))
         return
     _show(found)
+
+
+@federation_app.command("list")
+def list_command(folder: Folder, json: AsJson = False) -> None:
+    """Say where every federation stands that shares this one's database."""
+    from anabranch.coordinator.federation import load_federation
+    from anabranch.coordinator.rounds.overview import overview
+    from anabranch.coordinator.store.config import JOURNAL_URL
+    from anabranch.coordinator.store.database import connect
+    from anabranch.coordinator.store.opening import database_of
+
+    store = load_federation(folder).store
+    if store.url == JOURNAL_URL:
+        raise ValueError(f"{folder}: a journal holds one federation; `federation status` shows it")
+    engine = connect(database_of(store, folder))
+    try:
+        found = overview(engine)
+    finally:
+        engine.dispose()
+    if json:
+        print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        now = "between rounds"
+        if one.round is not None:
+            now = f"round {one.round} is {one.state}: {one.admitted} of {one.asked} admitted"
+        over = f"{one.done} rounds over, {one.published} published, {one.abandoned} abandoned"
+        line = f"{one.federation}, run {one.run}: {over}; {now}; asked to {one.want}"
+        stdout.print(line, markup=False, soft_wrap=True)
 
 
 @federation_app.command("pause")

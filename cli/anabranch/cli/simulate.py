@@ -64,7 +64,7 @@ def simulate_command(
     # Flower and transformers log much that a person who watches a bar does not need.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with stderr.status("loading the base and the data"), collector_paused():
-        from anabranch.simulation.run import prepare
+        from anabranch.simulation.prepare import prepare
 
         try:
             prepare(loaded)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from anabranch.coordinator.federation import START_FOLDER, FederationConfig, load_federation
@@ -14,6 +14,13 @@ from anabranch.coordinator.registry import client_keys, coordinator_key
 from anabranch.coordinator.rounds.standing import standing
 from anabranch.coordinator.store import open_store
 from anabranch.coordinator.strategy import MergeStrategy
+from anabranch.coordinator.surroundings import (
+    available_bytes,
+    clock,
+    database,
+    key_files,
+    port_free,
+)
 from anabranch.coordinator.trust import trust_of
 from anabranch.vectors import Adapter
 from anabranch.vectors.peft_folder import read_adapter
@@ -37,12 +44,16 @@ class Finding:
     told: str
 
 
-def examine_federation(folder: Path) -> list[Finding]:
+def examine_federation(folder: Path, ports: Sequence[tuple[str, int]] = ()) -> list[Finding]:
     """Look at a federation's folder and at what it names. Writes one byte into its artifacts.
 
     A look that another depends on ends the list where it fails.
+
+    Args:
+        folder: The federation's folder.
+        ports: Hosts and ports that will be listened on: a SuperLink's, an API's, a dashboard's.
     """
-    found = []
+    found = [look("port", partial(port_free, *address)) for address in ports]
     for finding in _findings(folder):
         found.append(finding)
         if not finding.ok and finding.check in ("configuration", "start adapter"):
@@ -56,7 +67,10 @@ def _findings(folder: Path) -> Iterator[Finding]:
     yield look("configuration", lambda: _configuration(folder, config))
     yield look("start adapter", lambda: _start(folder, adapter))
     yield look("keys", lambda: _keys(folder, config[0]))
+    yield look("key files", lambda: key_files(folder))
+    yield look("database", lambda: database(config[0].store, folder))
     yield look("store", lambda: _store(folder, config[0]))
+    yield look("clock", lambda: _clock(folder, config[0]))
     yield look("recipe", lambda: _recipe(folder, config[0], adapter[0]))
     yield look("disk", lambda: _disk(folder, config[0], adapter[0]))
     yield look("memory", lambda: _memory(config[0], adapter[0]))
@@ -110,6 +124,11 @@ def _store(folder: Path, config: FederationConfig) -> str:
     )
 
 
+def _clock(folder: Path, config: FederationConfig) -> str:
+    with closing(open_store(config.store, folder, federation=config.name, run=config.run)) as store:
+        return clock(config.store, folder, store.last_receipt())
+
+
 def _recipe(folder: Path, config: FederationConfig, adapter: Adapter) -> str:
     with closing(open_store(config.store, folder, federation=config.name, run=config.run)) as store:
         MergeStrategy(
@@ -137,7 +156,7 @@ def _disk(folder: Path, config: FederationConfig, adapter: Adapter) -> str:
 
 
 def _memory(config: FederationConfig, adapter: Adapter) -> str:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_bytes()
     most = COPIES * _cohort_bytes(config, adapter)
     if free < most:
         raise ValueError(

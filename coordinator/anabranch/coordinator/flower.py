@@ -32,7 +32,7 @@ PRIVATE_ENVIRONMENT = {
 """No telemetry, no update check, no installs at run time."""
 
 SERVER_APP = "anabranch.coordinator.app:app"
-CLIENT_APP = "anabranch.client.app:app"
+CLIENT_APP = "anabranch.client.deployed:app"
 
 
 class FlowerError(RuntimeError):

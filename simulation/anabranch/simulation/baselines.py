@@ -1,19 +1,61 @@
-"""What the merged adapter is compared with: alone, all data together, and how each is scored."""
+"""What the merged adapter is compared with, and how each is scored.
+
+Other federations of the same clients (FedAvg, nobody attacks), clients alone, all data together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from anabranch.aggregation.recipe import Recipe
 from anabranch.client.app import client_seed
 from anabranch.client.lora import read_adapter
-from anabranch.client.session import Session, client_name
+from anabranch.client.session import Session
+from anabranch.client.site import client_name
 from anabranch.client.task import HeldOut, TrainPlan
-from anabranch.simulation.scenario import Scenario
+from anabranch.simulation.scenario import Baselines, Scenario
 from anabranch.simulation.task import SimulatedTask
 from anabranch.vectors import Adapter
+from anabranch.wire.config import CodecConfig
+
+NO_BASELINES = Baselines(local_only=False, fedavg=False, oracle=False, unattacked=False)
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Metrics per split and group: ``scores["test"]["bbc"]["accuracy"]``."""
+
+
+def fedavg_of(scenario: Scenario) -> Scenario:
+    """The same clients averaging dense factors in fp32: FedIT, what FedAvg does to LoRA.
+
+    Plain: nothing is compressed, capped, signed, hidden, made private or gated. So it also says
+    what those cost, and what an attack does where nobody defends.
+    """
+    return scenario.model_copy(
+        update={
+            "engine": "inprocess",
+            "down": "fp32",
+            "down_codec": None,
+            "max_norm": None,
+            "signed": False,
+            "secure": None,
+            "privacy": None,
+            "gate": None,
+            "trains": "both",
+            "ranks": {},
+            "rest": "drop",
+            "recipe": Recipe(method="fedit"),
+            "codec": CodecConfig(name="dense", feedback=0.0),
+            "evaluate_every": 0,
+            "baselines": NO_BASELINES,
+        }
+    )
+
+
+def unattacked_of(scenario: Scenario) -> Scenario:
+    """The same federation with everybody honest: what the attack cost."""
+    return scenario.model_copy(
+        update={"attackers": (), "evaluate_every": 0, "baselines": NO_BASELINES}
+    )
 
 
 def score(

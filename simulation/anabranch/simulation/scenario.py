@@ -65,7 +65,8 @@ class Baselines(BaseModel):
     local_only: bool = True
     """Every client trains alone for as many steps."""
     fedavg: bool = True
-    """The same federation averaging dense factors (FedIT: A and B apart, fp32, no codec)."""
+    """The same clients averaging dense factors (FedIT: A and B apart, fp32, no codec), plainly:
+    no cap, no signatures, no secure aggregation, no privacy, no gate."""
     oracle: bool = True
     """One adapter trained on everybody's data together, as many samples and steps."""
     unattacked: bool = True

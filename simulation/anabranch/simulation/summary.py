@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from anabranch.client.session import client_name
+from anabranch.client.site import client_name
 from anabranch.coordinator.privacy.budget import statement
 from anabranch.coordinator.privacy.ledger import read_ledger
 from anabranch.coordinator.store import Store
@@ -25,7 +25,8 @@ ABOUT = {
     "base": "the base without an adapter, on the client's test data",
     "local_only": "the client's adapter trained alone, mean accuracy over all groups' test data",
     "local_only_own": "the same adapter on the client's own test data",
-    "fedavg": "the same federation averaging dense fp32 factors (FedIT), on the client's test data",
+    "fedavg": "the same clients averaging dense fp32 factors (FedIT), with no privacy or defence, "
+    "on the client's test data",
     "merged": "this federation's adapter, on the client's test data",
     "unattacked": "the same federation with every client honest, on the client's test data",
     "oracle": "one adapter trained on everybody's data with as many steps and samples, "

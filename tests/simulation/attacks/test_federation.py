@@ -14,7 +14,8 @@ from anabranch.simulation import report
 from anabranch.simulation.attacks.ipm import IPM, IpmConfig
 from anabranch.simulation.attacks.lying_manifest import Lie
 from anabranch.simulation.attacks.turn import flat
-from anabranch.simulation.run import prepare, simulate
+from anabranch.simulation.prepare import prepare
+from anabranch.simulation.run import simulate
 from anabranch.simulation.scenario import Scenario
 from anabranch.wire import decode_update, read_manifest
 

@@ -44,6 +44,14 @@ class Artifacts(ABC):
         """
 
     @abstractmethod
+    def time_s(self, digest: str) -> float:
+        """When it was put last, in Unix seconds, by the clock of where it is.
+
+        Raises:
+            KeyError: No such artifact.
+        """
+
+    @abstractmethod
     def delete(self, name: str) -> None:
         """Remove an artifact or a remnant; nothing happens when there is none."""
 
@@ -110,10 +118,10 @@ class FolderArtifacts(Artifacts):
         return digest
 
     def size(self, digest: str) -> int:  # noqa: D102
-        try:
-            return self._path(digest).stat().st_size
-        except FileNotFoundError as error:
-            raise self._missing(digest) from error
+        return self._stat(digest).st_size
+
+    def time_s(self, digest: str) -> float:  # noqa: D102
+        return self._stat(digest).st_mtime
 
     def delete(self, name: str) -> None:  # noqa: D102
         self._path(name).unlink(missing_ok=True)
@@ -123,6 +131,12 @@ class FolderArtifacts(Artifacts):
         for path in sorted(self._folder.glob("[0-9a-f][0-9a-f]/*")):
             with contextlib.suppress(FileNotFoundError):
                 yield path.name, now - path.stat().st_mtime
+
+    def _stat(self, digest: str) -> os.stat_result:
+        try:
+            return self._path(digest).stat()
+        except FileNotFoundError as error:
+            raise self._missing(digest) from error
 
     def _read(self, digest: str) -> bytes:
         return self._path(digest).read_bytes()
@@ -178,10 +192,10 @@ class S3Artifacts(Artifacts):
         return digest
 
     def size(self, digest: str) -> int:  # noqa: D102
-        try:
-            return int(self._files.info(self._path(digest))["size"])
-        except FileNotFoundError as error:
-            raise self._missing(digest) from error
+        return int(self._info(digest)["size"])
+
+    def time_s(self, digest: str) -> float:  # noqa: D102
+        return float(self._info(digest)["LastModified"].timestamp())
 
     def delete(self, name: str) -> None:  # noqa: D102
         with contextlib.suppress(FileNotFoundError):
@@ -191,6 +205,13 @@ class S3Artifacts(Artifacts):
         now = time.time()
         for path, facts in sorted(self._files.find(self._root, detail=True).items()):
             yield path.rsplit("/", 1)[-1], now - facts["LastModified"].timestamp()
+
+    def _info(self, digest: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._files.info(self._path(digest))
+        except FileNotFoundError as error:
+            raise self._missing(digest) from error
+        return found
 
     def _read(self, digest: str) -> bytes:
         return bytes(self._files.cat_file(self._path(digest)))

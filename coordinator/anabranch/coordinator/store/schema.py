@@ -11,6 +11,7 @@ from sqlalchemy import (
     Dialect,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -31,7 +32,8 @@ class Facts(TypeDecorator[Any]):
         return json.dumps(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
-        return json.loads(value)
+        # A query finds none where there is no row.
+        return None if value is None else json.loads(value)
 
 
 metadata = MetaData(
@@ -83,12 +85,13 @@ refusals = Table(
     "refusals",
     metadata,
     Column("id", Integer, primary_key=True),
-    _federation(index=True),
+    _federation(),
     Column("time", Float, nullable=False),
     Column("round", Integer, nullable=False),
     Column("client", String(200), nullable=False),
     Column("code", String(100), nullable=False),
     Column("reason", Text, nullable=False),
+    Index(None, "federation", "round"),
 )
 
 publications = Table(
@@ -128,10 +131,12 @@ notes = Table(
     "notes",
     metadata,
     Column("id", Integer, primary_key=True),
-    _federation(index=True),
+    _federation(),
     Column("time", Float, nullable=False),
     Column("event", String(100), nullable=False),
     Column("facts", Facts, nullable=False),
+    # The last note of a kind is one step away.
+    Index(None, "federation", "event", "id"),
 )
 
 OF_A_FEDERATION = (artifacts, contributions, refusals, publications, receipts, tags, notes)

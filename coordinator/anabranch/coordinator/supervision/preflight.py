@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, Pub
 from anabranch.coordinator.doctor import Finding, examine_federation, look
 from anabranch.coordinator.federation import load_federation
 from anabranch.coordinator.supervision.config import CoordinatorConfig, TlsConfig
+from anabranch.coordinator.surroundings import port_free
 
 
 def examine_coordinator(config: CoordinatorConfig) -> list[Finding]:
@@ -28,23 +28,9 @@ def examine_service(config: CoordinatorConfig) -> list[Finding]:
 
 
 def _findings(config: CoordinatorConfig) -> Iterator[Finding]:
-    yield look("port", lambda: _port(config.host, config.port))
+    yield look("port", lambda: port_free(config.host, config.port))
     yield look("tls", lambda: _tls(config.tls, config.host))
     yield look("node keys", lambda: _node_keys(config))
-
-
-def _port(host: str, port: int) -> str:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"{host}:{port} cannot be listened on ({error.strerror}); end what listens there, "
-                "or set host and port"
-            ) from error
-    return f"{host}:{port} is free"
 
 
 def _tls(tls: TlsConfig | None, host: str) -> str:

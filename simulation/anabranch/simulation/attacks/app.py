@@ -15,7 +15,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from anabranch.client import app as honest
 from anabranch.client.mods import compress, verify_base
 from anabranch.client.records import pack, record_of
-from anabranch.client.session import site_of
+from anabranch.client.site import site_of
 from anabranch.client.trust import verify_plan
 from anabranch.simulation.attackers import Plot
 from anabranch.simulation.attacks.kinds import resolve_kind
