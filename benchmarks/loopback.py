@@ -33,7 +33,12 @@ from anabranch.coordinator.supervision import lease, processes
 from anabranch.coordinator.supervision.config import CONFIG_FILE
 from anabranch.vectors.peft_folder import write_adapter
 
+LIGHT_APP = "benchmarks.light_client:app"
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
+
+
+PYTHON_PATH = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+"""So that Flower's processes find this package."""
 
 
 def certificates(folder: Path) -> None:
@@ -101,10 +106,19 @@ class Loopback:
         folder: A fresh one.
         nodes: SuperNodes, and clients of the task.
         tls: Whether they speak TLS and prove registered keys.
+        client_app: What the nodes run.
         changes: Of the federation's configuration.
     """
 
-    def __init__(self, folder: Path, nodes: int = 4, *, tls: bool = True, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 4,
+        *,
+        tls: bool = True,
+        client_app: str = LIGHT_APP,
+        **changes: Any,
+    ) -> None:
         self.folder, self.nodes, self.tls = folder, nodes, tls
         self.federation = folder / "federation"
         self.port = free_port()
@@ -121,6 +135,7 @@ class Loopback:
         write_adapter(template, self.federation / START_FOLDER)
         settings: dict[str, Any] = {
             "federation": "federation", "task": TASK, "task_params": self.params,
+            "client_app": client_app,
             "port": self.port, "restart": {"first_s": 0.2, "cap_s": 2.0},
         }  # fmt: skip
         self._private: list[Path] = []
@@ -141,7 +156,7 @@ class Loopback:
 
     def start(self) -> None:
         """Start the coordinator, as an operator or systemd does."""
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHON_PATH}
         arguments = [sys.executable, "-m", "anabranch.cli", "coordinator", "up", str(self.folder)]
         with (self.folder / "changes.jsonl").open("ab") as out, self.log.open("ab") as log:
             self.up = subprocess.Popen(
@@ -169,7 +184,11 @@ class Loopback:
         else:
             arguments.append("--insecure")
         env = environment(home, self.port)
-        env |= {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        env |= {
+            "PYTHONPATH": PYTHON_PATH,
+            "OMP_NUM_THREADS": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        }
         env[processes.MARK] = f"{home}"
         self.running[index] = processes.start(arguments, self.folder / f"node-{index}.log", env)
 

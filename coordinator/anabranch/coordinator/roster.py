@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -27,11 +27,21 @@ class Roster:
     Args:
         poll_s: Seconds between two looks for replies.
         on_trouble: Told of every node that could not be met, and why.
+        on_met: Told of every node that said its name.
+        met: What ``on_met`` was told in earlier runs. Flower keeps a SuperNode's number as long as
+            it keeps its own database, and gives it to no other: who was met need not be asked.
     """
 
-    def __init__(self, poll_s: float, on_trouble: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        poll_s: float,
+        on_trouble: Callable[[str, str], None],
+        on_met: Callable[[int, str], None] = lambda node, name: None,
+        met: Mapping[int, str] | None = None,
+    ) -> None:
         self._poll_s = poll_s
-        self._on_trouble = on_trouble
+        self._on_trouble, self._on_met = on_trouble, on_met
+        self._met = dict(met or {})
         self._names: dict[int, str] = {}
         self._retry_at: dict[int, float] = {}
         self.troubles: dict[str, str] = {}
@@ -45,6 +55,9 @@ class Roster:
         present = set(grid.get_node_ids())
         self._names = {node: name for node, name in self._names.items() if node in present}
         now = time.monotonic()
+        for node in sorted(present & self._met.keys() - self._names.keys()):
+            if self._met[node] not in self._names.values():
+                self._names[node] = self._met[node]
         new = [
             node
             for node in sorted(present - self._names.keys())
@@ -54,8 +67,27 @@ class Roster:
         for reply in replies(grid, orders, deadline_s=MEET_S, poll_s=self._poll_s):
             self._meet(reply)
 
-    def wait_for(self, grid: Grid, count: int, timeout_s: float) -> None:
+    def doubt(self, node: int) -> None:
+        """Ask a node for its name again: it may have changed it since it was met."""
+        if self._met.pop(node, None) is not None:
+            self._names.pop(node, None)
+
+    def wait_for(
+        self,
+        grid: Grid,
+        count: int,
+        timeout_s: float,
+        held: Set[str] = frozenset(),
+        heed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Refresh until enough nodes are there.
+
+        Args:
+            grid: Flower's connection to the nodes.
+            count: How many.
+            timeout_s: How long to wait for them.
+            held: Clients that count, also where they are gone.
+            heed: Called between two looks; may raise.
 
         Raises:
             RuntimeError: They did not come in time; says what kept those out that tried.
@@ -63,7 +95,8 @@ class Roster:
         end = time.monotonic() + timeout_s
         while True:
             self.refresh(grid)
-            if len(self._names) >= count:
+            heed()
+            if len(held.union(self._names.values())) >= count:
                 return
             if time.monotonic() >= end:
                 why = "".join(f"; node {node}: {text}" for node, text in self.troubles.items())
@@ -96,6 +129,7 @@ class Roster:
             trouble = f"the name {name!r} is taken; set client='…' in each node's configuration"
         else:
             self._names[node] = name
+            self._on_met(node, name)
             self.troubles.pop(str(node), None)
             return
         self._retry_at[node] = time.monotonic() + MEET_S

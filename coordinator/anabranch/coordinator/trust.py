@@ -44,10 +44,15 @@ class Trust:
     _ring: KeyRing = field(default_factory=lambda: KeyRing({}), init=False)
     _stamp: tuple[tuple[int, int], ...] = field(default=(), init=False)
 
-    def begin_round(self, plan: RoundPlan) -> RoundPlan:
-        """Note the time; where updates are sealed, the plan gets a fresh key to seal them to."""
+    def begin_round(self, plan: RoundPlan, planned_s: int | None = None) -> RoundPlan:
+        """Note the time; where updates are sealed, the plan gets a fresh key to seal them to.
+
+        Args:
+            plan: The round's.
+            planned_s: When it was planned, before an interruption; None is now.
+        """
         seal = new_seal_key() if self.sealed else None
-        self.rounds[plan.round] = int(time.time()), seal
+        self.rounds[plan.round] = planned_s or int(time.time()), seal
         return plan if seal is None else plan.model_copy(update={"seal_to": seal.public.hex()})
 
     def seal(self, number: int) -> SealKey | None:

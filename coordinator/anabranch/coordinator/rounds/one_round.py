@@ -24,11 +24,14 @@ from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejecte
 from anabranch.coordinator.rounds.stragglers import Counted, carried, told
 from anabranch.coordinator.secure.round import SecureRound, Sums
 from anabranch.coordinator.start import Start
-from anabranch.coordinator.store import Contribution, Refusal
+from anabranch.coordinator.store import Contribution, Refusal, Store
 from anabranch.vectors import Adapter
 from anabranch.wire.errors import one_line
 
 log = logging.getLogger("anabranch.coordinator")
+
+WAITED_FOR = ("deadline", "closed")
+"""Codes of refusals that are no word of the node's."""
 
 
 class OneRound:
@@ -57,7 +60,7 @@ class OneRound:
         self._here, self._number, self._service = here, number, service
         plan = here.plan(number, service, train)
         if here.trust is not None:
-            plan = here.trust.begin_round(plan)
+            plan = here.trust.begin_round(plan, first_planned(here.store, number))
         self.plan = plan
         self._cohort = Cohort(here.store, here.trust, here.config.max_norm)
         self._secure: SecureRound | None = None
@@ -84,6 +87,7 @@ class OneRound:
             "round": self._number,
             "asked": sorted(asked.values()),
             "start_hash": self.plan.start_hash,
+            "at_s": int(time.time()),
         }
         here.store.note("planned", facts)
         if here.config.secure is None:
@@ -121,6 +125,8 @@ class OneRound:
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
+                if error.code not in WAITED_FOR:
+                    self._here.roster.doubt(reply.node)
                 if number != self._number:
                     self.driver.lost(late=True)
                 elif client is not None:
@@ -135,10 +141,7 @@ class OneRound:
 
     def refuse(self, number: int, client: str | None, error: RefusedError) -> None:
         """Record why a reply to an order of some round does not count."""
-        reason, name = one_line(str(error)), client or "unknown"
-        log.warning("round %d: %s refused (%s): %s", number, name, error.code, reason)
-        refusal = Refusal(round=number, client=name, code=error.code, reason=reason)
-        self._here.store.refuse(refusal)
+        refuse(self._here.store, number, client, error)
 
     def finish(self) -> InService | None:
         """Merge what it holds and publish that; below the quorum nothing changes.
@@ -299,3 +302,17 @@ class OneRound:
             here.orders.recall(service.start(here.plan(row.round, service), here.key))
         start = here.orders.start(row.client, row.round)
         return start, self._cohort.end(row, start)
+
+
+def refuse(store: Store, number: int, client: str | None, error: RefusedError) -> None:
+    """Record why a reply to an order of some round does not count."""
+    reason, name = one_line(str(error)), client or "unknown"
+    about = {"round": number, "client": name, "code": error.code}
+    log.warning("round %d: %s refused (%s): %s", number, name, error.code, reason, extra=about)
+    store.refuse(Refusal(round=number, client=name, code=error.code, reason=reason))
+
+
+def first_planned(store: Store, number: int) -> int | None:
+    """When a round was planned first, in Unix seconds: what was made since then is fresh."""
+    times = [row["at_s"] for row in store.notes("planned") if row["round"] == number]
+    return min(times, default=None)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from anabranch.aggregation.recipe import read_config, validation_line
+from anabranch.coordinator.flower import CLIENT_APP
 from anabranch.wire.plan import Scalar
 
 CONFIG_FILE = "coordinator.toml"
@@ -59,6 +60,8 @@ class CoordinatorConfig(BaseModel):
     """``package.module:Class`` that nodes train, where they do not name another."""
     task_params: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
     """Its keyword arguments."""
+    client_app: str = CLIENT_APP
+    """``module:attribute`` of the ClientApp that nodes run; one of your own may add mods."""
     host: str = "127.0.0.1"
     """Address that the SuperLink listens on."""
     port: int = Field(9092, ge=1, le=65535)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ MARK = "ANABRANCH_SUPERVISED"
 
 LOG_LINES = 3
 """Last lines of a log that say why a process died."""
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 _PDEATHSIG = 1
 
@@ -119,5 +122,6 @@ def tail(log: Path, keep: Callable[[str], bool] = lambda line: True) -> str:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and keep(line)]
+    plain = COLOUR.sub("", text)
+    lines = [line.strip() for line in plain.splitlines() if line.strip() and keep(line)]
     return one_line(" | ".join(lines[-LOG_LINES:]))

@@ -23,6 +23,9 @@ from anabranch.wire.errors import one_line
 LINK = "link"
 """Name of the connection in FLWR_HOME's configuration."""
 
+CHATTER = ("[uvicorn.access]", "[Fleet.", "ControlServicer.")
+"""What lines of a SuperLink's log hold that say nothing of why it died."""
+
 POLL_S = "0.2"
 """Seconds between two looks of Flower's SuperExec for a task; its default is 1."""
 
@@ -90,7 +93,7 @@ class SuperLink:
 
     def last_words(self) -> str:
         """The last lines of its log, without what Flower says of each request."""
-        return processes.tail(self.log, lambda line: "[uvicorn.access]" not in line)
+        return processes.tail(self.log, lambda line: not any(word in line for word in CHATTER))
 
     def stop(self, patience_s: float) -> None:
         """End it."""
@@ -139,6 +142,7 @@ class SuperLink:
                 "task": config.task,
                 "task-params": json.dumps(config.task_params, sort_keys=True),
             },
+            client_app=config.client_app,
         )
         return str(flwr(["run", str(bundle), LINK], self.env)["run-id"])
 

@@ -57,9 +57,9 @@ class Exit(IntEnum):
 class _DiedError(Exception):
     """A process is gone, and why."""
 
-    def __init__(self, event: str, told: str) -> None:
+    def __init__(self, event: str, told: str, *, known: bool = False) -> None:
         super().__init__(told)
-        self.event = event
+        self.event, self.known = event, known
 
 
 class Supervisor:
@@ -113,11 +113,15 @@ class Supervisor:
                 self._begin()
                 ended = self._follow(store)
             except (_DiedError, FlowerError) as error:
-                event = error.event if isinstance(error, _DiedError) else "flower-failed"
+                event, told = "flower-failed", str(error)
+                if isinstance(error, _DiedError):
+                    event = error.event
+                    if not error.known:
+                        told += f"; {self._link.log} ends: {self._link.last_words()}"
                 if self._stops:
-                    self._tell("stopped", f"stopped: {error}")
+                    self._tell("stopped", f"stopped: {told}")
                     return Exit.STOPPED
-                if not self._again(event, str(error)):
+                if not self._again(event, told):
                     return Exit.FAILED
                 continue
             if ended is not None:
@@ -194,13 +198,13 @@ class Supervisor:
             why = self._watch.now.last or "the run ended"
             self._tell("ended", f"no further round is begun: {why}")
             return Exit.DONE
+        known = current.ended is not None
         why = current.ended or f"process {current.pid} was killed"
-        raise _DiedError("serverapp-died", f"the ServerApp died: {why}")
+        raise _DiedError("serverapp-died", f"the ServerApp died: {why}", known=known)
 
     def _again(self, event: str, told: str) -> bool:
         """Tell of a death, and wait for the next start; False when there were too many."""
-        words = self._link.last_words()
-        self._tell(event, f"{told}; {self._link.log} ends: {words}", level=logging.ERROR)
+        self._tell(event, told, level=logging.ERROR)
         self._watch.look()
         self._backoff = self._backoff.after(self._watch.gained)
         if self._backoff.gives_up:
