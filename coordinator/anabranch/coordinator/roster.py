@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Set
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from anabranch.coordinator.collect import Reply, replies
+from anabranch.coordinator.collect import Closed, Mail, Reply
 from anabranch.wire.errors import one_line
 from anabranch.wire.keys import NAME
 from anabranch.wire.plan import CLIENT_KEY
 
-MEET_S = 60.0
+MEET_S = 120.0
 """Seconds a new node has to say its name; it is asked again after as long."""
 
 
@@ -44,27 +44,40 @@ class Roster:
         self._met = dict(met or {})
         self._names: dict[int, str] = {}
         self._retry_at: dict[int, float] = {}
+        self._mail: Mail | None = None
         self.troubles: dict[str, str] = {}
 
     def refresh(self, grid: Grid) -> None:
-        """Forget nodes that left, ask new ones for their name.
+        """Forget nodes that left, ask new ones for their name, and hear who has said it.
 
         A name belongs to one node at a time; whoever is refused is asked again later, since the
         node that holds the name may be the one that is about to leave.
         """
-        present = set(grid.get_node_ids())
+        if self._mail is None:
+            self._mail = Mail(grid, self._poll_s)
+        present, now = set(grid.get_node_ids()), time.monotonic()
         self._names = {node: name for node, name in self._names.items() if node in present}
-        now = time.monotonic()
         for node in sorted(present & self._met.keys() - self._names.keys()):
             if self._met[node] not in self._names.values():
                 self._names[node] = self._met[node]
+        asked = {node for node, _ in self._mail.owed()}
         new = [
             node
-            for node in sorted(present - self._names.keys())
+            for node in sorted(present - self._names.keys() - asked)
             if self._retry_at.get(node, 0.0) <= now
         ]
-        orders = [Message(RecordDict(), node, MessageType.QUERY, ttl=2 * MEET_S) for node in new]
-        for reply in replies(grid, orders, deadline_s=MEET_S, poll_s=self._poll_s):
+        orders = [
+            Message(RecordDict(), node, MessageType.QUERY, ttl=MEET_S + 60, group_id=f"meet-{node}")
+            for node in new
+        ]
+        self._retry_at |= dict.fromkeys(new, now + MEET_S)
+        lost = self._mail.send(orders)
+        # A node takes as long as its machine is busy: nobody waits for it who has enough others.
+        overdue = Closed("deadline", f"no reply within {MEET_S:g} s")
+        for reply in [*lost, *self._mail.arrived()]:
+            self._meet(reply)
+        late = {f"meet-{node}" for node, at_s in self._retry_at.items() if at_s <= now}
+        for reply in self._mail.give_up(overdue, late.__contains__):
             self._meet(reply)
 
     def doubt(self, node: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 
@@ -72,7 +72,7 @@ def _node_keys(config: CoordinatorConfig) -> str:
     for path in paths:
         try:
             serialization.load_ssh_public_key(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise ValueError(f"{path} is no public key in OpenSSH's form ({error})") from error
     quorum = load_federation(config.federation).quorum
     if len(paths) < quorum:
