@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,13 @@ def open_seed(setting: Setting, seed: int) -> Session:
     return open_session(setting.task, json.dumps({**setting.params, "data_seed": seed}))
 
 
-def trained(setting: Setting, session: Session, seed: int, runs: Path) -> dict[str, Adapter]:
+def trained(
+    setting: Setting,
+    session: Session,
+    seed: int,
+    runs: Path,
+    groups: Collection[str] | None = None,
+) -> dict[str, Adapter]:
     """One adapter per group, all from the same start A₀; those that are kept are read.
 
     Args:
@@ -72,12 +78,15 @@ def trained(setting: Setting, session: Session, seed: int, runs: Path) -> dict[s
         session: The tasks.
         seed: Of the start and of the order of the texts.
         runs: Folder of all settings.
+        groups: Which groups'; None: all.
     """
     task = session.task
     assert isinstance(task, SimulatedTask)
     start = seeded_start(session.template, seed)
     adapters = {}
     for group, partition in task.scored_partitions.items():
+        if groups is not None and group not in groups:
+            continue
         path = setting.folder(runs, seed) / f"{group.replace('/', '-')}.safetensors"
         if not path.exists():
             began = time.perf_counter()

@@ -50,6 +50,7 @@ CODECS = (
     CodecConfig(name="dense", dtype="int4"),
     CodecConfig(name="sign"),
     CodecConfig(name="rotated", bits=3),
+    CodecConfig(name="axes"),
     CodecConfig(name="dare", density=0.4, feedback=0),
     CodecConfig(name="ranks"),
 )

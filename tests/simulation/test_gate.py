@@ -18,7 +18,7 @@ from anabranch.simulation.validation import ValidationScorer, validation_scorer,
 from anabranch.vectors import Adapter
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 6}
-NOTHING = {"local_only": False, "fedavg": False, "oracle": False, "unattacked": False}
+NOTHING = dict.fromkeys(("local_only", "fedavg", "oracle", "unattacked", "undefended"), False)
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +73,14 @@ def test_an_attacked_merge_is_kept_back_and_the_page_says_why(
     assert not second["gate"]["passed"]
     assert second["gate"]["negative_flips"] > 0.05
     assert gated["mean"]["merged"] > open_["mean"]["merged"] + 0.05
-    assert "kept back\n2:" in page
+    assert "kept back\n2." in page
     assert "128 inputs turn from right to wrong" in page
+    for row in gated["rounds"]:
+        said = "passed" if row["gate"]["passed"] else "kept back"
+        assert f'<td>{row["round"]}</td><td class="left">{said}</td>' in page
+    # What a gate leaves in the folder does not keep it from being run again.
+    again = simulate(scenario(rounds=1, gate={}), tmp_path / "gated", overwrite=True)
+    assert len(again["rounds"]) == 1
 
 
 class Failing:

@@ -33,6 +33,7 @@ from anabranch.vectors.fisher_file import read_fisher, write_fisher
 from anabranch.vectors.importance import from_flat_importance, importance_layout
 from anabranch.wire import decode_forms
 from anabranch.wire.keys import by_id, seeded_key
+from anabranch.wire.sealing import SEAL_BYTES
 from anabranch.wire.signing import KeyRing
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
@@ -278,6 +279,17 @@ def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> Non
 
 
 ONLY = {"rounds": 1, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
+
+
+def test_sealed_updates_are_sealed_and_merge_alike(tmp_path: Path) -> None:
+    plain = simulate(scenario(signed=True, **ONLY), tmp_path / "plain")
+    sealed = simulate(scenario(signed=True, sealed=True, **ONLY), tmp_path / "sealed")
+    assert sealed["adapter_hash"] == plain["adapter_hash"]
+    for name, more in (("plain", 0), ("sealed", SEAL_BYTES)):
+        store = FolderStore(tmp_path / name)
+        rows = store.contributions(1)
+        assert rows
+        assert all(row.size_bytes == len(store.get(row.digest)) + more for row in rows)
 
 
 def test_a_folder_is_never_taken_over_silently(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_the_examples_load_and_survive_being_written_out(path: Path, tmp_path: P
             "codec.name: recipe.pre mixes sizes",
         ),
         ('name = "x"\n[down_codec]\nname = "ranks"\n', "down_codec.name: ranks are clients' votes"),
+        ('name = "x"\nsealed = true\n', "sealed: set signed = true: without, a relay could"),
         ('name = "x"\ndeadline_s = inf\n', "deadline_s: Input should be a finite number"),
         ('name = "x"\n[task]\nfrom = 2024-01-01\n', "task.from: not text, number, list or table"),
     ],

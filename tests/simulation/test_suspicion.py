@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from anabranch.coordinator.federation import load_federation
 from anabranch.coordinator.store import FolderStore
@@ -19,6 +20,7 @@ from anabranch.wire.receipt import decode_receipt
 
 def scenario(**changes: Any) -> Scenario:
     nothing = {"local_only": False, "fedavg": False, "oracle": False, "unattacked": False}
+    nothing["undefended"] = False
     given = {
         "name": "suspected",
         "seed": 3,
@@ -38,7 +40,8 @@ def scenario(**changes: Any) -> Scenario:
 def test_attackers_are_left_out_and_everybody_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    summary = simulate(scenario(), tmp_path / "out")
+    wanted = {**scenario().baselines.model_dump(), "undefended": True}
+    summary = simulate(scenario(baselines=wanted), tmp_path / "out")
     attackers = {row["id"] for row in summary["clients"] if row["attacks"]}
     assert len(attackers) == 2
     for number in (1, 2):
@@ -50,6 +53,9 @@ def test_attackers_are_left_out_and_everybody_is_told(
     monkeypatch.setattr(report, "write_report", lambda summary, measured, path: None)
     open_ = simulate(scenario(recipe={"method": "mean"}), tmp_path / "open")
     assert summary["mean"]["merged"] > open_["mean"]["merged"] + 0.05
+    # What the same attack does where nothing defends, told without a second run by hand.
+    assert summary["mean"]["undefended"] == open_["mean"]["merged"]
+    assert open_["mean"]["undefended"] is None
 
     folder = tmp_path / "out"
     store = FolderStore(folder)
@@ -69,4 +75,43 @@ def test_attackers_are_left_out_and_everybody_is_told(
         assert again["merge"] == "ok", again
 
     assert "Contributions that stood out" in page
-    assert page.count("<code>exclude</code>") == len(summary["suspicions"])
+    assert page.count('<td class="left"><code>exclude</code></td>') == len(summary["suspicions"])
+    assert f"{100 * summary['mean']['undefended']:.1f}" in page
+    told = summary["defence"]
+    assert told["policy"]["actions"] == dict.fromkeys(
+        ("spectrum", "energy", "factors", "cosine"), "exclude"
+    )
+    for row in told["clients"]:
+        attacks = row["id"] in attackers
+        assert (row["attacks"] is not None) == attacks
+        assert row["done"] == ({"exclude": 2} if attacks else {})
+        assert (row["score"] >= 6) == attacks
+        # Six share what eight would have.
+        assert row["weight"] == pytest.approx(0.0 if attacks else 8 / 6)
+    loudest = max(told["clients"], key=lambda row: row["score"])["signals"]["energy"]
+    assert str(escape(loudest["why"])) in page
+    assert loudest["score"] == max(row["score"] for row in summary["suspicions"])
+
+
+def test_the_page_tells_what_each_signal_did_and_where(tmp_path: Path) -> None:
+    """Another action for another signal: one module is merged without one, another is left out."""
+    run = scenario(
+        rounds=1,
+        recipe={
+            "method": "mean",
+            "suspicion": {"action": "mask_module", "actions": {"cosine": "exclude"}},
+        },
+        attackers=[
+            {"kind": "gaussian", "count": 1},
+            {"kind": "sign_flip", "count": 1, "params": {"scale": 1.0}},
+        ],
+    )
+    summary = simulate(run, tmp_path)
+    by_kind = {row["attacks"]: row for row in summary["defence"]["clients"]}
+    assert by_kind["gaussian"]["masked"] == {"hidden": 1}
+    assert by_kind["sign_flip"]["done"] == {"exclude": 1}
+    assert by_kind["sign_flip"]["signals"]["cosine"]["round"] == 1
+    page = (tmp_path / "report.html").read_text()
+    assert "cosine <code>exclude</code>." in page
+    assert "it points against the others" in page
+    assert "<code>hidden</code> 1" in page

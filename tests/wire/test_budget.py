@@ -1,11 +1,15 @@
 """Densities chosen for a number of bytes."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from anabranch.wire import CodecConfig, UpdateMeta, encode_update, read_manifest
+from anabranch.wire.budget import within
+from anabranch.wire.encode import Encoded
 
 
 def _loss(tensors: dict[str, Tensor], sent: dict[str, Tensor]) -> float:
@@ -56,6 +60,21 @@ def test_a_large_budget_keeps_what_helps_and_a_small_one_is_refused(meta: Update
     assert _loss(tensors, two.sent) < 0.6 * _loss(tensors, encoded.sent)
     with pytest.raises(ValueError, match="budget is 100 B, but one entry of each of the 2"):
         encode_update(tensors, meta, CodecConfig(budget="100 B"))
+
+
+def test_a_message_is_not_made_again_where_more_bytes_help_no_more(meta: UpdateMeta) -> None:
+    tensors = {"a": torch.randn(5000, generator=torch.Generator().manual_seed(1))}
+    made: list[Encoded] = []
+
+    def encode(densities: Mapping[str, float]) -> Encoded:
+        made.append(encode_update(tensors, meta, CodecConfig(density=densities["a"])))
+        return made[-1]
+
+    within(10**6, tensors, CodecConfig(budget="1 MB"), encode)
+    assert len(made) == 1
+    with pytest.raises(ValueError, match="raise the budget"):
+        within(100, tensors, CodecConfig(budget="100 B"), encode)
+    assert len(made) <= 4
 
 
 def test_the_same_tensors_get_the_same_bytes(uneven: dict[str, Tensor], meta: UpdateMeta) -> None:

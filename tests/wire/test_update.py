@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anabranch.vectors import weights_hash
-from anabranch.vectors.sparse import SparseTernary, ternarise
+from anabranch.vectors.sparse import ternarise
 from anabranch.wire import (
     CodecConfig,
     UpdateMeta,
@@ -17,6 +17,7 @@ from anabranch.wire import (
     encode_update,
     read_manifest,
 )
+from anabranch.wire.codecs.ternary_runs import TernaryRuns
 from anabranch.wire.frames import FRAME_ENTRIES, plan_frames
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,11 +29,13 @@ CODECS = [
     CodecConfig(name="dense", dtype="bf16"),
     CodecConfig(name="dense", dtype="fp16"),
     CodecConfig(name="dense", dtype="int8"),
+    CodecConfig(name="axes"),
 ]
 
 
 def _codec_id(codec: CodecConfig) -> str:
-    return f"ternary-{codec.density}" if codec.name == "ternary" else codec.dtype
+    own = {"ternary": f"ternary-{codec.density}", "dense": codec.dtype}
+    return own.get(codec.name, codec.name)
 
 
 def _layout(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -124,9 +127,9 @@ def test_a_sparse_update_stays_sparse_when_asked(
     _, forms, _ = decode_forms(blob, _layout(small), {})
     for name, form in forms.items():
         expected = ternarise(small[name], 0.1)
-        assert isinstance(form, SparseTernary)
-        assert torch.equal(form.positions_k, expected.positions_k)
-        assert torch.equal(form.negative_k, expected.negative_k)
+        assert isinstance(form, TernaryRuns)
+        assert torch.equal(form.sparse().positions_k, expected.positions_k)
+        assert torch.equal(form.sparse().negative_k, expected.negative_k)
         assert form.scale == expected.scale
 
 
@@ -233,6 +236,7 @@ GOLDEN_HASHES = {
     "dare": "51179874e99e7464c2697154a4311cf0eb3d62edee645afeff593f3090f9ee28",
     "fp32-coded": "5ec756001c89daecef2187d0780e4d777962ff551a27a2b2c1daf974e0d3c72a",
     "ranks": "1963e07bc592c87500a1dbe6528d7a9c82b390bfa5d372d48253553e79dc5884",
+    "axes": "f6b0f141dc433430af01c475a03aaee9e1240d4b1493f86f8f92e627e6de05b3",
     "int8-coded": "1a940bf76a59a854b2d3a38422d3587a48a49778d9efe7de1873b7d62348c020",
 }
 

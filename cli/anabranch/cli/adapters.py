@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anabranch.wire.keys import PrivateKey
 
 adapters_app = typer.Typer(
-    name="adapters", help="List, tag, export, roll back and withdraw what was published.",
+    name="adapters", help="List, tag, export, push, roll back and withdraw what was published.",
     no_args_is_help=True,
 )  # fmt: skip
 
@@ -28,7 +28,7 @@ Which = Annotated[
 
 @adapters_app.callback()
 def _root() -> None:
-    """List, tag, export, roll back and withdraw what was published."""
+    """List, tag, export, push, roll back and withdraw what was published."""
 
 
 @adapters_app.command("list")
@@ -86,6 +86,61 @@ def export_command(
         f"{out}  the adapter of round {row.publication.round}, {row.publication.adapter_hash}",
         soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+@adapters_app.command("push")
+def push_command(
+    federation: Federation,
+    which: Which,
+    target: Annotated[
+        str, typer.Argument(help="oci:FOLDER[:TAG], an OCI image layout; hub:FOLDER, a repository.")
+    ],
+) -> None:
+    """Put an adapter, its card and its receipt into a local OCI image layout or Hub repository.
+
+    What is there of an earlier adapter is replaced, under the same tag or in the same repository.
+    """
+    from tempfile import TemporaryDirectory
+
+    from anabranch.coordinator.lineage import chosen, dress, published, read_published
+    from anabranch.coordinator.pushing import hub, oci
+    from anabranch.coordinator.pushing.target import labels, read_target
+    from anabranch.vectors.peft_folder import write_adapter
+
+    place = read_target(target)
+    with opened(federation) as (config, store):
+        row = chosen(published(store), which)
+        adapter = read_published(store, config, _template(federation), row.publication)
+    with TemporaryDirectory() as name:
+        files = Path(name) / "adapter"
+        write_adapter(adapter, files)
+        dress(files, adapter, config, row, _key(federation, config, needed=False))
+        told = f"the adapter of round {row.publication.round}"
+        if place.kind == "oci":
+            tag = place.tag or (which if which in row.tags else f"round-{row.publication.round}")
+            told += f" as {tag}, {oci.push(files, place.folder, tag, labels(config, row))}"
+        else:
+            hub.push(files, place.folder)
+    stdout.print(f"{place.folder}  {told}", soft_wrap=True, markup=False)
+
+
+@adapters_app.command("pull")
+def pull_command(
+    source: Annotated[str, typer.Argument(help="oci:FOLDER:TAG, an OCI image layout.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The PEFT folder to write, a new one.")],
+) -> None:
+    """Write what was pushed into an OCI image layout as a PEFT folder, every byte checked."""
+    from anabranch.coordinator.pushing import oci
+    from anabranch.coordinator.pushing.target import read_target
+    from anabranch.vectors.new_folder import new_folder
+
+    place = read_target(source)
+    if place.kind != "oci" or place.tag is None:
+        raise ValueError(f"{source[:100]!r}: give oci:FOLDER:TAG; a Hub folder is read as it is")
+    with new_folder(out) as partial:
+        manifest = oci.pull(place.folder, place.tag, partial)
+    about = manifest.get("annotations") or {}
+    stdout.print(f"{out}  {about.get(oci.TITLE, place.tag)}", soft_wrap=True, markup=False)
 
 
 @adapters_app.command("tag")

@@ -118,6 +118,7 @@ COLUMNS = (
 ATTACKED = (
     ("base", "zero-shot"),
     ("fedavg", "FedAvg attacked"),
+    ("undefended", "without the defence"),
     ("merged", "merged"),
     ("unattacked", "everybody honest"),
     ("oracle", "oracle"),

@@ -189,6 +189,47 @@ class TextClassification:
         count = len(tokens)
         return {"num-examples": count, "accuracy": correct / count, "loss": loss / count}
 
+    def embedded(
+        self, model: nn.Module, partition: int, split: Split
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One partition's texts where they are embedded, for who looks for triggers there.
+
+        Args:
+            model: What ``attach`` returned, or the base it stands on.
+            partition: Whose texts.
+            split: Which of them.
+
+        Returns:
+            Embedded tokens [N, L, D], which of these there are [N, L], and each text's label among
+            its own task's [N].
+        """
+        tokens = self._tokenised(partition, split)
+        task = str(list(self.source.tasks)[int(tokens.tasks[0])])
+        with torch.no_grad():
+            words: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+            found_NLD = words(tokens.ids.to(self._device))
+        there_NL = torch.arange(tokens.ids.shape[1]) < tokens.lengths[:, None]
+        return (
+            found_NLD,
+            there_NL.long().to(self._device),
+            tokens.labels - self._first_column[task],
+        )
+
+    def fixed_head(self, model: nn.Module, task: str) -> Tensor:
+        """A task's label phrases as the frozen base embeds them [K, D], of its own K labels.
+
+        Args:
+            model: What ``attach`` returned.
+            task: Whose.
+
+        Raises:
+            ValueError: Heads are trained.
+        """
+        if self.config.head != "label-names":
+            raise ValueError(f"head = {self.config.head!r} has no fixed heads; set 'label-names'")
+        first = self._first_column[task]
+        return self._heads(model)[first : first + len(self.source.tasks[task])]
+
     def _train(self, model: nn.Module, tokens: Tokens, plan: TrainPlan) -> Mapping[str, float]:
         model.eval()
         head_rate = plan.head_learning_rate or plan.learning_rate

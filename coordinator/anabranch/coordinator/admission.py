@@ -27,7 +27,7 @@ from anabranch.wire.plan import (
     UPDATE_STYPE,
     RoundPlan,
 )
-from anabranch.wire.sealing import SEALED_STYPE
+from anabranch.wire.sealing import SEAL_BYTES, SEALED_STYPE
 
 TRAIN_METRICS = ("num-examples", "train-loss", "train-seconds", "encode-seconds")
 """What a client may claim of its training."""
@@ -90,7 +90,7 @@ def claims(record: object, names: tuple[str, ...]) -> dict[str, float]:
     """The named scalars of a reply's metrics, less what cannot be true; nothing else is kept."""
     found: dict[str, float] = {}
     for name in names:
-        value = record.get(name) if isinstance(record, MetricRecord) else None
+        value = record.get(name) if isinstance(record, MetricRecord | dict) else None
         if isinstance(value, int | float) and math.isfinite(value):
             most = 1.0 if name == "accuracy" else LARGEST
             least = -LARGEST if name == "train-loss" else 0.0
@@ -120,19 +120,53 @@ def examine(
         RefusedError: With the first reason found.
     """
     # Flower's typed views of a content copy all of it on each access.
-    content, plan = message.content, start.plan
+    content = message.content
     record, named = content.get(UPDATE_KEY), content.get(CLIENT_KEY)
     if not isinstance(record, ArrayRecord) or list(record) != [UPDATE_KEY]:
         raise RefusedError("no-update", "the reply holds no update record")
     array = record[UPDATE_KEY]
-    seal = trust.seal(plan.round) if trust else None
-    asked = SEALED_STYPE if seal else UPDATE_STYPE
+    asked = SEALED_STYPE if trust and trust.seal(start.plan.round) else UPDATE_STYPE
     if array.stype != asked:
         raise RefusedError(
             "wrong-format", f"the update came as {array.stype[:60]!r}, asked for {asked!r}"
         )
     if not isinstance(named, ConfigRecord) or named.get(CLIENT_KEY) != client:
         raise RefusedError("wrong-client", f"the reply does not call itself {client!r}")
+    metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
+    return examine_update(array.data, start, client, metrics, max_norm, trust)
+
+
+def most_bytes(start: Start, sealed: bool) -> int:
+    """Bytes that no honest update of a round is longer than, however it came."""
+    most = limits_for(*layouts(start.adapter, start.plan)).message_bytes
+    if (budget := start.plan.codec.budget_bytes) is not None:
+        most = min(most, budget)
+    return most + (SEAL_BYTES if sealed else 0)
+
+
+def examine_update(
+    data: bytes,
+    start: Start,
+    client: str,
+    metrics: Mapping[str, float],
+    max_norm: float | None = None,
+    trust: Trust | None = None,
+) -> Candidate:
+    """Check an update's bytes, by whichever way they came; arguments as of ``examine``.
+
+    Args:
+        data: The bytes, sealed where the round's plan says so.
+        start: What the client was handed.
+        client: The name it is known under.
+        metrics: What it claims of its training.
+        max_norm: Largest ‖update‖₂ admitted; None sets no cap.
+        trust: Says who may sign; None takes unsigned updates.
+
+    Raises:
+        RefusedError: With the first reason found.
+    """
+    plan = start.plan
+    seal = trust.seal(plan.round) if trust else None
 
     def check(manifest: Manifest) -> None:
         if trust is not None:
@@ -144,7 +178,7 @@ def examine(
 
     expected = layouts(start.adapter, plan)
     try:
-        blob = seal.open(array.data, limits_for(*expected).message_bytes) if seal else array.data
+        blob = seal.open(data, limits_for(*expected).message_bytes) if seal else data
         meta, changes, importance = decode_forms(blob, *expected, check)
     except WireError as error:
         raise RefusedError(error.code, str(error)) from error
@@ -153,8 +187,7 @@ def examine(
         raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
     _refuse_overflow(start, norms)
     _refuse_importance(start.adapter, importance)
-    metrics = claims(content.get(METRICS_KEY), TRAIN_METRICS)
-    return Candidate(client, blob, len(array.data), meta, changes, importance, metrics)
+    return Candidate(client, blob, len(data), meta, changes, importance, metrics)
 
 
 def _refuse_unasked(meta: UpdateMeta, plan: RoundPlan, client: str) -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from anabranch.coordinator.admission import RefusedError, examine, layouts
+from anabranch.coordinator.admission import Candidate, RefusedError, examine, layouts
 from anabranch.coordinator.collect import Reply
 from anabranch.coordinator.start import Start
-from anabranch.coordinator.store import Contribution, FullError, Store
+from anabranch.coordinator.store import Contribution, FullError, Store, TakenError
 from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter
 from anabranch.vectors.importance import from_flat_importance
@@ -52,22 +52,7 @@ class Cohort:
         if reply.message is None:
             raise RefusedError(reply.code, reply.reason)
         candidate = examine(reply.message, start, client, self._max_norm, self._trust)
-        try:
-            contribution = Contribution(
-                round=start.plan.round,
-                client=client,
-                digest=self._store.put(candidate.blob),  # the bytes first, the row second
-                size_bytes=candidate.size_bytes,
-                nonce=candidate.meta.nonce.hex(),
-                metrics=dict(candidate.metrics),
-            )
-            counted = self._store.admit(contribution)
-        except FullError as error:
-            raise RefusedError("no-room", str(error)) from error
-        if not counted:
-            raise RefusedError("duplicate", "this client already has an update in this round")
-        if self._trust is not None:
-            self._trust.nonces.add(contribution.nonce)
+        contribution = keep(self._store, candidate, start, self._trust)
         held = sum(change.nbytes for change in candidate.changes.values())
         held += sum(part.nbytes for part in candidate.importance.values())
         if (len(self._decoded) + 1) * held <= DECODED_BYTES:
@@ -98,6 +83,43 @@ class Cohort:
                 f"{start.plan.start_hash[:12]}; finish a round where it was begun"
             )
         return changes, importance
+
+
+def keep(
+    store: Store, candidate: Candidate, start: Start, trust: Trust | None, collecting: bool = False
+) -> Contribution:
+    """Count an update that was examined: its bytes are safe first, its row second.
+
+    Args:
+        store: Where.
+        candidate: The update.
+        start: What its client was handed.
+        trust: Keys, where the federation is signed.
+        collecting: Only while its round still collects, which another process may end.
+
+    Raises:
+        RefusedError: ``duplicate``, ``no-room`` or ``closed``.
+    """
+    try:
+        contribution = Contribution(
+            round=start.plan.round,
+            client=candidate.client,
+            digest=store.put(candidate.blob),
+            size_bytes=candidate.size_bytes,
+            nonce=candidate.meta.nonce.hex(),
+            metrics=dict(candidate.metrics),
+        )
+        admit = store.admit_collecting if collecting else store.admit
+        counted = admit(contribution)
+    except FullError as error:
+        raise RefusedError("no-room", str(error)) from error
+    except TakenError as error:
+        raise RefusedError("closed", str(error)) from error
+    if not counted:
+        raise RefusedError("duplicate", "this client already has an update in this round")
+    if trust is not None:
+        trust.nonces.add(contribution.nonce)
+    return contribution
 
 
 def update_bytes(reply: Reply) -> int:

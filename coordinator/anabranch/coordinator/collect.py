@@ -78,16 +78,21 @@ class Mail:
                 lost.append(Reply(node, None, "undeliverable", reason, group))
         return lost
 
-    def arrivals(self, closed: Callable[[], Closed | None]) -> Iterator[Reply]:
+    def arrivals(
+        self,
+        closed: Callable[[], Closed | None],
+        more: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Reply]:
         """Yield replies as they come, until there is no order left without one.
 
         Args:
             closed: Asked between two replies; what is not None ends it.
+            more: Whether something else is waited for, once there is no such order.
 
         Raises:
             ConnectionError: The SuperLink is gone, which is no client's fault.
         """
-        while self._waiting:
+        while self._waiting or more():
             arrived = False
             # One at a time: a reply that cannot be unpacked raises, and must not take others along.
             for identifier in list(self._waiting):
@@ -99,7 +104,7 @@ class Mail:
                         return
             if closed() is not None:
                 return
-            if self._waiting and not arrived:
+            if (self._waiting or more()) and not arrived:
                 time.sleep(self._poll_s)
 
     def arrived(self) -> list[Reply]:

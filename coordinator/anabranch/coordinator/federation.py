@@ -244,6 +244,15 @@ def clients_asked(known: int, fraction: float) -> int:
     return max(1, round(fraction * known))
 
 
+def to_a_signed_key(sealed: bool, info: ValidationInfo) -> bool:
+    """Validates a field ``sealed`` after a field ``signed``."""
+    if sealed and not info.data.get("signed"):
+        raise PydanticCustomError(
+            "sealed", "set signed = true: without, a relay could have them sealed to itself"
+        )
+    return sealed
+
+
 class FederationConfig(BaseModel):
     """What a coordinator runs."""
 
@@ -327,14 +336,7 @@ class FederationConfig(BaseModel):
         check_ranks(self.codec, self.recipe, self.trains, self.down_codec)
         return self
 
-    @field_validator("sealed")
-    @classmethod
-    def _to_a_signed_key(cls, sealed: bool, info: ValidationInfo) -> bool:
-        if sealed and not info.data.get("signed"):
-            raise PydanticCustomError(
-                "sealed", "set signed = true: without, a relay could have them sealed to itself"
-            )
-        return sealed
+    _sealed_is_signed = field_validator("sealed")(to_a_signed_key)
 
 
 def write_federation(config: FederationConfig, folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -27,6 +27,8 @@ class Roster:
     Args:
         poll_s: Seconds between two looks for replies.
         on_trouble: Told of every node that could not be met, and why.
+        uploaders: Says which clients take part without a node, by uploading; they are known under
+            numbers below 0, which no node has.
         on_met: Told of every node that said its name.
         met: What ``on_met`` was told in earlier runs. Flower keeps a SuperNode's number as long as
             it keeps its own database, and gives it to no other: who was met need not be asked.
@@ -36,10 +38,11 @@ class Roster:
         self,
         poll_s: float,
         on_trouble: Callable[[str, str], None],
+        uploaders: Callable[[], Sequence[str]] = lambda: (),
         on_met: Callable[[int, str], None] = lambda node, name: None,
         met: Mapping[int, str] | None = None,
     ) -> None:
-        self._poll_s = poll_s
+        self._poll_s, self._uploaders = poll_s, uploaders
         self._on_trouble, self._on_met = on_trouble, on_met
         self._met = dict(met or {})
         self._names: dict[int, str] = {}
@@ -79,6 +82,10 @@ class Roster:
         late = {f"meet-{node}" for node, at_s in self._retry_at.items() if at_s <= now}
         for reply in self._mail.give_up(overdue, late.__contains__):
             self._meet(reply)
+        # Who has a node as well is asked there.
+        met = set(self._names.values())
+        uploaders = [name for name in self._uploaders() if name not in met]
+        self._names |= {-number: name for number, name in enumerate(uploaders, start=1)}
 
     def doubt(self, node: int) -> None:
         """Ask a node for its name again: it may have changed it since it was met."""

@@ -30,6 +30,7 @@ from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.rounds.control import Control, Want
 from anabranch.coordinator.rounds.driver import SuspendedError, was_closed
 from anabranch.coordinator.rounds.one_round import OneRound, refuse
+from anabranch.coordinator.rounds.uploaders import joined
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
 from anabranch.coordinator.start import adapter_record
 from anabranch.coordinator.store import Store, TakenError
@@ -85,6 +86,7 @@ class MergeStrategy(Strategy):
         self.roster = Roster(
             config.poll_s,
             lambda node, why: store.note("meet-failed", {"node": node, "reason": why}),
+            lambda: joined(store),
             lambda node, name: store.note("met", {"node": str(node), "name": name}),
             {int(row["node"]): row["name"] for row in store.notes("met")},
         )
@@ -287,7 +289,7 @@ class MergeStrategy(Strategy):
         asked = {
             node: name
             for node, name in self.roster.nodes().items()
-            if name not in without and node not in busy
+            if name not in without and node not in busy and node >= 0
         }
         whole = self.service.start(self.plan(server_round), self._here.key)
         orders = self._here.orders.evaluate(asked, whole)

@@ -49,10 +49,10 @@ class Trust:
 
         Args:
             plan: The round's.
-            planned_s: When it was planned, before an interruption; None is now.
+            planned_s: When it was planned, in Unix seconds; None: now.
         """
         seal = new_seal_key() if self.sealed else None
-        self.rounds[plan.round] = planned_s or int(time.time()), seal
+        self.rounds[plan.round] = int(time.time()) if planned_s is None else planned_s, seal
         return plan if seal is None else plan.model_copy(update={"seal_to": seal.public.hex()})
 
     def seal(self, number: int) -> SealKey | None:

@@ -61,9 +61,15 @@ def within(
         ValueError: The budget is too small for a single entry of each tensor.
     """
     tables = {name: _table(tensor, codec) for name, tensor in tensors.items()}
-    aim, best = float(budget_bytes), None
+    aim = float(budget_bytes)
+    best: Message | None = None
+    before: dict[str, float] | None = None
     for _ in range(_TRIES):
-        message = encode(_choose(tables, 8 * aim))
+        densities = _choose(tables, 8 * aim)
+        # More bytes would not lower the error, or fewer are not to be had: a same message says so.
+        if densities == before:
+            break
+        message, before = encode(densities), densities
         size = len(message.blob)
         if size <= budget_bytes and (best is None or size > len(best.blob)):
             best = message

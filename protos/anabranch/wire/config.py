@@ -22,11 +22,14 @@ class CodecConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["ternary", "two-bit", "dense", "sign", "rotated", "dare", "ranks"] = "ternary"
+    name: Literal["ternary", "two-bit", "dense", "sign", "rotated", "axes", "dare", "ranks"] = (
+        "ternary"
+    )
     """``ternary`` keeps the largest entries as signs times a scale; ``two-bit`` as signs times one
     of two scales; ``dense`` keeps them all; ``sign`` keeps the sign of each, ``rotated`` a few bits
-    of each after a random rotation; ``dare`` keeps a random share of them, enlarged; ``ranks``
-    keeps signs and the ranks of magnitudes, for a recipe that votes on them."""
+    of each after a random rotation; ``axes`` all of them, in even steps along the axes of each
+    matrix, at the bits that a given loss takes; ``dare`` keeps a random share of them, enlarged;
+    ``ranks`` keeps signs and the ranks of magnitudes, for a recipe that votes on them."""
 
     density: float = Field(0.1, gt=0, le=1)
     """Share of each tensor's entries that ``ternary`` and ``two-bit`` keep, by magnitude, and
@@ -43,6 +46,10 @@ class CodecConfig(BaseModel):
 
     bits: int = Field(2, ge=1, le=8)
     """Of an entry, where it is ``rotated``; coded, a little less."""
+
+    loss: float = Field(1e-3, ge=1e-10, le=0.1)
+    """What ``axes`` may lose: the squared error over the squared norm of the update. It is about
+    that; less where much of the update is below the step that this allows."""
 
     feedback: float = Field(1.0, ge=0, le=1)
     """Error feedback: share of what an update left out that the client adds to its next one."""

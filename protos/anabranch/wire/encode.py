@@ -82,7 +82,12 @@ def _encode(
 ) -> Encoded:
     """``encode_update``, at the densities given where they differ from the configuration's."""
     chosen = codec_for(codec)
-    frames, payloads, sent = _pack_frames(tensors, chosen, codec, meta, densities)
+    own = {
+        name: codec.model_copy(update={"density": density}) for name, density in densities.items()
+    }
+    if chosen.level is not None:
+        own.update(chosen.level(tensors, codec))
+    frames, payloads, sent = _pack_frames(tensors, chosen, codec, meta, own)
     weighed, more, _ = _pack_frames(square_roots(importance or {}), IMPORTANCE, codec, meta, {})
     header = write_header(Manifest(meta, chosen.name, frames, importance=weighed), key)
     return Encoded(b"".join([header, *payloads, *more]), sent)
@@ -93,7 +98,7 @@ def _pack_frames(
     chosen: Codec[Any],
     codec: CodecConfig,
     meta: UpdateMeta,
-    densities: Mapping[str, float],
+    own: Mapping[str, CodecConfig],
 ) -> tuple[tuple[FrameInfo, ...], list[bytes], dict[str, Tensor]]:
     """Rows of the manifest, payloads, and what a receiver will read, by name."""
     sent: dict[str, Tensor] = {}
@@ -104,11 +109,9 @@ def _pack_frames(
         for name in names:
             if tensors[name].ndim > RANK:
                 raise ValueError(f"{name} has {tensors[name].ndim} dimensions, beyond {RANK}")
-            own = codec
-            if name in densities:
-                own = codec.model_copy(update={"density": densities[name]})
             try:
-                forms.append(chosen.reduce(tensors[name], own, seed_of(meta, name)))
+                seed = seed_of(meta, name)
+                forms.append(chosen.reduce(tensors[name], own.get(name, codec), seed))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             sent[name] = forms[-1].dense()

@@ -5,8 +5,7 @@ Reading one needs no torch, touches no payload, and believes no length before it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
 
 from google.protobuf.message import DecodeError
 
@@ -168,26 +167,22 @@ def _from_message(message: pb.Manifest, start: int, raw: bytes) -> Manifest:
 
 
 def _frame_info(frame: pb.Frame) -> FrameInfo:
-    count = len(frame.names)
-    sparse = len(frame.nonzeros) > 0
-    columns: list[Sequence[Any]] = [frame.ranks]
-    columns += [frame.nonzeros, frame.scales] if sparse or frame.scales else []
-    if any(len(column) != count for column in columns):
+    # Lists, since each look into a field of protobuf's makes an object.
+    names, ranks, dims = list(frame.names), list(frame.ranks), list(frame.dims)
+    nonzeros: list[int | None] = list(frame.nonzeros)
+    scales: list[float | None] = list(frame.scales)
+    count = len(names)
+    if not nonzeros and not scales:
+        nonzeros, scales = [None] * count, [None] * count
+    if any(len(column) != count for column in (ranks, nonzeros, scales)):
         raise WireError("manifest", "a frame's columns differ in length")
-    if sum(frame.ranks) != len(frame.dims) or any(rank > RANK for rank in frame.ranks):
+    if sum(ranks) != len(dims) or any(rank > RANK for rank in ranks):
         raise WireError("manifest", f"a frame's ranks do not add up, or one is beyond {RANK}")
     if len(frame.digest) != DIGEST_BYTES:
         raise WireError("manifest", f"a digest has {len(frame.digest)} bytes, not {DIGEST_BYTES}")
-    dims = iter(frame.dims)
-    tensors = tuple(
-        TensorInfo(
-            name,
-            tuple(next(dims) for _ in range(rank)),
-            frame.nonzeros[row] if sparse else None,
-            frame.scales[row] if sparse else None,
-        )
-        for row, (name, rank) in enumerate(zip(frame.names, frame.ranks, strict=True))
-    )
+    ends = accumulate(ranks)
+    shapes = [tuple(dims[end - rank : end]) for rank, end in zip(ranks, ends, strict=True)]
+    tensors = tuple(map(TensorInfo, names, shapes, nonzeros, scales))
     info = FrameInfo(frame.codec, tensors, frame.raw_bytes, frame.payload_bytes, frame.digest)
     if info.entries != frame.entries:
         raise WireError("counts", f"a frame claims {frame.entries} entries, not {info.entries}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from anabranch.wire.limits import DIGEST_BYTES, HASH_BYTES, NONCE_BYTES, TEXT_BYTES
@@ -77,7 +78,7 @@ class TensorInfo:
     nonzeros: int | None = None
     scale: float | None = None
 
-    @property
+    @cached_property
     def entries(self) -> int:
         """Product of the shape."""
         return math.prod(self.shape)
@@ -101,7 +102,7 @@ class FrameInfo:
     payload_bytes: int
     digest: bytes
 
-    @property
+    @cached_property
     def entries(self) -> int:
         """Entries of all its tensors."""
         return sum(tensor.entries for tensor in self.tensors)

@@ -6,6 +6,7 @@ Other federations of the same clients (FedAvg, nobody attacks), clients alone, a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from anabranch.aggregation.recipe import Recipe
 from anabranch.client.app import client_seed
@@ -18,7 +19,9 @@ from anabranch.simulation.task import SimulatedTask
 from anabranch.vectors import Adapter
 from anabranch.wire.config import CodecConfig
 
-NO_BASELINES = Baselines(local_only=False, fedavg=False, oracle=False, unattacked=False)
+NO_BASELINES = Baselines(
+    local_only=False, fedavg=False, oracle=False, unattacked=False, undefended=False
+)
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Metrics per split and group: ``scores["test"]["bbc"]["accuracy"]``."""
@@ -37,6 +40,7 @@ def fedavg_of(scenario: Scenario) -> Scenario:
             "down_codec": None,
             "max_norm": None,
             "signed": False,
+            "sealed": False,
             "secure": None,
             "privacy": None,
             "gate": None,
@@ -55,6 +59,31 @@ def unattacked_of(scenario: Scenario) -> Scenario:
     """The same federation with everybody honest: what the attack cost."""
     return scenario.model_copy(
         update={"attackers": (), "evaluate_every": 0, "baselines": NO_BASELINES}
+    )
+
+
+def undefended_of(scenario: Scenario) -> Scenario:
+    """The same federation and attack where nothing defends: a plain mean of ΔW."""
+    update: dict[str, Any] = {
+        "recipe": Recipe(method="mean", refactor=scenario.recipe.refactor),
+        "gate": None,
+        "max_norm": None,
+        "privacy": None,
+        "evaluate_every": 0,
+        "baselines": NO_BASELINES,
+    }
+    if scenario.codec.name == "ranks":
+        # Ranks are votes; a mean takes sizes.
+        update["codec"] = CodecConfig(name="dense", feedback=0.0)
+    return scenario.model_copy(update=update)
+
+
+def has_defence(scenario: Scenario) -> bool:
+    """Whether a scenario merges by more than the plain mean it would be compared with."""
+    bare = undefended_of(scenario)
+    return any(
+        getattr(scenario, name) != getattr(bare, name)
+        for name in ("recipe", "gate", "max_norm", "privacy")
     )
 
 

@@ -13,6 +13,7 @@ from anabranch.coordinator.registry import KEYS_FOLDER
 from anabranch.coordinator.store import FolderStore
 from anabranch.coordinator.store.folder import ARTIFACTS, JOURNAL
 from anabranch.simulation.scenario import Scenario, load_scenario, write_scenario
+from anabranch.simulation.validation import TASK_FILE
 
 CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE = (
     "config.toml",
@@ -20,11 +21,12 @@ CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE = (
     "report.html",
     "scores.json",
 )
-FEDAVG_FOLDER, UNATTACKED_FOLDER = "fedavg", "unattacked"
+FEDAVG_FOLDER, UNATTACKED_FOLDER, UNDEFENDED_FOLDER = "fedavg", "unattacked", "undefended"
 RUN_NAMES = frozenset(
     {
         CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE, FEDAVG_FOLDER, ADAPTER_FOLDER,
-        UNATTACKED_FOLDER, START_FOLDER, FEDERATION_FILE, KEYS_FOLDER, JOURNAL, ARTIFACTS, "flower",
+        UNATTACKED_FOLDER, UNDEFENDED_FOLDER, START_FOLDER, FEDERATION_FILE, KEYS_FOLDER, JOURNAL,
+        ARTIFACTS, TASK_FILE, "flower",
         f"{ADAPTER_FOLDER}.new", f"{ADAPTER_FOLDER}.old", "scores.partial",
     }
 )  # fmt: skip

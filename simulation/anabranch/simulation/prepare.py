@@ -77,11 +77,12 @@ def _check_attackers(scenario: Scenario, session: Session) -> None:
     assert isinstance(task, SimulatedTask)
     for index, attackers in enumerate(scenario.attackers):
         kind, _ = resolve_kind(attackers, f"attackers.{index}")
-        if kind.tamper is not None and scenario.secure is not None:
-            raise ValueError(
-                f"attackers.{index}.kind: {kind.name} rewrites an encoded update, and secure "
-                "aggregation sends masked ones; leave secure out, or choose another kind"
-            )
+        for field, sent in (("secure", "masked"), ("sealed", "sealed")):
+            if kind.tamper is not None and getattr(scenario, field):
+                raise ValueError(
+                    f"attackers.{index}.kind: {kind.name} rewrites an encoded update, and with "
+                    f"{field} clients send {sent} ones; leave {field} out, or choose another kind"
+                )
     victims(session, scenario.plot(task.num_partitions))
 
 

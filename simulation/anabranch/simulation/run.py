@@ -21,10 +21,12 @@ from anabranch.simulation.baselines import (
     NO_BASELINES,
     Scores,
     fedavg_of,
+    has_defence,
     oracle,
     score,
     train_alone,
     unattacked_of,
+    undefended_of,
 )
 from anabranch.simulation.engine.threads import ClientThreads, at_once
 from anabranch.simulation.federation import Progress, run_federation, silent
@@ -34,6 +36,7 @@ from anabranch.simulation.folder import (
     SCORES_FILE,
     SUMMARY_FILE,
     UNATTACKED_FOLDER,
+    UNDEFENDED_FOLDER,
     open_folder,
 )
 from anabranch.simulation.phases import Phases
@@ -98,6 +101,10 @@ def simulate(
         "fedavg": (wanted.fedavg, fedavg_of, FEDAVG_FOLDER, "FedAvg baseline"),
         "unattacked": (
             wanted.unattacked and bool(plot.bands), unattacked_of, UNATTACKED_FOLDER, "unattacked",
+        ),
+        "undefended": (
+            wanted.undefended and bool(plot.bands) and has_defence(scenario),
+            undefended_of, UNDEFENDED_FOLDER, "undefended",
         ),
     }  # fmt: skip
     for name, (asked, other_of, inner, phase) in others.items():

@@ -30,6 +30,7 @@ from anabranch.coordinator.federation import (
     check_ranks,
     clients_asked,
     keyed_error,
+    to_a_signed_key,
 )
 from anabranch.coordinator.gate import SCORER_PATTERN, GateConfig
 from anabranch.coordinator.privacy.config import why_not_counted
@@ -71,6 +72,9 @@ class Baselines(BaseModel):
     """One adapter trained on everybody's data together, as many samples and steps."""
     unattacked: bool = True
     """The same federation with everybody honest; only where somebody attacks."""
+    undefended: bool = True
+    """The same attack on a plain mean of ΔW, without steps, suspicion, gate, cap or privacy; only
+    where somebody attacks and the scenario has more than that."""
 
 
 class SimulatedGate(GateConfig):
@@ -107,6 +111,8 @@ class Scenario(BaseModel):
     """Largest ‖update‖₂ admitted; None sets no cap."""
     signed: bool = False
     """Everybody signs, with keys drawn from the seed; what is not signed is refused."""
+    sealed: bool = False
+    """Updates are sealed to a key that the coordinator makes for each round; needs ``signed``."""
     evaluate_every: int = Field(1, ge=0)
     """Score the adapter on the clients' validation data every so many rounds; 0 never."""
     task: TaskConfig = TaskConfig()
@@ -141,6 +147,8 @@ class Scenario(BaseModel):
     interrupted is lost."""
     baselines: Baselines = Baselines()
     """What to compare with."""
+
+    _sealed_is_signed = field_validator("sealed")(to_a_signed_key)
 
     # The validators raise what pydantic nests: its keys come to stand under the field's own.
     @field_validator("train", mode="before")
@@ -200,6 +208,7 @@ class Scenario(BaseModel):
             store=StoreConfig(url=JOURNAL_URL),
             max_norm=self.max_norm,
             signed=self.signed,
+            sealed=self.sealed,
             evaluate_every=self.evaluate_every,
             codec=self.codec,
             down=self.down,

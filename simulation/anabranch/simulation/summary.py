@@ -16,6 +16,7 @@ from anabranch.coordinator.privacy.ledger import read_ledger
 from anabranch.coordinator.store import Store
 from anabranch.simulation.attacks.outcome import outcome
 from anabranch.simulation.baselines import Scores
+from anabranch.simulation.defence import defence
 from anabranch.simulation.scenario import Scenario
 from anabranch.simulation.task import display_names
 from anabranch.vectors import Adapter
@@ -29,6 +30,8 @@ ABOUT = {
     "on the client's test data",
     "merged": "this federation's adapter, on the client's test data",
     "unattacked": "the same federation with every client honest, on the client's test data",
+    "undefended": "the same attack on a plain mean of task vectors with nothing else, on the "
+    "client's test data",
     "oracle": "one adapter trained on everybody's data with as many steps and samples, "
     "on the client's test data",
     "update_bytes": "mean size of one update; fp16 and fp32 are the dense adapter's entries alone",
@@ -41,7 +44,8 @@ class Measured:
 
     Attributes:
         store: The federation's journal and artifacts.
-        scores: Scores per adapter: base, merged, fedavg, unattacked, oracle, local-0, …
+        scores: Scores per adapter: base, merged, fedavg, unattacked, undefended, oracle,
+            local-0, …
         groups: Group of each client.
         scored: The client that stands for each group.
         start: The adapter of the first round: as many entries as a dense update has.
@@ -104,12 +108,14 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
                 "fedavg": measured.accuracy("fedavg", group),
                 "merged": measured.accuracy("merged", group),
                 "unattacked": measured.accuracy("unattacked", group),
+                "undefended": measured.accuracy("undefended", group),
                 "oracle": measured.accuracy("oracle", group),
                 "attacks": None if band is None else band.attackers.kind,
             }
         )
     columns = (
-        "base", "local_only", "local_only_own", "fedavg", "merged", "unattacked", "oracle",
+        "base", "local_only", "local_only_own", "fedavg", "merged", "unattacked", "undefended",
+        "oracle",
     )  # fmt: skip
     store = measured.store
     latest = store.latest()
@@ -133,6 +139,7 @@ def summarise(scenario: Scenario, measured: Measured, total_s: float) -> dict[st
         "rounds": _rounds(store),
         "privacy": _privacy(scenario, store),
         "attack": outcome(plot, store, measured.scores, names),
+        "defence": defence(scenario, plot, store, names),
         "suspicions": _suspicions(store),
         "refused": [row.model_dump() for row in store.refusals()],
         "adapter_hash": latest.adapter_hash if latest else measured.start.hash(),

@@ -243,3 +243,36 @@ def test_what_cannot_be_judged_is_refused(make_cohort: Make) -> None:
         merge(ends, recipe("fedit", action="weigh_down"), start=start)
     with pytest.raises(ValueError, match="suspicion: judges the factors of adapters"):
         merge_task_vectors([task_vector(end, start) for end in ends], recipe())
+
+
+def test_every_signal_has_a_score_and_a_reason_for_who_it_speaks_against(
+    make_cohort: Make, plant: Plant
+) -> None:
+    """Found or not: one contribution for each signal, each in words of its own."""
+    start, ends = make_cohort(0)
+    ends[3] = plant(ends[3], MODULE, 8.0, keep_norm=True)
+    ends[5] = ends[6] = ends[1]
+    enlarged = {
+        name: LoraFactors(one.a_rn, 10 * one.b_mr, one.alpha) for name, one in ends[2].lora.items()
+    }
+    ends[2] = Adapter(enlarged, base_hash=start.base_hash)
+    report = merge(ends, recipe(action="note"), start=start).report.suspicion
+    assert report is not None
+    strongest = report["strongest"]
+    words = {
+        ("contribution 3", "spectrum"): f"{MODULE}: its first singular direction holds",
+        ("contribution 2", "energy"): "times the cohort's median",
+        ("contribution 2", "factors"): "B changed",
+        ("contribution 6", "cosine"): "one of 3 that lie together",
+    }
+    for (client, signal), said in words.items():
+        one = strongest[client][signal]  # type: ignore[index]
+        assert said in one["why"], one
+        assert one["score"] >= 6.0
+    assert strongest["contribution 3"]["spectrum"]["module"] == MODULE
+    for client, signals in strongest.items():
+        largest = max((one["score"] for one in signals.values()), default=0.0)
+        assert report["scores"][client] == largest
+    for one in report["findings"]:
+        assert strongest[one["client"]][one["signal"]]["score"] >= one["score"]
+    json.dumps(report)

@@ -196,3 +196,37 @@ def test_a_line_torn_by_a_crash_is_dropped_and_writing_goes_on(tmp_path: Path) -
     assert (tmp_path / "metrics.jsonl").stat().st_size == size
     assert again.admit(contribution(1, "b"))
     assert [row.client for row in FolderStore(tmp_path).contributions(1)] == ["a", "b"]
+
+
+def test_another_process_admits_only_while_a_round_collects(open_again: Opener) -> None:
+    store = open_again()
+    store.note("state", {"round": 1, "state": "collecting"})
+    assert store.admit_collecting(contribution(1, "a"))
+    assert not store.admit_collecting(contribution(1, "a", "other"))
+    store.note("state", {"round": 1, "state": "merging"})
+    with pytest.raises(TakenError, match="round 1 takes no update any more"):
+        store.admit_collecting(contribution(1, "b"))
+    assert store.admit(contribution(1, "b"))
+    assert store.admit_collecting(contribution(2, "a"))
+    # A rollback takes the number of the round that was collecting.
+    store.publish(publication(store, 2), {"round": 2, "status": "rolled-back"})
+    with pytest.raises(TakenError, match="round 2"):
+        store.admit_collecting(contribution(2, "b"))
+
+
+def test_what_happened_is_read_from_a_cursor_on(open_again: Opener) -> None:
+    store = open_again()
+    store.note("planned", {"round": 1, "asked": ["a", "b"]})
+    store.admit(contribution(1, "a"))
+    store.refuse(Refusal(round=1, client="b", code="norm", reason="too large"))
+    assert store.last_note("planned") == {"round": 1, "asked": ["a", "b"]}
+    assert store.last_note("state") is None
+    found = open_again().history()
+    assert [row.event for row in found] == ["planned", "admitted", "refused"]
+    assert found[1].facts["client"] == "a"
+    assert found[2].facts["code"] == "norm"
+    assert 0 < found[0].cursor < found[1].cursor < found[2].cursor
+    assert found[0].time_s <= found[2].time_s
+    rest = store.history(found[0].cursor, 1)
+    assert rest == found[1:2]
+    assert store.history(found[2].cursor) == []

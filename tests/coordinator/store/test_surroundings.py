@@ -117,7 +117,7 @@ def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
     for ahead_s, fine in ((-1e6, True), (7200, False)):
         receipt = Receipt(
             kind="abandoned", federation="f", run="r", round=1, time_s=time.time() + ahead_s,
-            software="test", base_hash="b", start_hash="s", recipe={}, reason="few",
+            software="test", base_hash="ab" * 32, start_hash="cd" * 32, reason="few",
         )  # fmt: skip
         data = encode_receipt(receipt, None)
         if fine:

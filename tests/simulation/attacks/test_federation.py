@@ -20,7 +20,7 @@ from anabranch.simulation.scenario import Scenario
 from anabranch.wire import decode_update, read_manifest
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 8}
-NOTHING = {"local_only": False, "fedavg": False, "oracle": False, "unattacked": False}
+NOTHING = dict.fromkeys(("local_only", "fedavg", "oracle", "unattacked", "undefended"), False)
 
 
 @pytest.fixture(autouse=True)
@@ -230,5 +230,8 @@ def test_a_scenario_whose_attack_cannot_be_is_refused_before_anything_is_written
     secure = scenario("scale_inflation", secure={}, **given)
     with pytest.raises(ValueError, match=r"attackers\.0\.kind: scale_inflation rewrites an enc"):
         prepare(secure)
+    sealed = scenario("scale_inflation", signed=True, sealed=True)
+    with pytest.raises(ValueError, match=r"with sealed clients send sealed ones; leave sealed out"):
+        prepare(sealed)
     with pytest.raises(ValueError, match=r"attackers\.0: 8 of the 8 clients left would attack"):
         prepare(scenario("alie", count=8))

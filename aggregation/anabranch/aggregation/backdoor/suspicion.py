@@ -42,11 +42,24 @@ class Finding(TypedDict):
     """What was done about it."""
 
 
+class Strongest(TypedDict):
+    """What of one signal stands out most in one contribution, found or not."""
+
+    score: float
+    """Robust z-score."""
+    module: str | None
+    """Where; None: in the whole task vector."""
+    why: str
+    """The same in words."""
+
+
 class SuspicionReport(TypedDict):
     """What a merge says of its cohort; plain values, so that a journal can keep it."""
 
     scores: dict[str, float]
     """Each contribution's largest score."""
+    strongest: dict[str, dict[Signal, Strongest]]
+    """The same by signal, with where and why; a signal that nothing speaks for is left out."""
     findings: tuple[Finding, ...]
     """Who stood out, the largest score first."""
 
@@ -57,6 +70,7 @@ class Suspicion:
 
     Attributes:
         scores: Each contribution's largest score, found or not.
+        strongest: The same by signal, with where and why.
         findings: Those at or above the threshold, the largest first.
         rows: Of which contribution each finding is, by place: two may be of one client.
     """
@@ -64,6 +78,7 @@ class Suspicion:
     scores: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     rows: tuple[int, ...] = ()
+    strongest: Mapping[str, dict[Signal, Strongest]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,24 +160,31 @@ def suspect(
         cosines_CC = cosines(gram_CC).tolist()
         judged += _copies(cosines_CC, names, config) + _against(cosines_CC)
     largest = dict.fromkeys(names, 0.0)
+    strongest: dict[str, dict[Signal, Strongest]] = {name: {} for name in names}
     findings: list[tuple[int, Finding]] = []
-    for row, module, signal, score, why in judged:
-        name = names[row]
-        largest[name] = max(largest[name], round(score, 2))
-        if score >= config.threshold:
+    for row, module, signal, exact, why in judged:
+        name, score = names[row], round(exact, 2)
+        largest[name] = max(largest[name], score)
+        mine = strongest[name]
+        if signal not in mine or score > mine[signal]["score"]:
+            mine[signal] = Strongest(score=score, module=module, why=why)
+        if exact >= config.threshold:
             action = "note" if name in config.allow else config.actions.get(signal, config.action)
             finding = Finding(
                 client=name,
                 module=module,
                 signal=signal,
-                score=round(score, 2),
+                score=score,
                 why=why,
                 action=action,
             )
             findings.append((row, finding))
     findings.sort(key=lambda one: (-one[1]["score"], one[0], one[1]["module"] or ""))
     return Suspicion(
-        largest, tuple(finding for _, finding in findings), tuple(row for row, _ in findings)
+        largest,
+        tuple(finding for _, finding in findings),
+        tuple(row for row, _ in findings),
+        strongest,
     )
 
 
@@ -258,6 +280,9 @@ def _copies(
             f"it is a copy of {names[other]} (cosine {cosines_CC[row][other]:.3f}; "
             f"the median pair has {math.tanh(of.median):.2f})"
         )
+        together = 1 + sum(cosines_CC[row][i] >= config.alike for i in range(count) if i != row)
+        if together > 2:
+            why += f", one of {together} that lie together"
         found.append((row, None, "cosine", score, why))
     return found
 

@@ -168,7 +168,11 @@ def merge_adapters(
         cosine=tuple(tuple(row) for row in cosines(total_gram(grams, len(cohort))).tolist()),
         suspicion=None
         if suspicion is None or decided is None
-        else SuspicionReport(scores=dict(suspicion.scores), findings=decided.findings),
+        else SuspicionReport(
+            scores=dict(suspicion.scores),
+            strongest=dict(suspicion.strongest),
+            findings=decided.findings,
+        ),
     )
     return MergeResult(adapter, report)
 

@@ -83,10 +83,10 @@ class Driver:
         """Orders went to so many clients, beside the updates that are held already, or owed."""
         self.happen(Asked(self._clock(), waiting, admitted, owed))
 
-    def admitted(self, late: bool, replaces: bool = False) -> None:
-        """An update counts: an earlier round's, or in place of another of its client."""
+    def admitted(self, late: bool, replaces: bool = False, beside: bool = False) -> None:
+        """An update counts: an earlier round's, in another's place, or of a client given up."""
         if self.round.state is State.COLLECTING:
-            self.happen(Admitted(self._clock(), late, replaces))
+            self.happen(Admitted(self._clock(), late, replaces, beside))
 
     def lost(self, late: bool = False) -> None:
         """A client will not contribute what it was asked for, in an earlier round if late."""

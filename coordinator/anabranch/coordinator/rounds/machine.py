@@ -112,11 +112,13 @@ class Admitted:
         at_s: When.
         late: It is an earlier round's.
         replaces: Another of its client counted until then, and does no more.
+        beside: Its client was given up before.
     """
 
     at_s: float
     late: bool = False
     replaces: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,11 +291,13 @@ def _counted(now: Round, event: Event) -> Round:
             )
         case Admitted():
             moved = min(event.at_s + terms.progress_s, now.began_s + terms.cap_s)
+            found = event.beside and now.lost > 0
             # A late one leaves as many of the round's own to come as before.
             return replace(
                 now,
-                asked=now.asked + event.late - event.replaces,
+                asked=now.asked + event.late + (event.beside and not found) - event.replaces,
                 admitted=now.admitted + 1 - event.replaces,
+                lost=now.lost - found,
                 owed=max(0, now.owed - event.late),
                 ends_s=max(now.ends_s, moved),
             )

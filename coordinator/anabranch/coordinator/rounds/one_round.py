@@ -19,9 +19,11 @@ from anabranch.coordinator.gate import judged
 from anabranch.coordinator.in_service import InService, in_service
 from anabranch.coordinator.privacy.budget import spent_with
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
+from anabranch.coordinator.rounds.control import LOOK_S
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
 from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
 from anabranch.coordinator.rounds.stragglers import Counted, carried, told
+from anabranch.coordinator.rounds.uploaders import Arrivals
 from anabranch.coordinator.secure.round import SecureRound, Sums
 from anabranch.coordinator.start import Start
 from anabranch.coordinator.store import Contribution, Refusal, Store
@@ -66,6 +68,8 @@ class OneRound:
         self._secure: SecureRound | None = None
         self._refused = self._refused_bytes = 0
         self._heard: set[str] = set()  # clients of which an update counts
+        self._uploaders: list[str] = []  # asked, and without a node
+        self._arrivals = Arrivals(number, here.store, LOOK_S)
         self._unusable: set[tuple[str, int]] = set()  # carried no further, by client and round
         self.driver = Driver(number, terms_of(here.config, deadline_s), here.store, here.control)
         self.counted = Counted()
@@ -87,14 +91,18 @@ class OneRound:
             "round": self._number,
             "asked": sorted(asked.values()),
             "start_hash": self.plan.start_hash,
-            "at_s": int(time.time()),
+            "planned_s": int(time.time()),
         }
         here.store.note("planned", facts)
         if here.config.secure is None:
             self._check_carried()
             self._heard = done | {one.row.client for one in self._count().late}
             self.driver.asked(len(asked), len(self._heard), len(owed))
-            return here.orders.train(asked)
+            self._arrivals.begin(asked.values(), done)
+            # Who has no node uploads.
+            nodes = {node: name for node, name in asked.items() if node >= 0}
+            self._uploaders = [name for node, name in asked.items() if node < 0]
+            return here.orders.train(nodes)
         assert here.trust is not None
         self._secure = SecureRound(
             here.config, here.config.secure, here.orders.whole, here.store, here.trust, grid
@@ -109,10 +117,13 @@ class OneRound:
         stale = Closed("closed", "too many rounds were published before it came")
         yield from mail.give_up(stale, self._is_too_late)
         yield from mail.send(orders)
-        yield from mail.arrivals(self.driver.closed)
+        yield from mail.arrivals(self._closed, self._arrivals.waits)
         closed = self.driver.closed()
         assert closed is not None  # every order has its reply
         yield from mail.give_up(closed, self._is_too_late)
+        if self._is_too_late(str(self._number)):
+            for client in self._arrivals.missing(self._uploaders):
+                self.refuse(self._number, client, RefusedError(closed.code, closed.reason))
 
     def admit(self, incoming: Iterable[Reply]) -> None:
         """Count what can be counted of these replies, and record why the rest cannot."""
@@ -122,6 +133,9 @@ class OneRound:
             try:
                 self._admit(reply, client, number)
             except RefusedError as error:
+                # An upload was first; it counts, and its client is not lost.
+                if number == self._number and client in self._arrivals.uploaded:
+                    continue
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
@@ -130,9 +144,12 @@ class OneRound:
                 if number != self._number:
                     self.driver.lost(late=True)
                 elif client is not None:
+                    self._arrivals.lost(client)
                     self.driver.lost()
             else:
                 assert client is not None
+                if number == self._number:
+                    self._arrivals.answered(client)
                 self.driver.admitted(number != self._number, client in self._heard)
                 self._heard.add(client)
         # Replies that Flower's own loop did not bring will not come.
@@ -227,6 +244,14 @@ class OneRound:
             facts["carried"] = told(self.counted.late)
         return facts
 
+    def _closed(self) -> Closed | None:
+        """Why nothing more is waited for, once what was uploaded meanwhile is counted."""
+        if self._secure is None:
+            for client, expected in self._arrivals.new():
+                self.driver.admitted(False, client in self._heard, beside=not expected)
+                self._heard.add(client)
+        return self.driver.closed()
+
     def _admit(self, reply: Reply, client: str | None, number: int) -> None:
         """Count the reply to an order of a round.
 
@@ -314,5 +339,6 @@ def refuse(store: Store, number: int, client: str | None, error: RefusedError) -
 
 def first_planned(store: Store, number: int) -> int | None:
     """When a round was planned first, in Unix seconds: what was made since then is fresh."""
-    times = [row["at_s"] for row in store.notes("planned") if row["round"] == number]
+    rows = [row for row in store.notes("planned") if row["round"] == number]
+    times = [row["planned_s"] for row in rows if "planned_s" in row]
     return min(times, default=None)

@@ -2,6 +2,7 @@
 
 from anabranch.coordinator.store.base import Contribution as Contribution
 from anabranch.coordinator.store.base import FullError as FullError
+from anabranch.coordinator.store.base import Happening as Happening
 from anabranch.coordinator.store.base import Publication as Publication
 from anabranch.coordinator.store.base import Refusal as Refusal
 from anabranch.coordinator.store.base import Store as Store

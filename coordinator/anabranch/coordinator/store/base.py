@@ -61,6 +61,22 @@ class Publication(BaseModel):
     """What the merge reported: who took part, truncation error, similarity."""
 
 
+class Happening(BaseModel):
+    """One thing that happened in a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cursor: int
+    """Its place: later ones have larger numbers."""
+    time_s: float
+    event: str
+    facts: dict[str, Any]
+
+
+CLOSED = ("merging", "gating")
+"""States in which a round takes no update any more."""
+
+
 class Store(ABC):
     """Durable memory of one federation. What a method returned from survives a crash.
 
@@ -88,12 +104,24 @@ class Store(ABC):
         """Count a contribution; False, and no change, when this client has one in this round."""
 
     @abstractmethod
+    def admit_collecting(self, contribution: Contribution) -> bool:
+        """As ``admit``, for a process beside the one that runs the rounds.
+
+        Raises:
+            TakenError: The round has closed; what came after would never be counted.
+        """
+
+    @abstractmethod
     def refuse(self, refusal: Refusal) -> None:
         """Record why a reply was not counted."""
 
     @abstractmethod
     def contributions(self, round_number: int | None = None) -> list[Contribution]:
         """A round's admitted updates, sorted by client; or all, sorted by round and client."""
+
+    def contribution(self, round_number: int, client: str) -> Contribution | None:
+        """A client's admitted update of a round."""
+        return next((row for row in self.contributions(round_number) if row.client == client), None)
 
     @abstractmethod
     def refusals(self, round_number: int | None = None) -> list[Refusal]:
@@ -167,6 +195,20 @@ class Store(ABC):
     @abstractmethod
     def notes(self, event: str) -> list[dict[str, Any]]:
         """The noted rows of one kind, oldest first."""
+
+    def last_note(self, event: str) -> dict[str, Any] | None:
+        """The newest row of one kind."""
+        rows = self.notes(event)
+        return rows[-1] if rows else None
+
+    @abstractmethod
+    def history(self, after: int = 0, most: int = 1000) -> list[Happening]:
+        """What happened, oldest first: what was noted, admitted and refused.
+
+        Args:
+            after: Cursor of the last one the caller has.
+            most: How many at most.
+        """
 
     @abstractmethod
     def tidy(self) -> int:

@@ -15,7 +15,9 @@ from typing import Any
 
 from anabranch.coordinator.store.artifacts import NO_ROOM, FolderArtifacts, flush_folder, full
 from anabranch.coordinator.store.base import (
+    CLOSED,
     Contribution,
+    Happening,
     Publication,
     Refusal,
     Store,
@@ -59,6 +61,14 @@ class FolderStore(Store):
         self._append(("admitted", contribution.model_dump()))
         self._admitted.add(key)
         return True
+
+    def admit_collecting(self, contribution: Contribution) -> bool:  # noqa: D102
+        number = contribution.round
+        states = [row for row in self.notes("state") if row["round"] == number]
+        over = any(row["round"] >= number for row in self.notes("round"))
+        if over or any(row["state"] in CLOSED for row in states):
+            raise TakenError(f"round {number} takes no update any more")
+        return self.admit(contribution)
 
     def refuse(self, refusal: Refusal) -> None:  # noqa: D102
         self._append(("refused", refusal.model_dump()))
@@ -114,6 +124,18 @@ class FolderStore(Store):
             {key: value for key, value in row.items() if key not in ("event", "time")}
             for row in self._rows
             if row["event"] == event
+        ]
+
+    def history(self, after: int = 0, most: int = 1000) -> list[Happening]:  # noqa: D102
+        rows = self._rows[after : after + most]
+        return [
+            Happening(
+                cursor=cursor,
+                time_s=row["time"],
+                event=row["event"],
+                facts={key: value for key, value in row.items() if key not in ("event", "time")},
+            )
+            for cursor, row in enumerate(rows, start=after + 1)
         ]
 
     def tidy(self) -> int:

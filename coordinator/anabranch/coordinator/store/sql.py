@@ -12,15 +12,22 @@ from sqlalchemy import Connection, Engine, Select, Table, delete, func, insert, 
 from anabranch.coordinator.store import retention
 from anabranch.coordinator.store.artifacts import Artifacts
 from anabranch.coordinator.store.base import (
+    CLOSED,
     Contribution,
     FullError,
+    Happening,
     Publication,
     Refusal,
     Store,
     TakenError,
     following,
 )
-from anabranch.coordinator.store.database import federation_id, insert_once, refusing_when_full
+from anabranch.coordinator.store.database import (
+    LOCK,
+    federation_id,
+    insert_once,
+    refusing_when_full,
+)
 from anabranch.coordinator.store.schema import (
     artifacts,
     contributions,
@@ -32,6 +39,9 @@ from anabranch.coordinator.store.schema import (
     tags,
 )
 from anabranch.wire.receipt import receipt_hash
+
+LAST = 16
+"""State notes looked back at: a round has three, and again as many after each restart."""
 
 
 class SqlStore(Store):
@@ -82,14 +92,20 @@ class SqlStore(Store):
 
     def admit(self, contribution: Contribution) -> bool:  # noqa: D102
         with self._writing() as connection:
-            if not self._add(connection, contributions, contribution.model_dump(), once=True):
-                return False
-            self._hold(connection, contribution.digest, contribution.size_bytes)
-            return True
+            return self._admit(connection, contribution)
+
+    def admit_collecting(self, contribution: Contribution) -> bool:  # noqa: D102
+        with self._writing() as connection:
+            # Writers of one federation go one after the other: a round that closes after this
+            # look counts what is admitted here.
+            if self._closed(connection, contribution.round):
+                raise TakenError(f"round {contribution.round} takes no update any more")
+            return self._admit(connection, contribution)
 
     def refuse(self, refusal: Refusal) -> None:  # noqa: D102
         with self._writing() as connection:
             self._add(connection, refusals, refusal.model_dump())
+            self._add(connection, notes, {"event": "refused", "facts": refusal.model_dump()})
 
     def contributions(self, round_number: int | None = None) -> list[Contribution]:  # noqa: D102
         query = self._select(contributions)
@@ -98,6 +114,14 @@ class SqlStore(Store):
         rows = [Contribution(**row) for row in self._rows(query)]
         # Sorted here: databases sort text each by its own rules.
         return sorted(rows, key=lambda row: (row.round, row.client))
+
+    def contribution(  # noqa: D102
+        self, round_number: int, client: str
+    ) -> Contribution | None:
+        query = self._select(contributions).where(
+            contributions.c.round == round_number, contributions.c.client == client
+        )
+        return next((Contribution(**row) for row in self._rows(query)), None)
 
     def refusals(self, round_number: int | None = None) -> list[Refusal]:  # noqa: D102
         query = self._select(refusals).order_by(refusals.c.id)
@@ -165,6 +189,22 @@ class SqlStore(Store):
         query = self._select(notes).where(notes.c.event == event).order_by(notes.c.id)
         return [row["facts"] for row in self._rows(query)]
 
+    def last_note(self, event: str) -> dict[str, Any] | None:  # noqa: D102
+        query = self._select(notes).where(notes.c.event == event).order_by(notes.c.id.desc())
+        return next((row["facts"] for row in self._rows(query.limit(1))), None)
+
+    def history(self, after: int = 0, most: int = 1000) -> list[Happening]:  # noqa: D102
+        query = (
+            select(notes.c.id, notes.c.time, notes.c.event, notes.c.facts)
+            .where(notes.c.federation == self.id, notes.c.id > after)
+            .order_by(notes.c.id)
+            .limit(most)
+        )
+        return [
+            Happening(cursor=row["id"], time_s=row["time"], event=row["event"], facts=row["facts"])
+            for row in self._rows(query)
+        ]
+
     def tidy(self) -> int:  # noqa: D102
         with self._writing() as connection:
             if self._keep_rounds is not None:
@@ -173,6 +213,24 @@ class SqlStore(Store):
 
     def close(self) -> None:  # noqa: D102
         self.engine.dispose()
+
+    def _admit(self, connection: Connection, contribution: Contribution) -> bool:
+        row = contribution.model_dump()
+        if not self._add(connection, contributions, row, once=True):
+            return False
+        self._hold(connection, contribution.digest, contribution.size_bytes)
+        self._add(connection, notes, {"event": "admitted", "facts": row})
+        return True
+
+    def _closed(self, connection: Connection, number: int) -> bool:
+        """Whether a round takes no update any more."""
+        query = select(notes.c.facts).where(notes.c.federation == self.id)
+        states = query.where(notes.c.event == "state").order_by(notes.c.id.desc()).limit(LAST)
+        ends = query.where(notes.c.event == "round").order_by(notes.c.id.desc()).limit(1)
+        if any(facts["round"] >= number for facts in connection.scalars(ends)):
+            return True
+        rows = connection.scalars(states)
+        return any(facts["round"] == number and facts["state"] in CLOSED for facts in rows)
 
     def _held_bytes(self) -> int:
         query = (
@@ -251,4 +309,7 @@ class SqlStore(Store):
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         with refusing_when_full(self.engine), self._writer.begin() as connection:
+            if connection.dialect.name == "postgresql" and hasattr(self, "id"):
+                # As SQLite does: what happens in a federation has one order.
+                connection.execute(select(func.pg_advisory_xact_lock(LOCK, self.id)))
             yield connection

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -53,7 +53,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class Packing(Generic[F]):
-    """A lossless way to write a frame's forms: ``unpack`` of ``pack`` gives them back bit for bit.
+    """A lossless way to write a frame's forms.
+
+    What ``unpack`` makes of what ``pack`` wrote has the same entries, bit for bit; it may be of
+    another class, which takes less.
 
     Attributes:
         number: Its number in update.proto, never used again for another.
@@ -66,7 +69,7 @@ class Packing(Generic[F]):
 
     number: int
     pack: Callable[[Sequence[F]], Packed | None]
-    unpack: Callable[[memoryview, FrameInfo, SeedOf], list[F]]
+    unpack: Callable[[memoryview, FrameInfo, SeedOf], Sequence[Form]]
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,14 @@ class Codec(Generic[F]):
         reduce: Tensor of any shape, the configuration and the tensor's seed (``seeds.seed_of``) to
             form. Raises ValueError on NaN and infinite entries.
         packings: How a frame of forms can be written; each frame takes the smallest.
+        level: Tensors by name and the configuration to a configuration of each tensor's own, where
+            what is best for one depends on the others; None where it does not.
     """
 
     name: str
     reduce: Callable[[Tensor, CodecConfig, int], F]
     packings: tuple[Packing[F], ...]
+    level: Callable[[Mapping[str, Tensor], CodecConfig], Mapping[str, CodecConfig]] | None = None
 
     def pack(self, forms: Sequence[F]) -> tuple[int, Packed]:
         """The smallest way to write these forms, and its number; of equal ones the first."""

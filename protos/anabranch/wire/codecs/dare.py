@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def _unpack(payload: memoryview, frame: FrameInfo, seed_of: SeedOf) -> list[Drop
     if any(tensor.nonzeros is not None for tensor in frame.tensors):
         raise WireError("counts", "a dense frame announces non-zeros")
     inner = replace(frame, tensors=kept, raw_bytes=frame.raw_bytes - 4)
-    blocks = EIGHT_BITS.packings[0].unpack(payload[4:], inner, seed_of)
+    blocks = cast(list[Blocks], EIGHT_BITS.packings[0].unpack(payload[4:], inner, seed_of))
     forms = [
         Dropped(block, threshold, seed, torch.Size(tensor.shape))
         for block, seed, tensor in zip(blocks, seeds, frame.tensors, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from anabranch.wire.codecs.axes_frame import AXES
 from anabranch.wire.codecs.codec import Codec, Packing
 from anabranch.wire.codecs.dare import DARE
 from anabranch.wire.codecs.dense import BF16, EIGHT_BITS, FOUR_BITS, FP16, FP32
@@ -25,6 +26,7 @@ CODECS: tuple[Codec[Any], ...] = (
     FOUR_BITS,
     SIGN,
     *ROTATED,
+    AXES,
     DARE,
     RANKS,
 )

@@ -97,17 +97,10 @@ def unpack(
 ) -> tuple[list[Array], memoryview]:
     """Positions [k] of each tensor, and the rest."""
     total = rows.total
-    if total > frame.entries:
-        raise WireError("counts", f"{total} non-zeros cannot lie in {frame.entries} entries")
-    if len(payload) < rest_bytes:
-        raise WireError("payload", f"{len(payload)} bytes cannot hold {total} non-zeros")
-    packed, rest = payload[: len(payload) - rest_bytes], payload[len(payload) - rest_bytes :]
-    raw_bytes = frame.raw_bytes - rest_bytes
+    packed, rest = split(support, payload, frame, rows, rest_bytes)
     if total == 0:
-        if packed or raw_bytes or support is not RUNS:
-            raise WireError("payload", f"{len(packed)} bytes are left where nothing is kept")
         return [np.zeros(0, np.int64) for _ in rows.nonzeros], rest
-    positions_k = support.unpack(packed, raw_bytes, total, frame.entries)
+    positions_k = support.unpack(packed, frame.raw_bytes - rest_bytes, total, frame.entries)
     starts = [0, *accumulate(tensor.entries for tensor in frame.tensors)]
     if np.searchsorted(positions_k, starts).tolist() != [0, *accumulate(rows.nonzeros)]:
         raise WireError("counts", "non-zeros lie in other tensors than announced")
@@ -115,6 +108,21 @@ def unpack(
     for positions, start in zip(found[1:], starts[1:], strict=False):
         positions -= start
     return found, rest
+
+
+def split(
+    support: Support, payload: memoryview, frame: FrameInfo, rows: Rows, rest_bytes: int
+) -> tuple[memoryview, memoryview]:
+    """The support's bytes and the rest; where there are no non-zeros, no bytes are the support."""
+    total = rows.total
+    if total > frame.entries:
+        raise WireError("counts", f"{total} non-zeros cannot lie in {frame.entries} entries")
+    if len(payload) < rest_bytes:
+        raise WireError("payload", f"{len(payload)} bytes cannot hold {total} non-zeros")
+    cut = len(payload) - rest_bytes
+    if not total and (cut or frame.raw_bytes != rest_bytes or support is not RUNS):
+        raise WireError("payload", f"{cut} bytes are left where nothing is kept")
+    return payload[:cut], payload[cut:]
 
 
 def read_rows(frame: FrameInfo) -> Rows:
@@ -147,7 +155,12 @@ def pack_bits(bits_k: Array) -> bytes:
 
 def unpack_bits(packed: memoryview, count: int) -> Array:
     """Booleans [k] of ``pack_bits``; bits after the last one must be zero."""
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-    if bits[count:].any():
+    check_last_bits(packed, count)
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=count, bitorder="little")
+    return bits.view(np.bool_)
+
+
+def check_last_bits(packed: memoryview, count: int) -> None:
+    """Refuse bits after the last one of ``pack_bits``, in ``bits_bytes`` bytes."""
+    if count % 8 and packed[-1] >> count % 8:
         raise WireError("payload", "bits are set after the last sign")
-    return bits[:count].view(np.bool_)

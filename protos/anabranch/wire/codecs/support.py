@@ -27,7 +27,8 @@ from anabranch.wire.errors import WireError
 
 Array = NDArray[Any]
 
-_ESCAPE = 255
+ESCAPE = 255
+"""A run byte that ends at no non-zero."""
 
 _FEW = 1 << 13
 """Non-zeros up to which ``DRAWS`` is worth its time: 2% of a payload there, 1% soon beyond, and
@@ -47,10 +48,13 @@ class Support:
         unpack: Bytes, their length before compression, k and the frame's entries to positions
             int64 [k], strictly ascending and in range, or a WireError. k is above 0 and not above
             the entries.
+        read: The same to run bytes [r], of which so many as k end at a non-zero, the last one too;
+            they may lead beyond the entries.
     """
 
     pack: Callable[[Array, int], tuple[bytes, int] | None]
     unpack: Callable[[memoryview, int, int, int], Array]
+    read: Callable[[memoryview, int, int, int], Array]
 
 
 def _pack_runs(positions_k: Array, entries: int) -> tuple[bytes, int]:
@@ -58,10 +62,16 @@ def _pack_runs(positions_k: Array, entries: int) -> tuple[bytes, int]:
     return zstd.compress_symbols(runs_r.data), runs_r.size
 
 
-def _unpack_runs(payload: memoryview, raw_bytes: int, count: int, entries: int) -> Array:
+def _read_runs(payload: memoryview, raw_bytes: int, count: int, entries: int) -> Array:
     _check_run_bytes(raw_bytes, count, entries)
     raw = zstd.decompress(payload, raw_bytes, raw_bytes, "payload")
-    return _positions(np.frombuffer(raw, np.uint8), count, entries)
+    runs_r = np.frombuffer(raw, np.uint8)
+    _check_ends(runs_r, count)
+    return runs_r
+
+
+def _unpack_runs(payload: memoryview, raw_bytes: int, count: int, entries: int) -> Array:
+    return _positions(_read_runs(payload, raw_bytes, count, entries), entries)
 
 
 def _pack_draws(positions_k: Array, entries: int) -> tuple[bytes, int] | None:
@@ -73,7 +83,7 @@ def _pack_draws(positions_k: Array, entries: int) -> tuple[bytes, int] | None:
     return coder.get_compressed().astype("<u4").tobytes(), runs_r.size
 
 
-def _unpack_draws(payload: memoryview, raw_bytes: int, count: int, entries: int) -> Array:
+def _read_draws(payload: memoryview, raw_bytes: int, count: int, entries: int) -> Array:
     _check_run_bytes(raw_bytes, count, entries)
     if count > _FEW:
         raise WireError("payload", f"{count} non-zeros are coded as draws, at most {_FEW} may be")
@@ -83,11 +93,16 @@ def _unpack_draws(payload: memoryview, raw_bytes: int, count: int, entries: int)
     if words.size and words[-1] == 0:
         raise WireError("payload", "the coded draws end in a word of zeros")
     coder = constriction.stream.stack.AnsCoder(words)
-    runs_r = coder.decode(_law(count, entries), raw_bytes).astype(np.uint8)
+    runs_r: Array = coder.decode(_law(count, entries), raw_bytes).astype(np.uint8)
     # Decoding is a bijection: what leaves nothing behind is what encoding these runs would give.
     if not coder.is_empty():
         raise WireError("payload", "coded draws are left over after the last run")
-    return _positions(runs_r, count, entries)
+    _check_ends(runs_r, count)
+    return runs_r
+
+
+def _unpack_draws(payload: memoryview, raw_bytes: int, count: int, entries: int) -> Array:
+    return _positions(_read_draws(payload, raw_bytes, count, entries), entries)
 
 
 def _law(count: int, entries: int) -> Any:
@@ -96,8 +111,8 @@ def _law(count: int, entries: int) -> Any:
     By multiplication alone: the same on every machine.
     """
     zero = 1.0 - count / entries
-    runs = np.cumprod(np.concatenate([[1.0], np.full(_ESCAPE, zero)]))
-    runs[:_ESCAPE] *= count / entries
+    runs = np.cumprod(np.concatenate([[1.0], np.full(ESCAPE, zero)]))
+    runs[:ESCAPE] *= count / entries
     return constriction.stream.model.Categorical(runs, perfect=False)
 
 
@@ -121,38 +136,55 @@ def _unpack_mask(payload: memoryview, raw_bytes: int, count: int, entries: int) 
     return positions_k
 
 
+def _read_mask(payload: memoryview, raw_bytes: int, count: int, entries: int) -> Array:
+    return _runs(_unpack_mask(payload, raw_bytes, count, entries))
+
+
 def _runs(positions_k: Array) -> Array:
     """Run bytes [r] of ascending positions [k]."""
     gaps_k = positions_k.copy()
     gaps_k[1:] -= positions_k[:-1]
     gaps_k[1:] -= 1
-    if gaps_k.max() < _ESCAPE:
+    if gaps_k.max() < ESCAPE:
         return gaps_k.astype(np.uint8)
-    escapes_k = gaps_k // _ESCAPE
-    runs_r = np.full(gaps_k.size + int(escapes_k.sum()), _ESCAPE, np.uint8)
-    runs_r[np.arange(gaps_k.size) + np.cumsum(escapes_k)] = gaps_k % _ESCAPE
+    escapes_k = gaps_k // ESCAPE
+    runs_r = np.full(gaps_k.size + int(escapes_k.sum()), ESCAPE, np.uint8)
+    runs_r[np.arange(gaps_k.size) + np.cumsum(escapes_k)] = gaps_k % ESCAPE
     return runs_r
 
 
-def _positions(runs_r: Array, count: int, entries: int) -> Array:
-    """Positions [k] of run bytes [r]: each byte stands for so many entries, the non-zero too."""
-    ending_r = runs_r != _ESCAPE
-    steps_r = runs_r + ending_r.view(np.uint8)
+def _positions(runs_r: Array, entries: int) -> Array:
+    """Positions [k] of run bytes [r]."""
+    steps_r, ending_r = steps_of(runs_r)
     steps_r[0] -= 1  # positions are from 0; no step is 0 before
     ends_r = np.cumsum(steps_r, dtype=np.int64)
     positions_k = ends_r if ending_r.all() else ends_r[ending_r]
-    if positions_k.size != count or not ending_r[-1]:
-        raise WireError("counts", f"the runs end {positions_k.size} non-zeros, not {count}")
     _check_last(positions_k, entries)
     return positions_k
 
 
+def steps_of(runs_r: Array) -> tuple[Array, Array]:
+    """Entries that each run byte leads over, its non-zero too; and whether it has one, both [r]."""
+    ending_r = runs_r != ESCAPE
+    return runs_r + ending_r.view(np.uint8), ending_r
+
+
 def _check_run_bytes(raw_bytes: int, count: int, entries: int) -> None:
     """Each non-zero has its byte; the zeros can fill so many escapes and no more."""
-    if not count <= raw_bytes <= count + (entries - count) // _ESCAPE:
+    if not count <= raw_bytes <= count + (entries - count) // ESCAPE:
         raise WireError(
             "counts", f"{raw_bytes} run bytes cannot place {count} among {entries} entries"
         )
+
+
+def _check_ends(runs_r: Array, count: int) -> None:
+    """So many bytes end at a non-zero, the last one among them."""
+    # One pass, where there are no escapes, which is nearly always.
+    if runs_r.size == count and runs_r.max() != ESCAPE:
+        return
+    found = int(np.count_nonzero(runs_r != ESCAPE))
+    if found != count or runs_r[-1] == ESCAPE:
+        raise WireError("counts", f"the runs end {found} non-zeros, not {count}")
 
 
 def _check_last(positions_k: Array, entries: int) -> None:
@@ -162,6 +194,6 @@ def _check_last(positions_k: Array, entries: int) -> None:
         )
 
 
-RUNS = Support(_pack_runs, _unpack_runs)
-DRAWS = Support(_pack_draws, _unpack_draws)
-MASK = Support(_pack_mask, _unpack_mask)
+RUNS = Support(_pack_runs, _unpack_runs, _read_runs)
+DRAWS = Support(_pack_draws, _unpack_draws, _read_draws)
+MASK = Support(_pack_mask, _unpack_mask, _read_mask)

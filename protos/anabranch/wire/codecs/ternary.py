@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from anabranch.vectors.sparse import SparseTernary, ternarise
-from anabranch.wire.codecs import sparse
-from anabranch.wire.codecs.codec import Codec, Packed, Packing, SeedOf
+from anabranch.wire.codecs import sparse, ternary_runs
+from anabranch.wire.codecs.codec import Codec, Packed, Packing
 from anabranch.wire.codecs.support import DRAWS, MASK, RUNS, Support
 from anabranch.wire.config import CodecConfig
-from anabranch.wire.manifest import FrameInfo
 from anabranch.wire.v1 import update_pb2 as pb
 
 
@@ -31,23 +29,9 @@ def _pack(forms: Sequence[SparseTernary], support: Support) -> Packed | None:
     return sparse.pack(support, forms, sparse.pack_bits(negative_k))
 
 
-def _unpack(
-    payload: memoryview, frame: FrameInfo, seed_of: SeedOf, support: Support
-) -> list[SparseTernary]:
-    rows = sparse.read_rows(frame)
-    sign_bytes = sparse.bits_bytes(rows.total)
-    positions, signs = sparse.unpack(support, payload, frame, rows, sign_bytes)
-    negative_k = torch.from_numpy(sparse.unpack_bits(signs, rows.total))
-    return [
-        SparseTernary(torch.from_numpy(found), negative_k[kept], scale, torch.Size(tensor.shape))
-        for found, kept, scale, tensor in zip(
-            positions, rows.slices, rows.scales, frame.tensors, strict=True
-        )
-    ]
-
-
 def _packing(number: int, support: Support) -> Packing[SparseTernary]:
-    return Packing(number, partial(_pack, support=support), partial(_unpack, support=support))
+    pack, unpack = partial(_pack, support=support), partial(ternary_runs.unpack, support=support)
+    return Packing(number, pack, unpack)
 
 
 TERNARY = Codec(

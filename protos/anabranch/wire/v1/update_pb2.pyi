@@ -116,6 +116,18 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     lowest first: sum over i of d_i (size - 1 - i)!, where d_i of those behind entry i have a lower
     place; padded to whole bytes.
     """
+    CODEC_AXES: _Codec.ValueType  # 30
+    """A tensor of shape [a, b...] is the matrix [a, prod(b...)], transposed where that has more rows
+    than columns: [r, n]. Where r is 1 or above 64, and where there are fewer than two dimensions,
+    it is [1, all entries].
+
+    32 bits, the length of what follows, coded by zstd: per tensor a byte, 1 where it is turned;
+    per row of all matrices a byte, its shift; per turned tensor r x r signed bytes of -31 to 31,
+    the turn, row by row; per entry of all matrices a signed byte, its level's high bits. Then per
+    tensor an fp32, the step; then per entry the level's low bits, as many as its row's shift,
+    lowest first, padded to whole bytes. The matrix is the levels, the turn divided by 31 times
+    them where there is one, times the step.
+    """
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper): ...
 
@@ -175,6 +187,18 @@ place lies in the second half; padded to whole bytes. Then, for groups of the sm
 for those of the larger one, the number of each group's order in as few bits as size! - 1 takes,
 lowest first: sum over i of d_i (size - 1 - i)!, where d_i of those behind entry i have a lower
 place; padded to whole bytes.
+"""
+CODEC_AXES: Codec.ValueType  # 30
+"""A tensor of shape [a, b...] is the matrix [a, prod(b...)], transposed where that has more rows
+than columns: [r, n]. Where r is 1 or above 64, and where there are fewer than two dimensions,
+it is [1, all entries].
+
+32 bits, the length of what follows, coded by zstd: per tensor a byte, 1 where it is turned;
+per row of all matrices a byte, its shift; per turned tensor r x r signed bytes of -31 to 31,
+the turn, row by row; per entry of all matrices a signed byte, its level's high bits. Then per
+tensor an fp32, the step; then per entry the level's low bits, as many as its row's shift,
+lowest first, padded to whole bytes. The matrix is the levels, the turn divided by 31 times
+them where there is one, times the step.
 """
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 

@@ -13,7 +13,7 @@ from anabranch.simulation.attackers import Plot
 from anabranch.simulation.attacks.success import split_of
 from anabranch.simulation.baselines import Scores
 
-SUCCESS_OF = ("base", "merged", "fedavg", "unattacked", "oracle")
+SUCCESS_OF = ("base", "merged", "fedavg", "unattacked", "undefended", "oracle")
 """Adapters whose success rate is told."""
 
 ABOUT = {

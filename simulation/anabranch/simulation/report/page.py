@@ -39,7 +39,8 @@ def write_report(summary: Mapping[str, Any], measured: Measured, path: Path) -> 
     page = environment.get_template("report.html.j2").render(
         summary=summary,
         names=names,
-        gated=[row for row in summary["rounds"] if "gate" in row],
+        gated=[_looked_at(row) for row in summary["rounds"] if "gate" in row],
+        defended=_most_suspicious(summary["defence"]),
         accuracy=Markup(charts.accuracy_over_rounds(curves, _levels(summary, measured)))
         if curves
         else None,
@@ -56,6 +57,22 @@ def write_report(summary: Mapping[str, Any], measured: Measured, path: Path) -> 
         dense=sum(row["admitted"] for row in summary["rounds"]) * summary["update_bytes"]["fp32"],
     )
     path.write_text(page, encoding="utf-8")
+
+
+GATE_FACTS = (
+    "metric_before", "metric", "negative_flips", "positive_flips", "asr_before", "asr",
+)  # fmt: skip
+
+
+def _looked_at(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A gated round, with None for what its scorer did not look at."""
+    return {**row, "gate": {**dict.fromkeys(GATE_FACTS), **row["gate"]}}
+
+
+def _most_suspicious(defence: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The clients, the most suspicious first."""
+    clients = [] if defence is None else defence["clients"]
+    return sorted(clients, key=lambda row: (-(row["score"] or 0.0), row["id"]))
 
 
 def _curves(

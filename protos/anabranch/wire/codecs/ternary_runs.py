@@ -1,0 +1,142 @@
+"""Ternary tensors as they are admitted and kept: run bytes and packed signs, not yet positions.
+
+That a frame places as many non-zeros in each tensor as it announces follows from sums of run
+bytes. So an update is checked, weighed and held at about a byte a non-zero, where positions take
+eight, and positions are made once, when the tensor is wanted.
+
+Shape legend: k non-zeros of a tensor, r run bytes, n entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anabranch.vectors.sparse import SparseTernary
+from anabranch.wire.codecs import sparse
+from anabranch.wire.codecs.codec import SeedOf
+from anabranch.wire.codecs.support import ESCAPE, Support, steps_of
+from anabranch.wire.errors import WireError
+from anabranch.wire.manifest import FrameInfo
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TernaryRuns:
+    """A tensor whose entries are 0, +scale or -scale; one that ``unpack`` made is sound.
+
+    Attributes:
+        runs_r: uint8 [r], the run bytes that end with its last non-zero.
+        before: Where the first run starts, counted from the tensor's first entry: 0 or less, since
+            a run may start in an earlier tensor.
+        signs: uint8, packed bits of the frame's non-zeros.
+        first_sign: Which of those bits is the tensor's first.
+        nonzeros: Entries that are not 0.
+        scale: What each of them weighs; 0 exactly when there are none.
+        shape: Shape of the dense tensor.
+    """
+
+    runs_r: Array
+    before: int
+    signs: Array
+    first_sign: int
+    nonzeros: int
+    scale: float
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.runs_r.nbytes + sparse.bits_bytes(self.nonzeros)
+
+    def norm(self) -> float:
+        """‖·‖₂ in fp64, from the count of non-zeros."""
+        return self.scale * math.sqrt(self.nonzeros)
+
+    def sparse(self) -> SparseTernary:
+        """The same as positions and signs, for what merges those."""
+        steps_r, ending_r = steps_of(self.runs_r)
+        ends_r = np.cumsum(steps_r, dtype=np.int64)
+        ends_r += self.before - 1  # a step leads past its non-zero
+        positions_k = ends_r if ends_r.size == self.nonzeros else ends_r[ending_r]
+        first, skipped = divmod(self.first_sign, 8)
+        bits = np.unpackbits(self.signs[first:], count=skipped + self.nonzeros, bitorder="little")
+        negative_k = torch.from_numpy(bits[skipped:].view(np.bool_))
+        return SparseTernary(torch.from_numpy(positions_k), negative_k, self.scale, self.shape)
+
+    def dense(self) -> Tensor:
+        """The tensor itself, fp32 of ``shape``."""
+        return self.sparse().dense()
+
+
+def unpack(
+    payload: memoryview, frame: FrameInfo, seed_of: SeedOf, support: Support
+) -> list[TernaryRuns]:
+    """A frame of a support and signs, as ``Packing.unpack`` does it."""
+    rows = sparse.read_rows(frame)
+    packed, rest = sparse.split(support, payload, frame, rows, sparse.bits_bytes(rows.total))
+    sparse.check_last_bits(rest, rows.total)
+    signs = np.frombuffer(rest, np.uint8)
+    shapes = [torch.Size(tensor.shape) for tensor in frame.tensors]
+    if not rows.total:
+        return [TernaryRuns(signs, 0, signs, 0, 0, 0.0, shape) for shape in shapes]
+    runs_r = support.read(packed, frame.raw_bytes - len(rest), rows.total, frame.entries)
+    firsts = [0, *accumulate(rows.nonzeros)]
+    cuts = _cuts(runs_r, firsts)
+    befores = _befores(runs_r, frame, rows.nonzeros, cuts)
+    return [
+        TernaryRuns(runs_r[cut:end], before, signs, first, count, scale, shape)
+        for (cut, end), before, first, count, scale, shape in zip(
+            pairwise(cuts), befores, firsts, rows.nonzeros, rows.scales, shapes, strict=False
+        )
+    ]
+
+
+def _cuts(runs_r: Array, firsts: list[int]) -> list[int]:
+    """Before which run byte each tensor's first run begins, and the end."""
+    if runs_r.size == firsts[-1]:
+        return firsts
+    ends_k = np.flatnonzero(runs_r != ESCAPE)
+    return [int(ends_k[first - 1]) + 1 if first else 0 for first in firsts]
+
+
+def _befores(
+    runs_r: Array, frame: FrameInfo, nonzeros: tuple[int, ...], cuts: list[int]
+) -> list[int]:
+    """``TernaryRuns.before`` of each tensor, all of whose non-zeros lie within it.
+
+    A run byte leads over so many entries, and one that is no escape over its non-zero too.
+    """
+    kept = [row for row, count in enumerate(nonzeros) if count]
+    lengths = np.add.reduceat(runs_r, [cuts[row] for row in kept], dtype=np.int64).tolist()
+    befores, place, start, steps = [], 0, 0, dict(zip(kept, lengths, strict=True))
+    for row, (tensor, count) in enumerate(zip(frame.tensors, nonzeros, strict=True)):
+        befores.append(place - start)
+        if count:
+            first = place + _first_run(runs_r, cuts[row])
+            place += steps[row] + count
+            if first < start or place > start + tensor.entries:
+                if place > frame.entries:
+                    raise WireError(
+                        "counts",
+                        f"position {place - 1} is beyond the frame's {frame.entries} entries",
+                    )
+                raise WireError("counts", "non-zeros lie in other tensors than announced")
+        start += tensor.entries
+    return befores
+
+
+def _first_run(runs_r: Array, cut: int) -> int:
+    """Entries that the run beginning at this byte leads over, its non-zero not counted."""
+    entries = 0
+    while runs_r[cut] == ESCAPE:
+        entries, cut = entries + ESCAPE, cut + 1
+    return entries + int(runs_r[cut])

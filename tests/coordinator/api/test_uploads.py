@@ -1,0 +1,95 @@
+"""Uploads: the same admission as of what Flower brings, in parts, once per client and round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from anabranch.client.api.caller import CallError
+from anabranch.client.api.transfer import upload
+from anabranch.wire.v1 import coordinator_pb2 as pb
+
+Start = Callable[..., Any]
+
+
+def header(data: bytes, number: int = 1, **changes: Any) -> pb.UploadHeader:
+    given = {
+        "federation": "f", "round": number, "size_bytes": len(data),
+        "digest": hashlib.sha256(data).hexdigest(), **changes,
+    }  # fmt: skip
+    return pb.UploadHeader(**given)
+
+
+def parts(head: pb.UploadHeader, *data: bytes) -> Iterator[pb.UploadPart]:
+    yield pb.UploadPart(header=head)
+    for one in data:
+        yield pb.UploadPart(data=one)
+
+
+def test_an_update_is_admitted_once(start_world: Start) -> None:
+    world = start_world()
+    a = world.peer("a", "client", "f")
+    assert a.call("Uploads.Order", pb.OrderRequest(federation="f")).plan == ""
+    world.plan(1, "a", "b")
+    plan = world.order(a)
+    data = world.made(plan, "a")
+    digest = upload(a, "f", 1, data, {"num-examples": 5.0, "made-up": 1.0})
+    assert digest == hashlib.sha256(data).hexdigest()
+    store = world.store()
+    (row,) = store.contributions(1)
+    assert (row.client, row.digest, row.size_bytes) == ("a", digest, len(data))
+    assert row.metrics == {"num-examples": 5.0}
+    assert store.get(digest) == data
+    # Whoever lost the answer asks again, and is told.
+    assert upload(a, "f", 1, data) == digest
+    assert a.call("Uploads.Order", pb.OrderRequest(federation="f")).admitted
+    again = world.made(plan, "a", seed=1)
+    with pytest.raises(CallError) as error:
+        upload(a, "f", 1, again)
+    assert error.value.code == "duplicate"
+    assert len(store.contributions(1)) == 1
+    assert world.refused("duplicate")[0]["name"] == "a"
+    assert list((world.folder / "api" / "uploads").iterdir()) == []
+    done = [row for row in world.audit() if row["method"].endswith("/Upload")]
+    assert done[0]["outcome"] == "done"
+    assert done[0]["facts"]["digest"] == digest
+
+
+def test_an_upload_goes_on_where_it_was_cut_off(start_world: Start) -> None:
+    world = start_world()
+    a = world.peer("a", "client", "f")
+    world.plan(1, "a")
+    data = world.made(world.order(a), "a")
+    with pytest.raises(CallError) as error:
+        a.call("Uploads.Upload", parts(header(data), data[:1000]), wait=True)
+    assert error.value.code == "cut-off"
+    assert a.call("Uploads.Offset", header(data)).offset == 1000
+    with pytest.raises(CallError) as error:
+        a.call("Uploads.Upload", parts(header(data), data), wait=True)
+    assert error.value.code == "wrong-offset"
+    upload(a, "f", 1, data)
+    assert [row.client for row in world.store().contributions(1)] == ["a"]
+
+
+def test_admission_refuses_alike(start_world: Start) -> None:
+    world = start_world()
+    a = world.peer("a", "client", "f")
+    world.plan(1, "a")
+    plan = world.order(a)
+    lies = {
+        "wrong-round": plan.model_copy(update={"round": 2}),
+        "wrong-run": plan.model_copy(update={"run": "other"}),
+        "wrong-start-hash": plan.model_copy(update={"start_hash": "ab" * 32}),
+        "wrong-federation": plan.model_copy(update={"federation": "g"}),
+    }
+    updates = {code: world.made(lie, "a") for code, lie in lies.items()}
+    for code, data in {**updates, "wrong-client": world.made(plan, "b")}.items():
+        with pytest.raises(CallError) as error:
+            upload(a, "f", 1, data)
+        assert error.value.code == code
+        assert world.store().refusals(1)[-1].code == code
+        assert world.refused(code)[0]["facts"]["federation"] == "f"
+    upload(a, "f", 1, world.made(plan, "a"))
