@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from anabranch.cli.output import complain, stdout
+from anabranch.cli.output import complain
 
 coordinator_app = typer.Typer(
     name="coordinator", help="Run a federation as a service.", no_args_is_help=True
@@ -54,5 +55,5 @@ def up_command(
     about = {"federation": federation.name, "run": federation.run}
     logs.configure(log_format.value, about=about)
     if json:
-        logs.tell_changes(stdout.file, about)
+        logs.tell_changes(sys.stdout, about)
     raise typer.Exit(int(Supervisor(loaded, log_format.value).run()))

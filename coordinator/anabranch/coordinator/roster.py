@@ -116,7 +116,7 @@ class Roster:
         while True:
             self.refresh(grid)
             heed()
-            if len(held.union(self._names.values())) >= count:
+            if len({*held, *self._names.values()}) >= count:
                 return
             if time.monotonic() >= end:
                 why = "".join(f"; node {node}: {text}" for node, text in self.troubles.items())

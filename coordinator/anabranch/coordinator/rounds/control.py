@@ -59,9 +59,8 @@ class Control:
         rows = [Want(row["want"]) for row in self._store.notes(EVENT)]
         if not rows or rows[-1] in (Want.RUN, Want.PAUSE):
             return
-        while rows and rows[-1] is Want.STOP:
-            rows.pop()
-        paused = bool(rows) and rows[-1] is Want.PAUSE
+        before = [want for want in rows if want is not Want.STOP]
+        paused = rows[-1] is Want.STOP and before[-1:] == [Want.PAUSE]
         ask(self._store, Want.PAUSE if paused else Want.RUN, "coordinator")
 
     def want(self) -> Want:
