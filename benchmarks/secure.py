@@ -23,7 +23,7 @@ from anabranch.wire.secure.fixed import FixedPoint
 from anabranch.wire.secure.masks import add_mask
 from anabranch.wire.secure.member import SecureMember
 from anabranch.wire.secure.recovery import Recovery
-from anabranch.wire.secure.session import Session, threshold_of
+from anabranch.wire.secure.session import SecureSession, threshold_of
 from anabranch.wire.secure.shamir import combine, deal
 from anabranch.wire.signing import KeyRing
 from benchmarks.harness import Row, main
@@ -85,7 +85,7 @@ def session(members: int, dropped: int, entries: int) -> Iterator[Row]:
     names = [f"client-{number:04d}" for number in range(members)]
     keys = {name: seeded_key(name, 1) for name in names}
     ring = KeyRing(by_id(key.public for key in keys.values()))
-    about = Session(
+    about = SecureSession(
         "f", "r", 1, 0, "ab" * 32, members, threshold_of(members, 2 / 3), entries, 4.0, 32
     )
     group = {name: SecureMember(about, keys[name], ring) for name in names}

@@ -34,7 +34,7 @@ from anabranch.client.task import TrainPlan
 from anabranch.coordinator.admission import examine
 from anabranch.coordinator.registry import enrol
 from anabranch.coordinator.start import Start
-from anabranch.coordinator.trust import Trust
+from anabranch.coordinator.trust import Planned, Trust
 from anabranch.simulation.engine.identity import server_identity
 from anabranch.vectors import Adapter, LoraFactors, seeded_start
 from anabranch.vectors.sparse import ternarise
@@ -245,7 +245,8 @@ def admit(name: str, codec: CodecConfig, entries: float) -> Row:
     handed = Start(plan, start, {}, None)
     with tempfile.TemporaryDirectory() as folder:
         enrol(Path(folder), [KEY.public])
-        trust = Trust(Path(folder), KEY, 300.0, rounds={1: (meta.issued_s, None)})
+        planned = Planned(meta.issued_s, time.time() - time.monotonic())
+        trust = Trust(Path(folder), KEY, 300.0, rounds={1: (planned, None)})
         took = seconds(lambda: examine(reply, handed, "client", 1e9, trust))
     return Row(
         "verify, decode, admit", 1e3 * took, None, "", f"{len(blob) / 1e6:.1f} MB, {name}", "ms",

@@ -16,7 +16,7 @@ from anabranch.wire.keys import by_id, seeded_key
 from anabranch.wire.secure.member import SecureMember
 from anabranch.wire.secure.messages import Phase, sign_raw
 from anabranch.wire.secure.recovery import Recovery
-from anabranch.wire.secure.session import Session
+from anabranch.wire.secure.session import SecureSession
 from anabranch.wire.signing import KeyRing
 from anabranch.wire.v1 import secure_pb2 as pb
 
@@ -25,7 +25,7 @@ _NAMES = ("a", "b", "c")
 _LIAR = "c"
 _KEYS = {name: seeded_key(name, 1) for name in _NAMES}
 _RING = KeyRing(by_id(key.public for key in _KEYS.values()))
-_SESSION = Session("f", "r", 1, 0, "ab" * 32, 3, 2, 4, 1.0, 32)
+_SESSION = SecureSession("f", "r", 1, 0, "ab" * 32, 3, 2, 4, 1.0, 32)
 
 
 def said_by_a_member(data: bytes) -> None:

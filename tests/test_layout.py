@@ -38,3 +38,11 @@ def test_no_portion_hides_the_others(portion: str) -> None:
 def test_configuration_loads_no_torch(module: str) -> None:
     script = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_client_loads_no_model_library_before_it_trains() -> None:
+    """Flower starts a process for each message, and most of them touch no model."""
+    heavy = "{'peft', 'transformers'}"
+    script = f"import anabranch.client.app, sys; sys.exit(bool({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from anabranch.aggregation import Recipe, merge, merge_checkpoints, merge_task_vectors
 from anabranch.aggregation.methods import BUILT_IN
-from anabranch.aggregation.withdrawal import withdraw
+from anabranch.aggregation.withdrawal import remaining
 from anabranch.vectors import Adapter, TaskVector
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
@@ -66,28 +66,28 @@ def test_task_vectors_and_checkpoints_are_withdrawn_too(save_model: Any, tmp_pat
 def test_rules_lose_the_weights_of_who_is_gone() -> None:
     rule = {"match": "*", "weights": [1, None, [0, 1]]}
     recipe = Recipe.model_validate({"method": "mean", "weights": [[1, 2], 3, 4], "modules": [rule]})
-    left = withdraw(["a", "b", "c"], ["b"], recipe).recipe
+    left = remaining(["a", "b", "c"], ["b"], recipe).recipe
     assert left.weights == ((1, 2), 4)
     assert left.modules[0].weights == (1, (0, 1))
-    given = withdraw(["a", "b", "c"], ["a"], recipe, [5, 6, 7]).recipe
+    given = remaining(["a", "b", "c"], ["a"], recipe, [5, 6, 7]).recipe
     assert given.weights == (6, 7)
     assert given.modules[0].weights == (None, (0, 1))
     with pytest.raises(ValueError, match=r"modules\.0\.weights: 3 for 2 contributions"):
-        withdraw(["a", "b"], ["a"], recipe, [1, 2])
+        remaining(["a", "b"], ["a"], recipe, [1, 2])
 
 
 def test_names_are_folder_names_or_whole_paths() -> None:
     recipe = Recipe(method="mean", weights=(1, 2, 3))
     paths = ["x/north", "y/north", "y/south/"]
-    assert withdraw(paths, ["south"], recipe).indices == (0, 1)
-    assert withdraw(paths, ["y/north"], recipe).recipe.weights == (1, 3)
-    assert withdraw(paths, ["y/south", "./x/north"], recipe).names == ("y/north",)
+    assert remaining(paths, ["south"], recipe).indices == (0, 1)
+    assert remaining(paths, ["y/north"], recipe).recipe.weights == (1, 3)
+    assert remaining(paths, ["y/south", "./x/north"], recipe).names == ("y/north",)
     with pytest.raises(ValueError, match="'north' may be any of x/north, y/north; give its whole"):
-        withdraw(paths, ["north"], recipe)
+        remaining(paths, ["north"], recipe)
     with pytest.raises(ValueError, match="'east' is none of x/north, y/north, y/south/; name one"):
-        withdraw(paths, ["east"], recipe)
+        remaining(paths, ["east"], recipe)
     with pytest.raises(ValueError, match="leaves none of"):
-        withdraw(["a"], ["a"], Recipe(method="mean"))
+        remaining(["a"], ["a"], Recipe(method="mean"))
     with pytest.raises(ValueError, match="weights: 3 for 2 contributions"):
-        withdraw(["a", "b"], ["a"], recipe)
-    assert withdraw(["a", "b"], [], Recipe(method="mean")).recipe.weights is None
+        remaining(["a", "b"], ["a"], recipe)
+    assert remaining(["a", "b"], [], Recipe(method="mean")).recipe.weights is None

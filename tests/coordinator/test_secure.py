@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
 from anabranch.coordinator.federation import FederationConfig
+from anabranch.coordinator.rounds.control import Control, Want
 from anabranch.coordinator.store import FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.coordinator.trust import trust_of
@@ -174,6 +175,25 @@ def test_below_the_threshold_a_round_is_abandoned_and_the_next_one_goes_on(
     assert notes[0]["lost"].startswith("threshold: 2 ") or "roster has 2" in notes[0]["lost"]
     assert notes[0]["summed"] == []
     assert notes[1]["lost"] == ""
+
+
+def test_a_round_that_is_aborted_opens_no_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def between(order: Message, call: Callable[[Message], Message]) -> Message:
+        asked.append(order.metadata.message_type)
+        return call(order)
+
+    monkeypatch.setattr(Control, "want", lambda _: Want.ABORT if "train" in asked else Want.RUN)
+    # All but the last have masked by then: more than the threshold.
+    _, store = run(tmp_path, config(rounds=1), between, node=12)
+    assert store.notes("round")[0]["reason"] == "aborted by the operator"
+    assert asked == ["query", "train.advertise", "train.deal", "train"]
+    (note,) = store.notes("secure")
+    assert (note["summed"], note["lost"]) == ([], "aborted by the operator")
+    assert store.contributions() == []
 
 
 def test_groups_are_merged_by_a_method_for_single_updates(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from anabranch.client.session import open_session
 from anabranch.coordinator import cohort as cohort_module
 from anabranch.coordinator.admission import layouts
 from anabranch.coordinator.federation import FederationConfig
-from anabranch.coordinator.store import FolderStore, Store
+from anabranch.coordinator.store import FolderStore, Store, TakenError
 from anabranch.coordinator.strategy import MergeStrategy
 from anabranch.simulation.engine.inprocess import InProcessGrid
 from anabranch.vectors import Adapter
@@ -565,3 +565,28 @@ def test_hostile_scores_and_names_leave_the_record_clean(tmp_path: Path) -> None
     assert "no name" in store.notes("meet-failed")[0]["reason"]
     assert "\x1b" not in (tmp_path / "metrics.jsonl").read_text()
     assert result.evaluate_metrics_clientapp[1]["loss"] > 0
+
+
+def test_a_round_whose_end_was_refused_for_anothers_receipt_is_done_again(tmp_path: Path) -> None:
+    """Nobody is asked again: the cohort stands, and the round's number is its own."""
+
+    class Overtaken(FolderStore):
+        refused = 0
+
+        def publish(self, *given: Any, **named: Any) -> None:
+            if self.refused == 0:
+                self.refused += 1
+                raise TakenError("another process ended a round meanwhile")
+            super().publish(*given, **named)
+
+    seen: list[tuple[str, int]] = []
+    store = Overtaken(tmp_path / "a")
+    found = MergeStrategy(config(), template(), store)
+    found.start(grid(seen=seen))
+    assert [(row["round"], row["status"]) for row in store.notes("round")] == [
+        (1, "published"), (2, "published"),
+    ]  # fmt: skip
+    assert [kind for kind, _ in seen].count(MessageType.TRAIN) == 8
+    whole = MergeStrategy(config(), template(), FolderStore(tmp_path / "b"))
+    whole.start(grid())
+    assert found.adapter.hash() == whole.adapter.hash()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from anabranch.coordinator.federation import START_FOLDER, load_federation
 from anabranch.coordinator.lineage import published, roll_back
@@ -176,3 +177,38 @@ def test_a_lost_start_leaves_the_next_merge_open(run_federation: Run, tmp_path: 
     assert checks(one) == [("output", "", "open")]
     assert checks(two) == [("merge", "", "open")]
     assert three.outcome == "true"
+
+
+def test_a_private_rounds_receipt_lets_nobody_check_a_guess(
+    run_federation: Run, tmp_path: Path
+) -> None:
+    """What one client sent leaves no trace without noise; the store can still be held to it."""
+    privacy = {"clip": 1.0, "epsilon": 50.0, "delta": 1e-3, "noise_seed": 7}
+    changes = {"recipe": {"method": "fedit"}, "privacy": privacy}
+    folder = run_federation(tmp_path / "f", [(2, 11)], rounds=2, quorum=2, **changes)
+    with closing(opened(folder)) as store:
+        rows, receipts = store.contributions(), store.receipts()
+        secret = store.notes("receipt-secret")[0]["secret"]
+        assert secret not in str(store.history())
+    assert len(rows) == 5
+    for row in rows:
+        for data in receipts:
+            assert row.digest.encode() not in data
+            assert str(row.size_bytes).encode() not in data
+    assert secret.encode() not in b"".join(receipts)
+    reads = [decode_receipt(data, None) for data in receipts]
+    assert len({one.artifact for read in reads for one in read.inputs}) == 5
+    assert len({one.weight for read in reads for one in read.inputs}) == 1
+    assert [(one.code != "", one.reason) for one in reads[1].exclusions] == [(True, "")]
+    assert [verdict.outcome for verdict in verify(folder)] == ["true"] * 2
+    # Another update in the store than the one that was merged is found out.
+    path = next(folder.rglob(rows[0].digest))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert ("input", rows[0].client, "failed") in checks(verify(folder)[0])
+    # So is a row that names another one.
+    with closing(opened(folder)) as store, store.engine.begin() as connection:  # type: ignore[attr-defined]
+        change = text("UPDATE contributions SET digest = :new WHERE digest = :old")
+        connection.execute(change, {"new": rows[1].digest, "old": rows[0].digest})
+    failed = checks(verify(folder)[0])
+    assert ("input", rows[0].client, "failed") in failed
+    assert ("admitted", "", "ok") not in failed

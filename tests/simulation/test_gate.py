@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from pydantic import ValidationError
 
 from anabranch.client.session import open_session
 from anabranch.coordinator.gate import Scorecard
-from anabranch.simulation import report
 from anabranch.simulation.run import simulate
 from anabranch.simulation.scenario import Scenario
 from anabranch.simulation.validation import ValidationScorer, validation_scorer, write_task
@@ -20,12 +20,8 @@ from anabranch.vectors import Adapter
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 6}
 NOTHING = dict.fromkeys(("local_only", "fedavg", "oracle", "unattacked", "undefended"), False)
 
-
-@pytest.fixture(autouse=True)
-def _no_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes three times as long as such a federation: one test looks at the page."""
-    if "page" not in request.node.name:
-        monkeypatch.setattr(report, "write_report", lambda summary, measured, path: None)
+run_quickly = partial(simulate, report=False)
+"""Drawing takes three times as long as such a federation."""
 
 
 def scenario(**changes: Any) -> Scenario:
@@ -46,8 +42,10 @@ def scenario(**changes: Any) -> Scenario:
 
 
 def test_what_is_no_worse_passes_and_scoring_changes_nothing(tmp_path: Path) -> None:
-    gated = simulate(scenario(gate={"metric_drop": 0.2, "negative_flips": 0.5}), tmp_path / "gated")
-    plain = simulate(scenario(), tmp_path / "plain")
+    gated = run_quickly(
+        scenario(gate={"metric_drop": 0.2, "negative_flips": 0.5}), tmp_path / "gated"
+    )
+    plain = run_quickly(scenario(), tmp_path / "plain")
     assert [row["status"] for row in gated["rounds"]] == ["published"] * 3
     assert gated["adapter_hash"] == plain["adapter_hash"]
     first = gated["rounds"][0]["gate"]
@@ -56,15 +54,12 @@ def test_what_is_no_worse_passes_and_scoring_changes_nothing(tmp_path: Path) -> 
     assert first["positive_flips"] > first["negative_flips"]
 
 
-def test_an_attacked_merge_is_kept_back_and_the_page_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attacked_merge_is_kept_back_and_the_page_says_why(tmp_path: Path) -> None:
     """From round 2 on one in six sends its update a hundred times as large, and turned round."""
     band = {"kind": "sign_flip", "count": 1, "from_round": 2, "params": {"scale": 100.0}}
     gated = simulate(scenario(attackers=[band], gate={}), tmp_path / "gated")
     page = (tmp_path / "gated" / "report.html").read_text()
-    monkeypatch.setattr(report, "write_report", lambda summary, measured, path: None)
-    open_ = simulate(scenario(attackers=[band]), tmp_path / "open")
+    open_ = run_quickly(scenario(attackers=[band]), tmp_path / "open")
     statuses = [row["status"] for row in gated["rounds"]]
     assert statuses == ["published", "abandoned", "abandoned"]
     second = gated["rounds"][1]
@@ -100,7 +95,7 @@ def test_a_scorer_that_fails_lets_nothing_pass(
     monkeypatch.setattr("anabranch.simulation.validation.validation_scorer", failing)
     why = "nothing was merged: the gate could not judge it: the validation data is gone"
     with pytest.raises(RuntimeError, match=why):
-        simulate(scenario(rounds=1, gate={}), tmp_path / "out")
+        run_quickly(scenario(rounds=1, gate={}), tmp_path / "out")
 
 
 def test_the_scorer_tells_what_the_task_does(tmp_path: Path) -> None:

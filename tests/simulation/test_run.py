@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,9 @@ from anabranch.wire.sealing import SEAL_BYTES
 from anabranch.wire.signing import KeyRing
 
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 4, "group_count": 2}
+
+run_quickly = partial(simulate, report=False)
+"""Drawing takes three times as long as such a federation."""
 
 
 def scenario(**changes: Any) -> Scenario:
@@ -89,7 +93,9 @@ def test_a_run_leaves_what_people_look_for(tmp_path: Path) -> None:
 
 
 def test_peft_loads_the_merged_adapter(tmp_path: Path) -> None:
-    simulate(scenario(baselines={"local_only": False, "fedavg": False, "oracle": False}), tmp_path)
+    run_quickly(
+        scenario(baselines={"local_only": False, "fedavg": False, "oracle": False}), tmp_path
+    )
     session = open_session(TASK["kind"], json.dumps({"clients": 4, "group_count": 2}))
     model = PeftModel.from_pretrained(session.task.load_base(), str(tmp_path / "adapter"))
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -101,7 +107,7 @@ def test_peft_loads_the_merged_adapter(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(tmp_path: Path) -> None:
     only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     hashes = [
-        simulate(scenario(seed=seed, **only), tmp_path / name)["adapter_hash"]
+        run_quickly(scenario(seed=seed, **only), tmp_path / name)["adapter_hash"]
         for name, seed in (("a", 3), ("b", 3), ("c", 4))
     ]
     assert hashes[0] == hashes[1]
@@ -115,14 +121,14 @@ def test_one_factor_a_round_costs_about_half_the_bytes(tmp_path: Path) -> None:
     given = {**only, "task": task, "codec": {"name": "dense", "feedback": 0.0}}
     given["recipe"] = {"method": "mean"}
     runs = {
-        trains: simulate(scenario(trains=trains, **given), tmp_path / trains)
+        trains: run_quickly(scenario(trains=trains, **given), tmp_path / trains)
         for trains in ("both", "b", "alternate")
     }
     both = runs["both"]["update_bytes"]["ours"]
     for trains in ("b", "alternate"):
         assert 0.45 < runs[trains]["update_bytes"]["ours"] / both < 0.6
         assert runs[trains]["mean"]["merged"] > runs[trains]["mean"]["base"] + 0.05
-        again = simulate(scenario(trains=trains, **given), tmp_path / f"{trains}-again")
+        again = run_quickly(scenario(trains=trains, **given), tmp_path / f"{trains}-again")
         assert again["adapter_hash"] == runs[trains]["adapter_hash"]
     down = {trains: run["rounds"][-1]["bytes_down"] for trains, run in runs.items()}
     assert 0.45 < down["b"] / down["both"] < 0.6
@@ -141,7 +147,7 @@ def test_a_federation_by_fisher_gives_what_the_library_gives_offline(
         baselines={"local_only": False, "fedavg": False, "oracle": False},
     )
     run_folder = tmp_path / "run"
-    summary = simulate(fisher, run_folder)
+    summary = run_quickly(fisher, run_folder)
     start, store = peft_folder.read_adapter(run_folder / "start"), FolderStore(run_folder)
     before = start.tensors()
     layout = {name: tuple(tensor.shape) for name, tensor in start.tensors(trains).items()}
@@ -175,7 +181,7 @@ def test_a_federation_merges_by_the_fishers_of_its_clients(
         recipe={"method": "fisher"},
         baselines={"local_only": False, "fedavg": False, "oracle": False},
     )
-    hashes = [simulate(fisher, tmp_path / name)["adapter_hash"] for name in "ab"]
+    hashes = [run_quickly(fisher, tmp_path / name)["adapter_hash"] for name in "ab"]
     assert hashes[0] == hashes[1]
 
     class Silent(SyntheticTask):
@@ -186,7 +192,7 @@ def test_a_federation_merges_by_the_fishers_of_its_clients(
         recipe={"method": "fisher"}, task={"kind": "anabranch.simulation.synthetic:Silent"}
     )
     with pytest.raises(ValueError, match=r"recipe: fisher needs the clients' Fisher, and task\."):
-        simulate(silent, tmp_path / "c")
+        run_quickly(silent, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
@@ -199,7 +205,7 @@ def test_clients_of_several_ranks_learn_together(tmp_path: Path, method: str) ->
         "codec": {"name": "dense", "feedback": 0.0},
         "rounds": 8,
     }
-    first, second = (simulate(scenario(**given), tmp_path / name) for name in "ab")
+    first, second = (run_quickly(scenario(**given), tmp_path / name) for name in "ab")
     assert first["adapter_hash"] == second["adapter_hash"]
     assert first["mean"]["merged"] > first["mean"]["base"] + 0.05
     assert not first["refused"]
@@ -213,7 +219,7 @@ def test_peft_loads_an_adapter_with_all_that_was_kept(tmp_path: Path, rest: str)
         "codec": {"name": "dense", "feedback": 0.0},
         "rest": rest,
     }
-    first, second = (simulate(scenario(**given), tmp_path / name) for name in "ab")
+    first, second = (run_quickly(scenario(**given), tmp_path / name) for name in "ab")
     assert first["adapter_hash"] == second["adapter_hash"]
     assert first["mean"]["merged"] > first["mean"]["base"] + 0.05
     session = open_session(TASK["kind"], json.dumps({"clients": 4, "group_count": 2}))
@@ -231,8 +237,8 @@ def test_peft_loads_an_adapter_with_all_that_was_kept(tmp_path: Path, rest: str)
 
 def test_both_engines_agree(tmp_path: Path) -> None:
     only = {"rounds": 2, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
-    ours = simulate(scenario(**only), tmp_path / "ours")
-    flower = simulate(scenario(engine="flower", signed=True, **only), tmp_path / "flower")
+    ours = run_quickly(scenario(**only), tmp_path / "ours")
+    flower = run_quickly(scenario(engine="flower", signed=True, **only), tmp_path / "flower")
     assert flower["mean"]["merged"] == pytest.approx(ours["mean"]["merged"], abs=0.02)
     from anabranch.vectors.peft_folder import read_adapter as read
 
@@ -262,20 +268,29 @@ def stop_at(phase: str, done: int) -> Callable[[str, int, int], None]:
     return progress
 
 
+SIGNED = scenario(codec={"name": "dense", "feedback": 0.0}, signed=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of a run that nobody interrupted."""
+    return run_quickly(SIGNED, tmp_path_factory.mktemp("run") / "whole")
+
+
 @pytest.mark.parametrize("cut", [("federation", 14), ("oracle", 0), ("local-only", 2)])
-def test_an_interrupted_run_goes_on(cut: tuple[str, int], tmp_path: Path) -> None:
-    dense = scenario(codec={"name": "dense", "feedback": 0.0}, signed=True)
-    whole = simulate(dense, tmp_path / "whole")
+def test_an_interrupted_run_goes_on(
+    cut: tuple[str, int], whole: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(StopHere):
-        simulate(dense, tmp_path / "cut", progress=stop_at(*cut))
+        run_quickly(SIGNED, tmp_path / "cut", progress=stop_at(*cut))
     with pytest.raises(ValueError, match="--resume"):
-        simulate(dense, tmp_path / "cut")
-    resumed = simulate(dense, tmp_path / "cut", resume=True)
+        run_quickly(SIGNED, tmp_path / "cut")
+    resumed = run_quickly(SIGNED, tmp_path / "cut", resume=True)
     assert (whole["resumed"], resumed["resumed"]) == (False, True)
     assert resumed["adapter_hash"] == whole["adapter_hash"]
     assert resumed["mean"] == whole["mean"]
-    ring = KeyRing(by_id([seeded_key("coordinator", dense.seed).public]))
-    assert check_folder(tmp_path / "cut" / "adapter", ring)["federation"] == dense.name
+    ring = KeyRing(by_id([seeded_key("coordinator", SIGNED.seed).public]))
+    assert check_folder(tmp_path / "cut" / "adapter", ring)["federation"] == SIGNED.name
 
 
 ONLY = {"rounds": 1, "baselines": {"local_only": False, "fedavg": False, "oracle": False}}
@@ -297,41 +312,41 @@ def test_a_folder_is_never_taken_over_silently(tmp_path: Path) -> None:
     write_scenario(scenario(), tmp_path / "config.toml")
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(ValueError, match=r"'diary\.txt', which no run wrote"):
-            simulate(scenario(), tmp_path, **how)
+            run_quickly(scenario(), tmp_path, **how)
     (tmp_path / "diary.txt").unlink()
     # Also somebody's scenario is no run.
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(ValueError, match=r"'config\.toml', which no run wrote"):
-            simulate(scenario(), tmp_path, **how)
+            run_quickly(scenario(), tmp_path, **how)
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
 
 def test_overwriting_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    simulate(scenario(**ONLY), out)
+    run_quickly(scenario(**ONLY), out)
     with pytest.raises(ValueError, match="another scenario"):
-        simulate(scenario(**{**ONLY, "seed": 9}), out, resume=True)
+        run_quickly(scenario(**{**ONLY, "seed": 9}), out, resume=True)
     (out / "notes.txt").write_text("mine")
     (out / ".adapter.new.0123abcd").mkdir()
     with pytest.raises(ValueError, match=r"'notes\.txt', which no run wrote"):
-        simulate(scenario(**ONLY), out, overwrite=True)
+        run_quickly(scenario(**ONLY), out, overwrite=True)
     assert (out / "summary.json").exists()
     (out / "notes.txt").rename(tmp_path / "notes.txt")
-    again = simulate(scenario(**{**ONLY, "seed": 9}), out, overwrite=True)
+    again = run_quickly(scenario(**{**ONLY, "seed": 9}), out, overwrite=True)
     assert again["seed"] == 9
     assert not (out / ".adapter.new.0123abcd").exists()
     config = out / "config.toml"
     config.write_text('[tool]\nname = "mine"\n')
     with pytest.raises(ValueError, match=r"'config\.toml', which no run wrote"):
-        simulate(scenario(**ONLY), out, overwrite=True)
+        run_quickly(scenario(**ONLY), out, overwrite=True)
     assert (out / "summary.json").exists()
 
 
 def test_a_run_whose_artifacts_are_gone_cannot_go_on(tmp_path: Path) -> None:
-    simulate(scenario(**ONLY), tmp_path)
+    run_quickly(scenario(**ONLY), tmp_path)
     shutil.rmtree(tmp_path / "artifacts")
     with pytest.raises(ValueError, match=r"cannot be gone on with: no artifact .* --overwrite"):
-        simulate(scenario(**ONLY), tmp_path, resume=True)
+        run_quickly(scenario(**ONLY), tmp_path, resume=True)
 
 
 def test_fedavg_is_dense_whatever_the_scenario_compresses() -> None:
@@ -351,7 +366,7 @@ def test_fedavg_is_neither_private_nor_gated() -> None:
 
 def test_a_task_that_cannot_be_simulated_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no class 'Nothing'"):
-        simulate(scenario(task={"kind": "anabranch.simulation.synthetic:Nothing"}), tmp_path)
+        run_quickly(scenario(task={"kind": "anabranch.simulation.synthetic:Nothing"}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -386,7 +401,7 @@ def test_what_cannot_work_is_found_before_anything_is_written(
     changes: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
-        simulate(scenario(**changes), tmp_path / "out")
+        run_quickly(scenario(**changes), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -408,10 +423,10 @@ def test_a_federation_learns_by_ranks_alone(tmp_path: Path) -> None:
     only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     task = {**TASK, "features": 16, "hidden": 16, "rank": 16}
     given = {**only, "task": task, "trains": "b", "rounds": 5}
-    ranks = simulate(
+    ranks = run_quickly(
         scenario(**given, codec={"name": "ranks"}, recipe={"method": "rank_vote"}), tmp_path / "a"
     )
-    mean = simulate(
+    mean = run_quickly(
         scenario(**given, codec={"name": "dense"}, recipe={"method": "mean"}), tmp_path / "b"
     )
     assert {row["status"] for row in ranks["rounds"]} == {"published"}
@@ -424,7 +439,7 @@ def test_a_federation_learns_by_ranks_alone(tmp_path: Path) -> None:
 def test_a_federation_learns_by_a_vote_on_products(tmp_path: Path) -> None:
     only = {"baselines": {"local_only": False, "fedavg": False, "oracle": False}}
     vote = {"method": "rank_vote", "params": {"approvals": 0.3, "density": 0.3}}
-    summary = simulate(scenario(**only, codec={"name": "dense"}, recipe=vote), tmp_path)
+    summary = run_quickly(scenario(**only, codec={"name": "dense"}, recipe=vote), tmp_path)
     assert summary["mean"]["merged"] > summary["mean"]["base"] + 0.08
 
 
@@ -449,4 +464,4 @@ def test_the_report_says_who_stood_out_and_why(tmp_path: Path) -> None:
 def test_suspicion_is_refused_where_too_few_are_merged(tmp_path: Path) -> None:
     one = scenario(quorum=3, recipe={"method": "mean", "suspicion": {}})
     with pytest.raises(ValueError, match="suspicion: of 3 contributions none can be told"):
-        simulate(one, tmp_path / "out")
+        run_quickly(one, tmp_path / "out")

@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from anabranch.vectors.sparse import ternarise
 from anabranch.wire import (
     CodecConfig,
     UpdateMeta,
+    WireError,
     decode_forms,
+    decode_into,
     decode_update,
     encode_update,
     read_manifest,
@@ -264,3 +267,37 @@ def test_messages_of_version_1_are_decoded_for_ever(name: str, meta: UpdateMeta)
     assert weights_hash(decoded) == GOLDEN_HASHES[name]
     if name == "fp32":
         assert weights_hash(golden_tensors()) == GOLDEN_HASHES[name]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=_codec_id)
+def test_a_message_is_decoded_into_tensors_that_are_there(
+    codec: CodecConfig, small: dict[str, Tensor], meta: UpdateMeta
+) -> None:
+    encoded = encode_update(small, meta, codec)
+    there = {name: torch.full_like(tensor, 9) for name, tensor in small.items()}
+    # A tensor that is no row of memory, and one of fewer bits.
+    there["a.weight"] = torch.full((50, 6), 9.0).T
+    there["b.gap"] = there["b.gap"].double()
+    assert decode_into(encoded.blob, there) == meta
+    for name, sent in encoded.sent.items():
+        assert torch.equal(there[name].float(), sent)
+    with pytest.raises(WireError, match="expected"):
+        decode_into(encoded.blob, {**there, "a.weight": torch.zeros(6, 51)})
+
+
+@pytest.mark.parametrize("name", ["int8", "ternary"])
+def test_decoding_into_tensors_holds_a_frame_of_them_beside(name: str, meta: UpdateMeta) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {f"m{n:02}": torch.randn(512, 512, generator=generator) for n in range(16)}
+    codec = CodecConfig(name="dense", dtype="int8") if name == "int8" else CodecConfig(density=0.1)
+    encoded = encode_update(tensors, meta, codec)
+    there = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    threads = torch.get_num_threads()
+    decode_into(encoded.blob, there)
+    tracemalloc.start()
+    decode_into(encoded.blob, there)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # numpy's memory is traced. A frame is 1 MiB of the 16, and some of its forms.
+    assert peak < threads * 3 << 20
+    assert all(torch.equal(there[name], sent) for name, sent in encoded.sent.items())

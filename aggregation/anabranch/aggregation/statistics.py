@@ -79,6 +79,11 @@ def entries_as_they_are(deltas_CD: Tensor, weights_C: Tensor, config: Any, found
     return deltas_CD
 
 
+def magnitudes(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
+    """The same on their magnitudes [C, D]."""
+    return deltas_CD.abs()
+
+
 def gather_statistics(
     statistics: Sequence[Statistic],
     chunks: Chunks,

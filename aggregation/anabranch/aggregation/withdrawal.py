@@ -25,7 +25,7 @@ class Remaining:
     recipe: Recipe
 
 
-def withdraw(
+def remaining(
     names: Sequence[str],
     without: Sequence[str],
     recipe: Recipe,

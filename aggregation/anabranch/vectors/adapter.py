@@ -5,7 +5,6 @@ Shape legend: m rows, n columns of a module's weight, r the adapter's rank.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anabranch.vectors.hashing import weights_hash
+from anabranch.vectors.seeding import word_seed
 from anabranch.vectors.task_vector import Delta, Held, LowRank, TaskVector, stack
 
 A_SUFFIX, B_SUFFIX = ".lora_A", ".lora_B"
@@ -155,8 +155,7 @@ def seeded_start(adapter: Adapter, seed: int) -> Adapter:
     """
     tensors = adapter.tensors()
     for name, factors in adapter.lora.items():
-        digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator().manual_seed(word_seed(seed, name))
         bound = 1 / math.sqrt(factors.a_rn.shape[1])
         start_rn = torch.empty(factors.a_rn.shape, dtype=torch.float32)
         start_rn.uniform_(-bound, bound, generator=generator)

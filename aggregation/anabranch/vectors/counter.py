@@ -9,10 +9,10 @@ Shape legend: D entries.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from anabranch.vectors.seeding import word_digest
 
 Stream = tuple[int, str, int]
 """Seed, module name, contribution: what names a stream."""
@@ -37,9 +37,7 @@ def _shift(x_D: Tensor, bits: int) -> Tensor:
 
 def stream_key(stream: Stream) -> int:
     """The word that tells a stream from others, 64 bits."""
-    seed, name, contribution = stream
-    digest = hashlib.sha256(f"{seed}\0{name}\0{contribution}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
+    return int.from_bytes(word_digest(*stream)[:8], "little")
 
 
 def uniform(

@@ -249,11 +249,11 @@ def _group_line(group: Any) -> str:
 def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
     from anabranch.aggregation import merge
     from anabranch.aggregation.registry import named
-    from anabranch.aggregation.withdrawal import withdraw
+    from anabranch.aggregation.withdrawal import remaining
     from anabranch.vectors.fisher_file import read_fisher
     from anabranch.vectors.peft_folder import read_adapter, write_adapter
 
-    stay = withdraw(job.names, job.without, job.recipe)
+    stay = remaining(job.names, job.without, job.recipe)
     with stderr.status(f"reading {len(stay.names)} adapters"):
         contributions = [read_adapter(job.inputs[index]) for index in stay.indices]
         if named(job.recipe).needs_importance:

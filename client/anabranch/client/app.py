@@ -6,7 +6,6 @@ the node's configuration as ``task = "package.module:Class"``.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from anabranch.client.task import FisherTask, TrainPlan
 from anabranch.client.trust import NodeKeys, keys_of, verify_plan
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.vectors.importance import flat_importance
+from anabranch.vectors.seeding import word_seed
 from anabranch.wire import decode_adapter, decode_change, read_manifest
 from anabranch.wire.plan import (
     ADAPTER_KEY,
@@ -47,8 +47,7 @@ app = ClientApp(mods=[verify_plan, verify_base, compress])
 
 def client_seed(seed: int, round_number: int, client: str) -> int:
     """A seed of its own for each client and round, the same on every machine."""
-    digest = hashlib.sha256(f"{seed}\0{round_number}\0{client}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return word_seed(seed, round_number, client)
 
 
 @contextmanager

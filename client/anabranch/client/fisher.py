@@ -15,16 +15,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from anabranch.client.lora import adapted_layers, trained_in_full
 from anabranch.vectors.adapter import Trained
 from anabranch.vectors.importance import closest_product
 from anabranch.vectors.task_vector import Held
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
 
 
 def diagonal_fisher(

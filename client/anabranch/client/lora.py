@@ -9,18 +9,21 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear, LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from anabranch.vectors import Adapter, LoraFactors, LowRank, weights_hash
 from anabranch.vectors.adapter import A_SUFFIX, B_SUFFIX, Trained
 from anabranch.vectors.peft_config import NOT_A_SUM
+
+# PEFT brings transformers, which loads for longer than all else together. Flower starts a process
+# for each message to a node, and most of them touch no model: so it is loaded where one is.
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import Linear
 
 ADAPTER_NAME = "default"
 FROZEN = "anabranch_frozen"
@@ -52,6 +55,8 @@ def attach(base: nn.Module, config: LoraConfig) -> PeftModel:
     Raises:
         ValueError: The configuration asks for what an adapter cannot carry.
     """
+    from peft import PeftModel, get_peft_model
+
     for field, reason in NOT_A_SUM.items():
         _refuse(field, bool(getattr(config, field, None)), reason)
     _refuse("bias", config.bias != "none", "set bias='none', or name the module in modules_to_save")
@@ -171,6 +176,9 @@ def own_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """The layers that LoRA adapts, by module name."""
+    from peft import PeftModel
+    from peft.tuners.lora import Linear
+
     assert isinstance(model, PeftModel), "attach() an adapter first"
     named = model.get_base_model().named_modules()
     return {name: module for name, module in named if isinstance(module, Linear)}
@@ -223,6 +231,8 @@ def training(model: nn.Module, trained: Trained) -> Iterator[None]:
 
 def _slots(model: nn.Module) -> _Slots:
     """The model's slots, found once: walking the module tree costs more than the copies."""
+    from peft import PeftModel
+
     if model not in _SLOTS:
         if not isinstance(model, PeftModel):
             raise ValueError(f"{type(model).__name__} holds no adapter; call attach() on it first")
@@ -231,6 +241,10 @@ def _slots(model: nn.Module) -> _Slots:
 
 
 def _find_slots(model: PeftModel) -> _Slots:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear, LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
     config = model.peft_config[ADAPTER_NAME]
     assert isinstance(config, LoraConfig)
     layers: dict[str, Linear] = {}

@@ -27,7 +27,7 @@ from anabranch.wire.plan import (
 )
 from anabranch.wire.secure.flat import flatten, unflatten
 from anabranch.wire.secure.member import SecureMember
-from anabranch.wire.secure.session import session_of
+from anabranch.wire.secure.session import secure_session
 
 SECURE_REFUSED = 1003
 """``Error.code`` of a reply: this node does not take the step it was asked to take."""
@@ -100,7 +100,7 @@ def _member(message: Message, context: Context, plan: RoundPlan, phase: str) -> 
         )
     record = record_of(message.content, PLAN_KEY, ConfigRecord)
     assert record is not None
-    session = session_of(plan, str(record[PLAN_KEY]))
+    session = secure_session(plan, str(record[PLAN_KEY]))
     least = int(context.node_config.get(LEAST_KEY, 0))
     if session.threshold < least:
         raise WireError(

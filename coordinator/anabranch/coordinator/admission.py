@@ -50,7 +50,7 @@ class RefusedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Examined:
     """A reply that passed every check but uniqueness.
 
     Attributes:
@@ -105,7 +105,7 @@ def examine(
     client: str,
     max_norm: float | None = None,
     trust: Trust | None = None,
-) -> Candidate:
+) -> Examined:
     """Check one reply: form, signature, round, base, start, bounds, size of what it would make.
 
     Args:
@@ -151,7 +151,7 @@ def examine_update(
     metrics: Mapping[str, float],
     max_norm: float | None = None,
     trust: Trust | None = None,
-) -> Candidate:
+) -> Examined:
     """Check an update's bytes, by whichever way they came; arguments as of ``examine``.
 
     Args:
@@ -187,7 +187,7 @@ def examine_update(
         raise RefusedError("norm", f"the update's norm {norm:.3g} is over the cap {max_norm:.3g}")
     _refuse_overflow(start, norms)
     _refuse_importance(start.adapter, importance)
-    return Candidate(client, blob, len(data), meta, changes, importance, metrics)
+    return Examined(client, blob, len(data), meta, changes, importance, metrics)
 
 
 def _refuse_unasked(meta: UpdateMeta, plan: RoundPlan, client: str) -> None:

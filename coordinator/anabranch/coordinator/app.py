@@ -47,8 +47,9 @@ def run_federation(grid: Grid, folder: Path) -> None:
     about = {"federation": config.name, "run": config.run}
     configure(about=about, level=logging.INFO)
     opened = open_store(
-        config.store, folder, federation=config.name, run=config.run, durable=config.durable
-    )
+        config.store, folder, federation=config.name, run=config.run, durable=config.durable,
+        patient=True,
+    )  # fmt: skip
     with closing(opened) as store:
         trust = trust_of(folder, config, store) if config.signed else None
         template = read_adapter(folder / START_FOLDER)

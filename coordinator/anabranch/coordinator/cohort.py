@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from anabranch.coordinator.admission import Candidate, RefusedError, examine, layouts
+from anabranch.coordinator.admission import Examined, RefusedError, examine, layouts
 from anabranch.coordinator.collect import Reply
 from anabranch.coordinator.start import Start
 from anabranch.coordinator.store import Contribution, FullError, Store, TakenError
@@ -20,6 +20,9 @@ from anabranch.wire.plan import UPDATE_KEY
 
 Decoded = tuple[Mapping[str, Form], Mapping[str, Tensor]]
 """An update's changes and their importance."""
+
+NO_ROOM = "no-room"
+"""The code of an update that the store had no room for."""
 
 DECODED_BYTES = 256 << 20
 """Decoded updates kept from admission to the merge; what is beyond is decoded again."""
@@ -51,12 +54,12 @@ class Cohort:
         """
         if reply.message is None:
             raise RefusedError(reply.code, reply.reason)
-        candidate = examine(reply.message, start, client, self._max_norm, self._trust)
-        contribution = keep(self._store, candidate, start, self._trust)
-        held = sum(change.nbytes for change in candidate.changes.values())
-        held += sum(part.nbytes for part in candidate.importance.values())
+        examined = examine(reply.message, start, client, self._max_norm, self._trust)
+        contribution = keep(self._store, examined, start, self._trust)
+        held = sum(change.nbytes for change in examined.changes.values())
+        held += sum(part.nbytes for part in examined.importance.values())
         if (len(self._decoded) + 1) * held <= DECODED_BYTES:
-            self._decoded[contribution.digest] = (candidate.changes, candidate.importance)
+            self._decoded[contribution.digest] = (examined.changes, examined.importance)
 
     def end(self, row: Contribution, start: Start) -> Adapter:
         """What a client trained: its start and the change it sent, and how much that matters to it.
@@ -86,13 +89,13 @@ class Cohort:
 
 
 def keep(
-    store: Store, candidate: Candidate, start: Start, trust: Trust | None, collecting: bool = False
+    store: Store, examined: Examined, start: Start, trust: Trust | None, collecting: bool = False
 ) -> Contribution:
     """Count an update that was examined: its bytes are safe first, its row second.
 
     Args:
         store: Where.
-        candidate: The update.
+        examined: The update.
         start: What its client was handed.
         trust: Keys, where the federation is signed.
         collecting: Only while its round still collects, which another process may end.
@@ -103,16 +106,16 @@ def keep(
     try:
         contribution = Contribution(
             round=start.plan.round,
-            client=candidate.client,
-            digest=store.put(candidate.blob),
-            size_bytes=candidate.size_bytes,
-            nonce=candidate.meta.nonce.hex(),
-            metrics=dict(candidate.metrics),
+            client=examined.client,
+            digest=store.put(examined.blob),
+            size_bytes=examined.size_bytes,
+            nonce=examined.meta.nonce.hex(),
+            metrics=dict(examined.metrics),
         )
         admit = store.admit_collecting if collecting else store.admit
         counted = admit(contribution)
     except FullError as error:
-        raise RefusedError("no-room", str(error)) from error
+        raise RefusedError(NO_ROOM, str(error)) from error
     except TakenError as error:
         raise RefusedError("closed", str(error)) from error
     if not counted:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anabranch.aggregation import MergeMethod, MergeReport, merge, merge_keeping, merge_one_factor
+from anabranch.aggregation import (
+    MergeMethod,
+    MergeReport,
+    Recipe,
+    merge,
+    merge_keeping,
+    merge_one_factor,
+)
 from anabranch.aggregation.engine.suspected import check_suspicion
+from anabranch.aggregation.methods.fltrust import FLTRUST, FlTrustConfig
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.privacy.ledger import Release
 from anabranch.coordinator.privacy.mechanism import private_mean
@@ -91,6 +99,42 @@ def merge_privately(
     return adapter, MergeReport(tuple(names), shares, {}, 0.0, ())
 
 
+def root_of(recipe: Recipe) -> str | None:
+    """The client that FLTrust measures the others by; None where another method merges."""
+    if recipe.method != FLTRUST.name:
+        return None
+    return FlTrustConfig.model_validate(recipe.params).root
+
+
+def check_root(config: FederationConfig) -> None:
+    """Refuse FLTrust where its root could be somebody else, or could be missing.
+
+    The coordinator trains the root as a client of its own, on data of its own: so its update is
+    signed, kept, in the receipt and merged again by who verifies, as any other.
+
+    Raises:
+        ValueError: It is so.
+    """
+    root = root_of(config.recipe)
+    if not config.signed:
+        raise ValueError(
+            f"recipe: fltrust trusts the client called {root!r}, and unsigned clients call "
+            "themselves what they like; set signed = true and enrol a client of your own, with "
+            "clean data, under that name"
+        )
+    if config.fraction < 1:
+        raise ValueError(
+            f"recipe: fltrust needs its root {root!r} in every round, and {config.fraction:g} of "
+            "the clients are drawn; set fraction = 1"
+        )
+    suspicion = config.recipe.suspicion
+    if suspicion is not None and root not in suspicion.allow:
+        raise ValueError(
+            f"recipe: fltrust cannot do without its root {root!r}, which suspicion might leave "
+            "out; name it in suspicion.allow"
+        )
+
+
 def check_method(config: FederationConfig, template: Adapter, method: MergeMethod) -> None:
     """Refuse what no round of a federation could merge.
 
@@ -103,6 +147,8 @@ def check_method(config: FederationConfig, template: Adapter, method: MergeMetho
             f"secure: {method.name} asks who a contribution is of, or what matters to it, which a "
             "sum does not say; set recipe.method to another"
         )
+    if root_of(config.recipe) is not None:
+        check_root(config)
     own = max((factors.rank for factors in template.lora.values()), default=0)
     for client, rank in config.ranks.items():
         if rank > own:

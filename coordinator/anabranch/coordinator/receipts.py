@@ -13,6 +13,7 @@ import torch
 from anabranch.aggregation import MergeReport
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService
+from anabranch.coordinator.inputs import name_of, size_of
 from anabranch.coordinator.privacy.ledger import RELEASE_KEY
 from anabranch.coordinator.scores import mean_metrics
 from anabranch.coordinator.store import Contribution, Publication, Store
@@ -215,8 +216,8 @@ def _of_round(
         Input(
             client=row.client,
             round=row.round,
-            artifact=row.digest,
-            size_bytes=row.size_bytes,
+            artifact=name_of(store, config, row),
+            size_bytes=size_of(config, row),
             nonce=row.nonce,
             factor=factor,
             weight=number(weight),
@@ -226,7 +227,12 @@ def _of_round(
     # A client that was refused, and asked again after a restart, may be in the merge after all.
     last = {row.client: row for row in store.refusals(plan.round) if row.client not in there}
     exclusions = tuple(
-        Exclusion(client=row.client, code=row.code, reason=row.reason[:300])
+        Exclusion(
+            client=row.client,
+            code=row.code,
+            # A reason may tell what was in an update.
+            reason=row.reason[:300] if config.privacy is None else "",
+        )
         for row in sorted(last.values(), key=lambda row: row.client)
     )
     settings = config.model_dump(mode="json", exclude=set(ELSEWHERE))

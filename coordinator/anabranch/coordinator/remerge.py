@@ -14,6 +14,7 @@ from anabranch.coordinator.cohort import Cohort
 from anabranch.coordinator.coordination import plan_of
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService, in_service, successor
+from anabranch.coordinator.inputs import digest_of
 from anabranch.coordinator.merging import merge_cohort, merge_privately
 from anabranch.coordinator.privacy.ledger import Release
 from anabranch.coordinator.privacy.noise import noise_source
@@ -136,7 +137,7 @@ class Remerge:
         for one in inputs:
             own = before if one.round == self.receipt.round else began(one.round)
             start = self._at_rank(one, own)
-            said = read_manifest(self._store.get(one.artifact)).meta.start_hash
+            said = read_manifest(self._store.get(self._digest(one))).meta.start_hash
             # The update names the start that its client had.
             plan = start.plan.model_copy(update={"start_hash": said})
             starts.append(replace(start, plan=plan))
@@ -178,7 +179,9 @@ class Remerge:
 
     def _ends(self, inputs: Sequence[Input], starts: Sequence[Start]) -> list[Adapter]:
         cohort = Cohort(self._store, None, None)
-        return [cohort.end(_row(one), start) for one, start in zip(inputs, starts, strict=True)]
+        return [
+            cohort.end(self._row(one), start) for one, start in zip(inputs, starts, strict=True)
+        ]
 
     def _merge(
         self,
@@ -229,8 +232,10 @@ class Remerge:
     def _method(self) -> MergeMethod:
         return named(self._config.recipe)
 
+    def _digest(self, one: Input) -> str:
+        return digest_of(self._store, self.receipt, one)
 
-def _row(one: Input) -> Contribution:
-    return Contribution(
-        round=one.round, client=one.client, digest=one.artifact, size_bytes=one.size_bytes
-    )
+    def _row(self, one: Input) -> Contribution:
+        return Contribution(
+            round=one.round, client=one.client, digest=self._digest(one), size_bytes=one.size_bytes
+        )

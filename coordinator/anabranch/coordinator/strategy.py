@@ -181,11 +181,10 @@ class MergeStrategy(Strategy):
         self._wait_for(grid, first, done + 1)
         if done:
             self._evaluate(done, mail, grid, result)
-        for server_round in range(done + 1, rounds + 1):
-            if server_round <= self._done():
-                # An earlier adapter was put in service again between two rounds.
-                self._read_again()
-                continue
+        # A round that somebody else ended is over; one whose end was refused for another's receipt
+        # is not, and is done again.
+        while (server_round := self._done() + 1) <= rounds:
+            self._read_again()
             if (reason := self._why_no_more(server_round)) is not None:
                 log.warning("round %d is not begun: %s", server_round, reason)
                 self.store.note("stopped", {"round": server_round, "reason": reason})
@@ -200,6 +199,8 @@ class MergeStrategy(Strategy):
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             self.store.tidy()
+            if server_round > self._done():
+                continue
             self._evaluate(server_round, mail, grid, result)
             if evaluate_fn and (own := evaluate_fn(server_round, self.arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = own
@@ -323,7 +324,7 @@ class MergeStrategy(Strategy):
         try:
             candidate = under_way.finish()
         except TakenError as error:
-            log.warning("the round comes to nothing: %s", error)
+            log.warning("the round does not end so: %s", error)
             self._read_again()
             return self.arrays, None
         if candidate is None:
@@ -332,5 +333,7 @@ class MergeStrategy(Strategy):
         return self.arrays, mean_metrics([row.metrics for row in under_way.counted.own])
 
     def _read_again(self) -> None:
-        """Serve what the store holds: an earlier adapter was put in service again."""
-        self.service = read_in_service(self.store, self.service.seeded, self.config)
+        """Serve what the store holds, where another adapter was put in service meanwhile."""
+        latest = self.store.latest()
+        if latest is not None and latest.adapter_hash != self.service.hash:
+            self.service = read_in_service(self.store, self.service.seeded, self.config)

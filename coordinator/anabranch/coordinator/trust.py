@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,19 @@ NONCE_BYTES = 16
 """Fewest bytes of a nonce: that many random ones do not come twice."""
 
 
+@dataclass(frozen=True)
+class Planned:
+    """When a round was planned.
+
+    Attributes:
+        wall_s: In Unix seconds.
+        apart_s: Seconds that the clock which may be set then stood before the one that may not.
+    """
+
+    wall_s: int
+    apart_s: float
+
+
 @dataclass
 class Trust:
     """Keys and memory of one signed federation.
@@ -30,17 +44,21 @@ class Trust:
         key: The coordinator's own.
         skew_s: Seconds by which a client's clock may differ from this one's.
         sealed: Whether updates are sealed.
-        rounds: By round, when it was planned in Unix seconds, and the key its updates are sealed
-            to; None where they are not.
+        rounds: By round, when it was planned, and the key its updates are sealed to; None where
+            they are not.
         nonces: Those of every update that was admitted.
+        wall: Reads Unix seconds, of a clock that somebody may set.
+        steady: Reads seconds of one that nobody sets.
     """
 
     folder: Path
     key: PrivateKey
     skew_s: float
     sealed: bool = False
-    rounds: dict[int, tuple[int, SealKey | None]] = field(default_factory=dict)
+    rounds: dict[int, tuple[Planned, SealKey | None]] = field(default_factory=dict)
     nonces: set[str] = field(default_factory=set)
+    wall: Callable[[], float] = time.time
+    steady: Callable[[], float] = time.monotonic
     _ring: KeyRing = field(default_factory=lambda: KeyRing({}), init=False)
     _stamp: tuple[tuple[int, int], ...] = field(default=(), init=False)
 
@@ -52,7 +70,8 @@ class Trust:
             planned_s: When it was planned, in Unix seconds; None: now.
         """
         seal = new_seal_key() if self.sealed else None
-        self.rounds[plan.round] = int(time.time()) if planned_s is None else planned_s, seal
+        at_s = int(self.wall()) if planned_s is None else planned_s
+        self.rounds[plan.round] = Planned(at_s, self.wall() - self.steady()), seal
         return plan if seal is None else plan.model_copy(update={"seal_to": seal.public.hex()})
 
     def seal(self, number: int) -> SealKey | None:
@@ -84,12 +103,20 @@ class Trust:
             raise WireError("nonce", f"the nonce has {len(meta.nonce)} bytes, not {NONCE_BYTES}")
         if meta.nonce.hex() in self.nonces:
             raise WireError("replay", "an update with this nonce was admitted before")
-        early_s = self.rounds[meta.round][0] - meta.issued_s
+        # A clock that jumped while the round collects, here or at all nodes, costs nobody's update:
+        # what either reading allows is allowed.
+        planned, _ = self.rounds[meta.round]
+        now_s, jumped_s = self.wall(), self._jumped_s(planned)
+        early_s = planned.wall_s + min(0.0, jumped_s) - meta.issued_s
         if early_s > self.skew_s:
-            raise WireError("expired", f"it was made {early_s} s before its round was planned")
-        late_s = meta.issued_s - time.time()
+            raise WireError("expired", f"it was made {early_s:.0f} s before its round was planned")
+        late_s = meta.issued_s - max(now_s, now_s - jumped_s)
         if late_s > self.skew_s:
             raise WireError("future", f"it was made {late_s:.0f} s from now; set the node's clock")
+
+    def _jumped_s(self, planned: Planned) -> float:
+        """Seconds by which the clock was set since a round was planned."""
+        return self.wall() - self.steady() - planned.apart_s
 
 
 def trust_of(folder: Path, config: FederationConfig, store: Store) -> Trust:

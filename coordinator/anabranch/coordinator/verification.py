@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,6 +17,7 @@ import torch
 
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.in_service import InService
+from anabranch.coordinator.inputs import digest_of
 from anabranch.coordinator.receipts import configuration, software
 from anabranch.coordinator.remerge import Remerge
 from anabranch.coordinator.store import Store
@@ -144,11 +146,15 @@ class Verifier:
     def _input(self, receipt: Receipt, one: Input) -> Check:
         """The update is there, has the bytes it had, and says of itself what the receipt says."""
         try:
-            blob = self._store.get(one.artifact)
+            digest = digest_of(self._store, receipt, one)
+        except KeyError as error:
+            return Check("input", one.client, "failed", str(error.args[0]))
+        try:
+            blob = self._store.get(digest)
         except KeyError:
-            return Check("input", one.client, "open", f"artifact {one.artifact} is missing")
+            return Check("input", one.client, "open", f"artifact {digest} is missing")
         except ValueError:
-            return Check("input", one.client, "failed", f"artifact {one.artifact} was altered")
+            return Check("input", one.client, "failed", f"artifact {digest} was altered")
         try:
             manifest = read_manifest(blob)
             if self._config.secure is not None:
@@ -172,7 +178,14 @@ class Verifier:
     @cached_property
     def _accounted(self) -> set[str]:
         """Artifacts of every update that some receipt of the run names."""
-        return {one.artifact for data in self._chain for one in decode_receipt(data, None).inputs}
+        reads = (decode_receipt(data, None) for data in self._chain)
+        return {digest for read in reads for digest in self._named(read)}
+
+    def _named(self, receipt: Receipt) -> Iterator[str]:
+        """Artifacts of the updates that a receipt names, as far as the store knows of them."""
+        for one in receipt.inputs:
+            with suppress(KeyError):
+                yield digest_of(self._store, receipt, one)
 
     def _accounts(self, receipt: Receipt) -> Check:
         """Every update that was admitted to the round is in this receipt, or came late in another.
@@ -181,7 +194,7 @@ class Verifier:
         """
         rows = self._store.contributions(receipt.round)
         waits = self._config.collect.stragglers == "carry"
-        named = {one.artifact for one in receipt.inputs}
+        named = set(self._named(receipt))
         lost = [
             row.client
             for row in rows

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anabranch.wire.adapter_message import encode_change as encode_change
     from anabranch.wire.config import CodecConfig as CodecConfig
     from anabranch.wire.decode import decode_forms as decode_forms
+    from anabranch.wire.decode import decode_into as decode_into
     from anabranch.wire.decode import decode_update as decode_update
     from anabranch.wire.encode import Encoded as Encoded
     from anabranch.wire.encode import encode_update as encode_update
@@ -37,6 +38,7 @@ _HOMES = {
     "decode_adapter": "adapter_message",
     "decode_change": "adapter_message",
     "decode_forms": "decode",
+    "decode_into": "decode",
     "decode_update": "decode",
     "encode_adapter": "adapter_message",
     "encode_change": "adapter_message",

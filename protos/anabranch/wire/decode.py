@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from anabranch.wire.codecs.codec import Form
 from anabranch.wire.codecs.registry import packing_numbered
+from anabranch.wire.codecs.ternary_runs import TernaryRuns
 from anabranch.wire.errors import WireError
 from anabranch.wire.frames import plan_frames
 from anabranch.wire.header import read_manifest
@@ -28,12 +29,17 @@ from anabranch.wire.seeds import seed_of
 Check = Callable[[Manifest], None]
 """Raises a WireError for a message whose manifest is not to be believed."""
 
+Done = TypeVar("Done")
+
 _SIDE_BY_SIDE = 1 << 20
 """Entries of a message from which its frames are decoded by several threads."""
 
 
 def decode_update(
-    blob: bytes | memoryview, layout: Mapping[str, tuple[int, ...]], check: Check | None = None
+    blob: bytes | memoryview,
+    layout: Mapping[str, tuple[int, ...]],
+    check: Check | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[UpdateMeta, dict[str, Tensor]]:
     """Decode a message into dense tensors.
 
@@ -41,6 +47,8 @@ def decode_update(
         blob: The message, as it came.
         layout: Names and shapes expected, from the local configuration.
         check: Called with the manifest before any payload is touched (``wire.signing``).
+        device: Where the tensors are wanted. On another device than the CPU they are allocated
+            before anything is decompressed.
 
     Returns:
         What the message says of itself, and fp32 tensors by name, in sorted order.
@@ -48,8 +56,46 @@ def decode_update(
     Raises:
         WireError: The message is not a sound one of exactly this layout; ``code`` says why.
     """
-    meta, forms, _ = decode_forms(blob, layout, {}, check)
-    return meta, {name: form.dense() for name, form in forms.items()}
+    if torch.device(device).type == "cpu":
+        meta, forms, _ = decode_forms(blob, layout, {}, check)
+        return meta, {name: form.dense() for name, form in forms.items()}
+    tensors = {name: torch.empty(layout[name], device=device) for name in sorted(layout)}
+    return decode_into(blob, tensors, check), tensors
+
+
+def decode_into(
+    blob: bytes | memoryview, tensors: Mapping[str, Tensor], check: Check | None = None
+) -> UpdateMeta:
+    """Decode a message frame by frame into tensors that are there, on any device.
+
+    What the host holds beside them is one frame for each thread that decodes. Ternary frames reach
+    the device as run bytes and signs, about a byte a non-zero, and become positions there.
+
+    Args:
+        blob: The message, as it came.
+        tensors: Floating-point tensors by name, which give the layout that is expected. They are
+            written over; after a refusal they hold whatever was decoded until then.
+        check: Called with the manifest before any payload is touched (``wire.signing``).
+
+    Returns:
+        What the message says of itself.
+
+    Raises:
+        WireError: The message is not a sound one of exactly this layout; ``code`` says why.
+    """
+    layout = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    manifest, cut = _sound(blob, layout, {}, check)
+
+    def place(frame: FrameInfo, payload: memoryview, announced: str) -> None:
+        for name, form in _unpack_frame(manifest.meta, frame, payload, announced):
+            if isinstance(form, TernaryRuns) and tensors[name].is_contiguous():
+                form.write(tensors[name].view(-1))
+            else:
+                tensors[name].copy_(form.dense())
+
+    for _ in _map(place, manifest.frames, cut, [manifest.codec] * len(cut)):
+        pass
+    return manifest.meta
 
 
 def decode_forms(
@@ -70,6 +116,22 @@ def decode_forms(
         What the message says of itself, the tensors' forms, and their importance in the flat layout
         of ``vectors.importance``: finite, zero or more.
     """
+    manifest, cut = _sound(blob, layout, importance, check)
+    frames = [*manifest.frames, *manifest.importance]
+    names = [manifest.codec] * len(manifest.frames) + [IMPORTANCE.name] * len(manifest.importance)
+    unpacked = list(_map(partial(_unpack_frame, manifest.meta), frames, cut, names))
+    forms = dict(chain.from_iterable(unpacked[: len(manifest.frames)]))
+    roots = dict(chain.from_iterable(unpacked[len(manifest.frames) :]))
+    return manifest.meta, forms, squares(roots)
+
+
+def _sound(
+    blob: bytes | memoryview,
+    layout: Mapping[str, tuple[int, ...]],
+    importance: Mapping[str, tuple[int, ...]],
+    check: Check | None,
+) -> tuple[Manifest, list[memoryview]]:
+    """The manifest of a message of exactly this layout, and the payload of each frame."""
     manifest = read_manifest(blob, limits_for(layout, importance))
     if check is not None:
         check(manifest)
@@ -79,21 +141,15 @@ def decode_forms(
     _check_layout(manifest.frames, layout)
     _check_layout(manifest.importance, importance)
     frames = [*manifest.frames, *manifest.importance]
-    names = [manifest.codec] * len(manifest.frames) + [IMPORTANCE.name] * len(manifest.importance)
     ends = list(accumulate(frame.payload_bytes for frame in frames))
     payloads = memoryview(blob)[manifest.payload_start :]
     cut = [
         payloads[end - frame.payload_bytes : end] for frame, end in zip(frames, ends, strict=True)
     ]
-    unpacked = list(_map(partial(_unpack_frame, manifest.meta), frames, cut, names))
-    forms = dict(chain.from_iterable(unpacked[: len(manifest.frames)]))
-    roots = dict(chain.from_iterable(unpacked[len(manifest.frames) :]))
-    return manifest.meta, forms, squares(roots)
+    return manifest, cut
 
 
-def _map(
-    work: Callable[..., list[tuple[str, Form]]], *columns: Sequence[Any]
-) -> Iterator[list[tuple[str, Form]]]:
+def _map(work: Callable[..., Done], *columns: Sequence[Any]) -> Iterator[Done]:
     """``map``, over threads where there is enough to do; the first frame's error is raised."""
     threads = torch.get_num_threads()
     if threads == 1 or sum(frame.entries for frame in columns[0]) < _SIDE_BY_SIDE:

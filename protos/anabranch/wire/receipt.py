@@ -41,9 +41,10 @@ class Input(_Part):
     round: int = Field(ge=1)
     """The round it was trained in; an earlier one than the receipt's where it came late."""
     artifact: Hash
-    """sha256 of its bytes."""
+    """sha256 of its bytes; in a private round (``settings.privacy``), a hash that only whoever has
+    the store can make: with the plain one, a guess of what a client sent could be checked."""
     size_bytes: int = Field(ge=0)
-    """Bytes in which it came."""
+    """Bytes in which it came; 0 in a private round, which does not tell."""
     nonce: str = Field("", pattern="^[0-9a-f]{0,128}$")
     """Its nonce, in hexadecimal; empty where it has none."""
     factor: float = Field(1.0, ge=0)

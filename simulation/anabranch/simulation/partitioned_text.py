@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -16,6 +15,7 @@ from anabranch.client.text import Examples, TextClassification, TextConfig
 from anabranch.simulation.attacks.poison import Poison, chosen, relabelled
 from anabranch.simulation.datasets import find_dataset
 from anabranch.simulation.partition import Indices, Partition, by_domain, dirichlet, iid
+from anabranch.vectors.seeding import word_digest
 
 
 class PartitionedTextConfig(TextConfig):
@@ -179,8 +179,7 @@ class _Clients:
 
     def _generator(self, *purpose: str) -> np.random.Generator:
         """A generator of its own for each purpose, so that no draw moves another."""
-        words = "\0".join((str(self._config.data_seed), *purpose))
-        return np.random.default_rng(list(hashlib.sha256(words.encode()).digest()))
+        return np.random.default_rng(list(word_digest(self._config.data_seed, *purpose)))
 
 
 class _Poisoned:

@@ -12,7 +12,7 @@ from anabranch.aggregation.registry import named
 from anabranch.client.session import Session, open_session
 from anabranch.client.site import client_name
 from anabranch.client.task import FisherTask
-from anabranch.coordinator.merging import check_method
+from anabranch.coordinator.merging import check_method, root_of
 from anabranch.simulation.attacks.kinds import resolve_kind
 from anabranch.simulation.attacks.success import victims
 from anabranch.simulation.scenario import Scenario
@@ -65,6 +65,17 @@ def prepare(scenario: Scenario) -> Session:
         raise ValueError(
             f"ranks.{strangers[0]}: there is no such client; they are {names[0]} to {names[-1]}"
         )
+    root = root_of(config.recipe)
+    if root is not None and root not in names:
+        raise ValueError(
+            f"recipe.params.root: there is no client {root!r} to train the coordinator's root "
+            f"update; name one of {names[0]} to {names[-1]}, which then counts as its own"
+        )
+    if root is not None and scenario.plot(config.clients).band_of(names.index(root)) is not None:
+        raise ValueError(
+            f"recipe.params.root: {root} attacks, and the root is the coordinator's own; name "
+            "another client, or choose others in attackers"
+        )
     session.task.check_data()
     if scenario.attackers:
         _check_attackers(scenario, session)
@@ -97,7 +108,10 @@ def _check_recipe(recipe: Recipe, template: Adapter, quorum: int, asked: int) ->
         for group in parts:
             try:
                 # Matrices, and not vectors: of those a method on matrices takes the mean.
-                group.method(torch.randn(count, 4, 4, generator=generator), config=group.config)
+                some = torch.randn(count, 4, 4, generator=generator)
+                called = [f"contribution {number}" for number in range(count)]
+                root = root_of(recipe)
+                group.method(some, config=group.config, names=[root or "", *called][:count])
             except ValueError as error:
                 raise ValueError(
                     f"recipe: a round merges {quorum} (quorum) to {asked} updates, which "

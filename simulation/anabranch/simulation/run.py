@@ -54,6 +54,7 @@ def simulate(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    report: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run a scenario and everything it is compared with.
@@ -64,6 +65,7 @@ def simulate(
             ``summary.json``, ``report.html``.
         resume: Go on with a run that was interrupted.
         overwrite: Delete a finished run of the same folder first.
+        report: Draw ``report.html`` too, which takes longer than a tiny federation.
         progress: Told of every step.
 
     Returns:
@@ -71,7 +73,7 @@ def simulate(
 
     Raises:
         ValueError: The scenario or the folder cannot be used.
-        RuntimeError: No round could be merged; summary and report are there all the same.
+        RuntimeError: No round could be merged; what was asked for is written all the same.
     """
     began = time.perf_counter()
     session = prepare(scenario)
@@ -133,15 +135,17 @@ def simulate(
     summary = summarise(scenario, measured, total_s=time.perf_counter() - began)
     summary["resumed"] = resumed
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-    from anabranch.simulation.report import write_report  # charts take a second to load
+    if report:
+        from anabranch.simulation.report import write_report  # charts take a second to load
 
-    write_report(summary, measured, folder / REPORT_FILE)
+        write_report(summary, measured, folder / REPORT_FILE)
     if not published:
         rounds, refusals = measured.store.notes("round"), measured.store.refusals()
         why = rounds[0].get("reason", "") if rounds else ""
         if refusals:
             why += f"; first refusal: {refusals[0].client}: {refusals[0].reason}"
-        raise RuntimeError(f"{folder}: nothing was merged: {why}; report.html there has the rest")
+        rest = REPORT_FILE if report else SUMMARY_FILE
+        raise RuntimeError(f"{folder}: nothing was merged: {why}; {rest} there has the rest")
     return summary
 
 

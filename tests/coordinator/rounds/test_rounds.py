@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from anabranch.aggregation import merge
 from anabranch.client.app import app as client_app
 from anabranch.client.session import open_session
+from anabranch.coordinator import candidate
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.rounds.control import Control, Want, ask
 from anabranch.coordinator.rounds.one_round import OneRound
@@ -203,6 +204,55 @@ def test_what_cannot_be_taken_up_again_is_left_out(tmp_path: Path) -> None:
     assert "carried" not in store.notes("round")[1]
     (note,) = store.notes("not-carried")
     assert (note["client"], note["from"], note["round"]) == ("client-0000", 1, 2)
+
+
+def spoilt(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Every merge fails that counts one of these."""
+    whole = candidate.merge_cohort
+
+    def merge_cohort(*given: Any) -> Any:
+        if set(names) & set(given[4]):
+            raise ValueError("a decomposition failed")
+        return whole(*given)
+
+    monkeypatch.setattr(candidate, "merge_cohort", merge_cohort)
+
+
+def test_a_late_update_that_no_merge_can_do_with_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes 12 and 13 answer round 1 in round 2, where the merge fails with the one of 13."""
+    grid = SlowGrid()
+    grid.holds = lambda number, node: node > 11 and number == 1 and grid.begun < 2
+    spoilt(monkeypatch, "client-0003 (round 1)")
+    cfg = config(deadline_s=1.5, collect={"stragglers": "carry"})
+    _, store, _ = run(tmp_path, cfg, grid)
+    rounds = store.notes("round")
+    assert [row["status"] for row in rounds] == ["published"] * 3
+    assert (rounds[1]["admitted"], rounds[1]["carried"]) == (3, {"client-0002": 1})
+    assert "carried" not in rounds[2]
+    assert store.notes("not-carried") == [
+        {"client": "client-0003", "from": 1, "round": 2, "final": True,
+         "reason": "the merge failed with it: a decomposition failed"},
+    ]  # fmt: skip
+    assert carried(store, 4, 10) == []
+
+
+def test_where_the_fault_is_not_known_late_updates_are_not_carried_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No merge works any more: the late ones age, and are given up by and by."""
+    cfg = config(rounds=1, quorum=3, deadline_s=1.5, collect={"stragglers": "carry"})
+    run(tmp_path, cfg, SlowGrid(lambda number, node: node > 11))
+    spoilt(monkeypatch, "client-0002", "client-0003")
+    policy = {"stragglers": "carry", "max_staleness": 2}
+    later = config(rounds=5, deadline_s=1.5, collect=policy)
+    _, store, _ = run(tmp_path, later, SlowGrid(lambda number, node: node < 12))
+    rounds = store.notes("round")[1:]
+    both = {"client-0000": 1, "client-0001": 1}
+    assert [row.get("carried") for row in rounds] == [both, both, both, None]
+    assert [row.get("failed") for row in rounds] == [True] * 4
+    assert [row["reason"] for row in rounds] == ["the merge failed: a decomposition failed"] * 4
 
 
 def test_a_client_at_work_is_not_asked_for_scores(tmp_path: Path) -> None:

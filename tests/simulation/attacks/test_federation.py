@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from anabranch.coordinator.store import FolderStore
-from anabranch.simulation import report
 from anabranch.simulation.attacks.ipm import IPM, IpmConfig
 from anabranch.simulation.attacks.lying_manifest import Lie
 from anabranch.simulation.attacks.turn import flat
@@ -22,12 +22,8 @@ from anabranch.wire import decode_update, read_manifest
 TASK = {"kind": "anabranch.simulation.synthetic:SyntheticTask", "clients": 8}
 NOTHING = dict.fromkeys(("local_only", "fedavg", "oracle", "unattacked", "undefended"), False)
 
-
-@pytest.fixture(autouse=True)
-def _no_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes three times as long as such a federation: one test looks at the page."""
-    if "page" not in request.node.name:
-        monkeypatch.setattr(report, "write_report", lambda summary, measured, path: None)
+run_quickly = partial(simulate, report=False)
+"""Drawing takes three times as long as such a federation."""
 
 
 def scenario(kind: str, count: int = 2, **changes: Any) -> Scenario:
@@ -66,7 +62,7 @@ def test_a_mean_loses_accuracy_to_a_sign_flip_and_a_median_keeps_it(tmp_path: Pa
     params = {"scale": 10}
     baselines = {**NOTHING, "unattacked": True}
     found = {
-        method: simulate(
+        method: run_quickly(
             scenario("sign_flip", recipe={"method": method}, params=params, baselines=baselines),
             tmp_path / method,
         )["mean"]
@@ -80,7 +76,7 @@ def test_a_mean_loses_accuracy_to_a_sign_flip_and_a_median_keeps_it(tmp_path: Pa
 def test_attackers_send_what_is_crafted_from_what_the_honest_clients_send(tmp_path: Path) -> None:
     """Bit for bit: they train as the honest ones do, and sign with their own keys."""
     run = scenario("ipm", params={"epsilon": 2.0}, signed=True, rounds=2)
-    summary = simulate(run, tmp_path)
+    summary = run_quickly(run, tmp_path)
     assert not summary["refused"]
     assert summary["attack"]["bands"][0]["ids"] == ["client-0006", "client-0007"]
     for round_number in (1, 2):
@@ -97,8 +93,8 @@ def test_attackers_send_what_is_crafted_from_what_the_honest_clients_send(tmp_pa
 
 def test_they_behave_until_their_round_and_may_see_only_themselves(tmp_path: Path) -> None:
     band = {"from_round": 2, "sees": "own"}
-    simulate(scenario("ipm", params={"epsilon": 2.0}, rounds=2, band=band), tmp_path / "a")
-    simulate(scenario("ipm", rounds=2, attackers=[]), tmp_path / "b")
+    run_quickly(scenario("ipm", params={"epsilon": 2.0}, rounds=2, band=band), tmp_path / "a")
+    run_quickly(scenario("ipm", rounds=2, attackers=[]), tmp_path / "b")
     attacked, quiet = updates(tmp_path / "a", 1), updates(tmp_path / "b", 1)
     assert all(torch.equal(attacked[name], quiet[name]) for name in quiet)
     attacked, quiet = updates(tmp_path / "a", 2), updates(tmp_path / "b", 2)
@@ -108,7 +104,7 @@ def test_they_behave_until_their_round_and_may_see_only_themselves(tmp_path: Pat
 
 
 def test_a_free_rider_repeats_the_last_change(tmp_path: Path) -> None:
-    simulate(scenario("free_rider", params={"noise": 0.0}), tmp_path)
+    run_quickly(scenario("free_rider", params={"noise": 0.0}), tmp_path)
     assert not updates(tmp_path, 1)["client-0007"].any()
     sent = updates(tmp_path, 2)
     first = torch.stack(list(updates(tmp_path, 1).values()))
@@ -122,14 +118,14 @@ def test_a_free_rider_repeats_the_last_change(tmp_path: Path) -> None:
 def test_an_adaptive_attack_asks_the_recipe_that_is_used(tmp_path: Path, trains: str) -> None:
     search = {"points": 4, "refinements": 1}
     run = scenario("adaptive", params=search, trains=trains, rounds=1)
-    summary = simulate(run, tmp_path)
+    summary = run_quickly(run, tmp_path)
     assert summary["mean"]["merged"] < summary["mean"]["base"] - 0.1
 
 
 @pytest.mark.parametrize("kind", ["model_replacement", "dba", "neurotoxin", "lobam"])
 def test_a_backdoor_opens_in_a_mean(tmp_path: Path, kind: str) -> None:
     params = {"factor": 4.0} if kind == "lobam" else {"scale": 4.0}
-    summary = simulate(scenario(kind, params=params, signed=True, quorum=8), tmp_path)
+    summary = run_quickly(scenario(kind, params=params, signed=True, quorum=8), tmp_path)
     (band,) = summary["attack"]["bands"]
     assert band["admitted"] == 6
     assert band["weight"] == pytest.approx(0.25)
@@ -150,7 +146,7 @@ def test_a_page_tells_of_a_backdoor_and_of_what_would_have_been(tmp_path: Path) 
 
 def test_multi_krum_leaves_the_flipped_out_and_the_summary_says_so(tmp_path: Path) -> None:
     recipe = {"method": "multi_krum", "params": {"f": 2}}
-    summary = simulate(
+    summary = run_quickly(
         scenario("sign_flip", params={"scale": 10}, recipe=recipe, quorum=7), tmp_path
     )
     assert summary["attack"]["bands"][0]["weight"] == 0
@@ -185,7 +181,7 @@ def test_what_lies_about_itself_is_refused_however_well_signed(tmp_path: Path) -
     ]
     task = {**TASK, "clients": len(bands) + 4}
     run = scenario("", attackers=bands, task=task, codec=TERNARY, signed=True, rounds=1)
-    summary = simulate(run, tmp_path)
+    summary = run_quickly(run, tmp_path)
     found = [band["reasons"] for band in summary["attack"]["bands"]]
     assert found == [{code: 1} for code in (*LIES.values(), "over-density", "over-density")]
     assert [row["status"] for row in summary["rounds"]] == ["published"]
@@ -193,9 +189,9 @@ def test_what_lies_about_itself_is_refused_however_well_signed(tmp_path: Path) -
 
 
 def test_a_claim_of_many_examples_is_admitted_and_moves_nothing(tmp_path: Path) -> None:
-    honest = simulate(scenario("ipm", attackers=[], codec=TERNARY, rounds=1), tmp_path / "a")
+    honest = run_quickly(scenario("ipm", attackers=[], codec=TERNARY, rounds=1), tmp_path / "a")
     params = {"about": "examples"}
-    lying = simulate(
+    lying = run_quickly(
         scenario("lying_manifest", params=params, codec=TERNARY, rounds=1), tmp_path / "b"
     )
     assert lying["attack"]["bands"][0]["admitted"] == 2
@@ -206,13 +202,13 @@ def test_an_inflated_scale_is_refused_by_a_cap_bounded_by_a_median_and_rules_a_m
     tmp_path: Path,
 ) -> None:
     given: dict[str, Any] = {"codec": TERNARY, "params": {"factor": 1e6}, "signed": True}
-    capped = simulate(scenario("scale_inflation", max_norm=10.0, **given), tmp_path / "capped")
+    capped = run_quickly(scenario("scale_inflation", max_norm=10.0, **given), tmp_path / "capped")
     assert capped["attack"]["bands"][0]["reasons"] == {"norm": 6}
-    honest = simulate(scenario("ipm", attackers=[], codec=TERNARY), tmp_path / "honest")
-    median = simulate(
+    honest = run_quickly(scenario("ipm", attackers=[], codec=TERNARY), tmp_path / "honest")
+    median = run_quickly(
         scenario("scale_inflation", recipe={"method": "median"}, **given), tmp_path / "median"
     )
-    mean = simulate(scenario("scale_inflation", **given), tmp_path / "mean")
+    mean = run_quickly(scenario("scale_inflation", **given), tmp_path / "mean")
     for name, summary in (("median", median), ("mean", mean)):
         assert summary["attack"]["bands"][0]["admitted"] == 6, name
     accuracy = honest["mean"]["merged"]

@@ -14,13 +14,13 @@ from anabranch.wire import WireError
 from anabranch.wire.keys import PrivateKey, by_id, seeded_key
 from anabranch.wire.secure.member import SecureMember
 from anabranch.wire.secure.recovery import Recovery
-from anabranch.wire.secure.session import Session
+from anabranch.wire.secure.session import SecureSession
 from anabranch.wire.signing import KeyRing
 
 NAMES = tuple(f"site-{letter}" for letter in "abcdef")
 KEYS: Mapping[str, PrivateKey] = {name: seeded_key(name, 1) for name in NAMES}
 RING = KeyRing(by_id(key.public for key in KEYS.values()))
-SESSION = Session(
+SESSION = SecureSession(
     federation="f",
     run="r",
     round=3,
@@ -38,7 +38,7 @@ SESSION = Session(
 class Group:
     """Members by name, their vectors [D], and the coordinator they answer to."""
 
-    session: Session = SESSION
+    session: SecureSession = SESSION
     names: tuple[str, ...] = NAMES
     members: dict[str, SecureMember] = field(init=False)
     vectors: dict[str, NDArray[np.float64]] = field(init=False)
@@ -101,5 +101,5 @@ def refused(call: Callable[[], object]) -> str:
     return caught.value.code
 
 
-def other_session(**changes: object) -> Session:
+def other_session(**changes: object) -> SecureSession:
     return dataclasses.replace(SESSION, **changes)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tests.wire.secure.conftest import KEYS, NAMES, RING, SESSION, Group, other_session, refused
 
 from anabranch.wire.secure.member import SecureMember
-from anabranch.wire.secure.session import Session, threshold_of
+from anabranch.wire.secure.session import SecureSession, threshold_of
 
 PHASES = ("advertise", "deal", "mask", "confirm", "open")
 
@@ -45,7 +45,7 @@ def test_whoever_drops_out_costs_only_itself(members: int) -> None:
 
 
 def _sum_without(
-    pattern: Mapping[str, str], session: Session, names: tuple[str, ...]
+    pattern: Mapping[str, str], session: SecureSession, names: tuple[str, ...]
 ) -> tuple[NDArray[np.float64], tuple[str, ...], NDArray[np.float64]]:
     """The protocol's sum and whose it is, and theirs without it, where some vanish in a phase."""
     group = Group(session, names)
@@ -152,6 +152,6 @@ def test_every_field_of_a_session_is_in_its_name() -> None:
         "federation": "g", "run": "s", "round": 4, "group": 1, "plan_hash": "cd" * 32,
         "members": 7, "threshold": 5, "entries": 1002, "clip": 2.5, "bits": 64,
     }  # fmt: skip
-    assert set(changes) == set(Session.__dataclass_fields__)
+    assert set(changes) == set(SecureSession.__dataclass_fields__)
     digests = {other_session(**{name: value}).digest for name, value in changes.items()}
     assert len(digests | {SESSION.digest}) == len(changes) + 1

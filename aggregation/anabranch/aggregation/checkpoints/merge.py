@@ -28,7 +28,7 @@ from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
 from anabranch.aggregation.robust.pre import mixing
-from anabranch.aggregation.withdrawal import withdraw
+from anabranch.aggregation.withdrawal import remaining
 from anabranch.vectors.checkpoint import copy_companions, fill_checkpoint, lay_out_checkpoint
 from anabranch.vectors.new_folder import write_text
 
@@ -106,7 +106,7 @@ def merge_checkpoints(
     check_not_judged(recipe.suspicion, "checkpoints")
     budget_bytes //= ranks.local_count
     paths = [str(path) for path in models] if names is None else names
-    stay = withdraw(contribution_names(paths, len(models)), without, recipe, weights)
+    stay = remaining(contribution_names(paths, len(models)), without, recipe, weights)
     models = [models[index] for index in stay.indices]
     inputs = open_inputs(models, base, stay.names, named(recipe))
     parts = groups(stay.recipe, inputs.cohort.deltas, len(models))

@@ -30,7 +30,7 @@ from anabranch.aggregation.engine.suspected import Portion, check_suspicion, jud
 from anabranch.aggregation.method import MergeMethod, cosines
 from anabranch.aggregation.ranks import ALONE, Ranks
 from anabranch.aggregation.recipe import Recipe
-from anabranch.aggregation.withdrawal import withdraw
+from anabranch.aggregation.withdrawal import remaining
 from anabranch.vectors.adapter import Adapter, LoraFactors, task_vector
 from anabranch.vectors.task_vector import TaskVector
 
@@ -96,7 +96,7 @@ def merge_adapters(
             recipe's, and without any counts each once.
         names: What to call the contributions in messages and in the report.
         without: Names of contributions to leave out, as if they had never been given; see
-            ``withdraw``.
+            ``withdrawal.remaining``.
         budget_bytes: Memory for dense entries of the inputs; one merged module comes out of it too,
             where it fits half, and is formed again on every read where it does not.
         device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
@@ -110,7 +110,7 @@ def merge_adapters(
         LostRankError: Another rank is gone.
     """
     budget_bytes //= ranks.local_count
-    stay = withdraw(contribution_names(names, len(adapters)), without, recipe, weights)
+    stay = remaining(contribution_names(names, len(adapters)), without, recipe, weights)
     adapters, names = [adapters[index] for index in stay.indices], stay.names
     starts = None if starts is None else [starts[index] for index in stay.indices]
     origins: Sequence[Adapter | None] = starts or [start] * len(adapters)

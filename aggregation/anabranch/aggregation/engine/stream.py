@@ -37,7 +37,7 @@ from anabranch.aggregation.kernels.rows import (
 )
 from anabranch.aggregation.method import MergeMethod, MethodConfig
 from anabranch.aggregation.recipe import Recipe
-from anabranch.aggregation.withdrawal import withdraw
+from anabranch.aggregation.withdrawal import remaining
 from anabranch.vectors.task_vector import (
     Delta,
     Held,
@@ -75,7 +75,7 @@ def merge_task_vectors(
             recipe's, and without any counts each once.
         names: What to call the contributions in messages.
         without: Names of contributions to leave out, as if they had never been given; see
-            ``withdraw``.
+            ``withdrawal.remaining``.
         budget_bytes: Memory for dense entries of the inputs; the result comes on top.
         device: Where methods that decide entry by entry go through them, as ``cuda``: a chunk at a
             time is moved there. None merges them where they lie. ``budget_bytes`` is its memory.
@@ -88,7 +88,7 @@ def merge_task_vectors(
         ValueError: Bad recipe, weights or task vectors, in one line.
     """
     check_not_judged(recipe.suspicion, "task vectors")
-    stay = withdraw(contribution_names(names, len(vectors)), without, recipe, weights)
+    stay = remaining(contribution_names(names, len(vectors)), without, recipe, weights)
     vectors = [vectors[index] for index in stay.indices]
     cohort = side_by_side(vectors, stay.names)
     parts = groups(stay.recipe, cohort.deltas, len(cohort))

@@ -5,7 +5,9 @@ Shape legend: C contributions, B entries of a block.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +21,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 Fp32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).digest()
+"""Tells this folder's files from what they were."""
+
 
 def compiled(function: F) -> F:
     """Compile on first use and keep the result on disk.
@@ -27,6 +34,12 @@ def compiled(function: F) -> F:
     branch, which would keep loops from being vectorised.
     """
     jitted: F = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)(function)
+    # numba looks for changes in the function's own file. What it calls in others is compiled into
+    # it, so a change of those makes it stale too. There is no public way to say so; where numba
+    # has other names one day, test_compiled.py fails.
+    kept = getattr(getattr(jitted, "_cache", None), "_cache_file", None)
+    if kept is not None and hasattr(kept, "_source_stamp"):
+        kept._source_stamp = (kept._source_stamp, _SOURCES)
     return jitted
 
 

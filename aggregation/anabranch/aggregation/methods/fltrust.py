@@ -28,7 +28,7 @@ class FlTrustConfig(MethodConfig):
     root: str = Field("root", min_length=1)
     """Which contribution is the root: the coordinator trains it itself, on clean data of its own.
     By name, or the last part of a name that is a path. Whoever gives the names sees to it that no
-    client takes this one."""
+    client takes this one; a federation asks for signatures."""
 
 
 def fltrust_coefficients(

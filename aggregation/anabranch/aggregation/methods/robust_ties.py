@@ -17,7 +17,7 @@ from anabranch.aggregation.election import disjoint_mean
 from anabranch.aggregation.magnitude import kept
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
 from anabranch.aggregation.sparsify import trim
-from anabranch.aggregation.statistics import Found, Statistic, entries_as_they_are
+from anabranch.aggregation.statistics import Found, Statistic, entries_as_they_are, magnitudes
 
 
 class RobustTiesConfig(MethodConfig):
@@ -82,12 +82,8 @@ def _kept(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Te
     return trim(deltas_CD, found["thresholds_C"]).abs_()
 
 
-def _nonzeros(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
+def _whether_kept(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
     return (trim(deltas_CD, found["thresholds_C"]) != 0).float()
-
-
-def _magnitudes(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
-    return deltas_CD.abs()
 
 
 ROBUST_TIES = MergeMethod(
@@ -103,7 +99,7 @@ ROBUST_TIES = MergeMethod(
             count=lambda config, entries, found: kept(config.density, entries),
         ),
         Statistic("sums_C", _kept, "sum"),
-        Statistic("counts_C", _nonzeros, "sum"),
-        Statistic("peaks_C", _magnitudes, "max"),
+        Statistic("counts_C", _whether_kept, "sum"),
+        Statistic("peaks_C", magnitudes, "max"),
     ),
 )

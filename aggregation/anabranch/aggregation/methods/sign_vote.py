@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anabranch.aggregation.method import MergeMethod, MethodConfig, combine
-from anabranch.aggregation.statistics import Found, Statistic
+from anabranch.aggregation.statistics import Found, Statistic, magnitudes
 
 
 class SignVoteConfig(MethodConfig):
@@ -55,10 +55,6 @@ def step(sums_C: Tensor, counts_C: Tensor, weights_C: Tensor) -> float:
     return float(torch.quantile(sums_C[sent] / counts_C[sent], 0.5))
 
 
-def _magnitudes(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
-    return deltas_CD.abs()
-
-
 def _nonzeros(deltas_CD: Tensor, weights_C: Tensor, config: Any, found: Found) -> Tensor:
     return (deltas_CD != 0).float()
 
@@ -70,7 +66,7 @@ SIGN_VOTE = MergeMethod(
     merge=sign_vote,
     ternary="anabranch.aggregation.kernels.ternary:sign_vote",
     statistics=(
-        Statistic("sums_C", _magnitudes, "sum"),
+        Statistic("sums_C", magnitudes, "sum"),
         Statistic("counts_C", _nonzeros, "sum"),
     ),
 )

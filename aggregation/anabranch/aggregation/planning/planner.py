@@ -20,7 +20,7 @@ from anabranch.aggregation.planning.merge_plan import Kind, MergePlan
 from anabranch.aggregation.ranks import Ranks
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
-from anabranch.aggregation.withdrawal import withdraw
+from anabranch.aggregation.withdrawal import remaining
 from anabranch.vectors.peft_config import CONFIG_FILE
 
 
@@ -57,7 +57,7 @@ def plan_merge(
     budget_bytes //= ranks
     method = named(recipe)
     kind = kind_of(inputs)
-    stay = withdraw(
+    stay = remaining(
         [str(path) for path in inputs] if names is None else names, without, recipe, weights
     )
     inputs = [inputs[index] for index in stay.indices]

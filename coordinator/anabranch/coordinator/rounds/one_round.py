@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import Message
@@ -12,21 +13,29 @@ from flwr.serverapp import Grid
 
 from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.candidate import merged_candidate
-from anabranch.coordinator.cohort import Cohort, update_bytes
+from anabranch.coordinator.cohort import NO_ROOM, Cohort, update_bytes
 from anabranch.coordinator.collect import Closed, Mail, Reply
 from anabranch.coordinator.coordination import Coordination
 from anabranch.coordinator.gate import judged
 from anabranch.coordinator.in_service import InService, in_service
 from anabranch.coordinator.privacy.budget import spent_with
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
-from anabranch.coordinator.rounds.control import LOOK_S
+from anabranch.coordinator.rounds.control import LOOK_S, Want
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
 from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
-from anabranch.coordinator.rounds.stragglers import Counted, carried, told
+from anabranch.coordinator.rounds.salvage import usable
+from anabranch.coordinator.rounds.stragglers import NOT_CARRIED, Carried, Counted, carried, told
 from anabranch.coordinator.rounds.uploaders import Arrivals
 from anabranch.coordinator.secure.round import SecureRound, Sums
 from anabranch.coordinator.start import Start
-from anabranch.coordinator.store import Contribution, Refusal, Store
+from anabranch.coordinator.store import (
+    Contribution,
+    FullError,
+    Publication,
+    Refusal,
+    Store,
+    StoreError,
+)
 from anabranch.vectors import Adapter
 from anabranch.wire.errors import one_line
 
@@ -34,6 +43,8 @@ log = logging.getLogger("anabranch.coordinator")
 
 WAITED_FOR = ("deadline", "closed")
 """Codes of refusals that are no word of the node's."""
+FAILS = (KeyError, ValueError, RuntimeError)
+"""What a merge raises that cannot be done, beside a ``StoreError``, which is no merge's fault."""
 
 
 class OneRound:
@@ -67,6 +78,7 @@ class OneRound:
         self._cohort = Cohort(here.store, here.trust, here.config.max_norm)
         self._secure: SecureRound | None = None
         self._refused = self._refused_bytes = 0
+        self._no_room = ""  # why an update was refused that could have been kept
         self._heard: set[str] = set()  # clients of which an update counts
         self._uploaders: list[str] = []  # asked, and without a node
         self._arrivals = Arrivals(number, here.store, LOOK_S)
@@ -136,6 +148,7 @@ class OneRound:
                 # An upload was first; it counts, and its client is not lost.
                 if number == self._number and client in self._arrivals.uploaded:
                     continue
+                self._no_room = str(error) if error.code == NO_ROOM else self._no_room
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
@@ -168,26 +181,33 @@ class OneRound:
 
         Raises:
             TakenError: The round was ended otherwise meanwhile, as by a rollback.
+            StoreError: There is no room for what it makes, or it is short of its quorum for updates
+                that there was no room for: it goes on, as it stands, once there is.
         """
-        sums = self._secure.finish() if self._secure is not None else None
+        if self._no_room and self._is_short():
+            raise FullError(self._no_room)
+        sums = self._sums()
         self.counted = self._count()
         facts = self._facts(sums)
         began = time.perf_counter()
-        now = self.driver.round
-        if now.state is State.MERGING and facts["admitted"] < now.needed:
-            # Sums that could not be opened.
-            reason = f"{facts['admitted']} admitted, the quorum is {now.needed}"
-            self.driver.happen(Failed(reason))
+        # Sums that could not be opened.
+        self._check_quorum(facts["admitted"])
         if self.driver.round.state is State.MERGING:
             try:
-                candidate, publication = merged_candidate(
-                    self._here, self._service, self.counted, self._end_of
-                )
-                self.driver.happen(Merged())
-            # What a method cannot merge (too few for its f, a decomposition that fails) costs this
-            # round, not the federation; the adapter in service stays.
-            except (ValueError, RuntimeError) as error:
-                self.driver.happen(Failed(one_line(f"the merge failed: {error}")))
+                candidate, publication = self._merged()
+            # The cohort stands, and is merged once there is room.
+            except StoreError:
+                raise
+            # What a method cannot merge (too few for its f, a decomposition that fails), or cannot
+            # be read any more, costs this round, not the federation; the adapter in service stays.
+            except FAILS as error:
+                self.driver.happen(Failed(one_line(f"the merge failed: {_said(error)}")))
+                facts["failed"] = True
+            else:
+                facts = self._facts(sums)
+                self._check_quorum(facts["admitted"])
+                if not self.driver.round.over:
+                    self.driver.happen(Merged())
         gate = self._here.gate
         if gate is not None and self.driver.round.state is State.GATING:
             kept, facts["gate"] = judged(gate, self._service.adapter, candidate.adapter)
@@ -220,6 +240,71 @@ class OneRound:
         asked = self.driver.round.asked
         log.info("round %d merged %d of %d", self._number, facts["admitted"], asked)
         return candidate
+
+    def _sums(self) -> Sums | None:
+        """Open a secure round's sums; those of a round that merges nothing stay closed."""
+        if self._secure is None:
+            return None
+        now = self.driver.round
+        return (
+            self._secure.finish() if now.state is State.MERGING else self._secure.leave(now.reason)
+        )
+
+    def _is_short(self) -> bool:
+        """Whether it is abandoned for want of updates, and nobody asked for its end."""
+        now, want = self.driver.round, self._here.control.want()
+        asked = want in (Want.DRAIN, Want.ABORT)
+        return now.state is State.ABANDONED and now.admitted < now.needed and not asked
+
+    def _check_quorum(self, admitted: int) -> None:
+        """End a round that was to be merged and has too few."""
+        now = self.driver.round
+        if now.state is State.MERGING and admitted < now.needed:
+            self.driver.happen(Failed(f"{admitted} admitted, the quorum is {now.needed}"))
+
+    def _merged(self) -> tuple[InService, Publication]:
+        """What the merge would put in service, less late updates that it fails with.
+
+        Raises:
+            KeyError: Bytes that it needs are missing.
+            ValueError: They were altered, or the method cannot merge this cohort.
+            RuntimeError: A decomposition failed.
+            StoreError: There is no room.
+        """
+
+        def merged(counted: Counted) -> tuple[InService, Publication]:
+            return merged_candidate(self._here, self._service, counted, self._end_of)
+
+        def merges(late: Sequence[Carried]) -> bool:
+            try:
+                merged(replace(whole, late=late))
+            except StoreError:
+                raise
+            except FAILS:
+                return False
+            return True
+
+        whole = self.counted
+        try:
+            return merged(whole)
+        except StoreError:
+            raise
+        except FAILS as error:
+            kept = usable(whole.late, merges) if whole.late else None
+            if kept is None:
+                raise
+            for one in (one for one in whole.late if one not in kept):
+                self._leave_out(one, f"the merge failed with it: {_said(error)}", final=True)
+            self.counted = replace(whole, late=kept)
+            return merged(self.counted)
+
+    def _leave_out(self, one: Carried, reason: str, *, final: bool = False) -> None:
+        """Note that a late update is not counted here; ``final``: nor in any other round."""
+        row = one.row
+        log.warning("round %d: %s is left out: %s", self._number, one.name, reason)
+        facts = {"client": row.client, "from": row.round, "round": self._number}
+        self._here.store.note(NOT_CARRIED, facts | {"reason": one_line(reason), "final": final})
+        self._unusable.add((row.client, row.round))
 
     def _abandon(self, reason: str, facts: dict[str, Any]) -> None:
         log.warning("round %d abandoned: %s", self._number, reason)
@@ -305,10 +390,7 @@ class OneRound:
             try:
                 self._end_of(one.row)
             except (KeyError, ValueError) as error:
-                about = {"client": one.row.client, "from": one.row.round, "round": self._number}
-                reason = one_line(str(error.args[0]))
-                self._here.store.note("not-carried", about | {"reason": reason})
-                self._unusable.add((one.row.client, one.row.round))
+                self._leave_out(one, _said(error))
 
     def _end_of(self, row: Contribution) -> tuple[Start, Adapter]:
         """What a contribution was trained from, and what came of it.
@@ -327,6 +409,11 @@ class OneRound:
             here.orders.recall(service.start(here.plan(row.round, service), here.key))
         start = here.orders.start(row.client, row.round)
         return start, self._cohort.end(row, start)
+
+
+def _said(error: Exception) -> str:
+    """What an error says; a KeyError's own text stands in quotes."""
+    return str(error.args[0] if error.args else error)
 
 
 def refuse(store: Store, number: int, client: str | None, error: RefusedError) -> None:

@@ -18,7 +18,7 @@ from anabranch.wire.keys import PrivateKey
 from anabranch.wire.plan import SecurePlan
 from anabranch.wire.secure.flat import entries_of, unflatten
 from anabranch.wire.secure.recovery import Recovery
-from anabranch.wire.secure.session import Session, session_of, threshold_of
+from anabranch.wire.secure.session import SecureSession, secure_session, threshold_of
 from anabranch.wire.signing import KeyRing
 
 
@@ -39,7 +39,7 @@ class Group:
     number: int
     names: tuple[str, ...]
     start: Start
-    session: Session
+    session: SecureSession
     recovery: Recovery
     lost: str = ""
     dropped: dict[str, str] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def form(
         bits=secure.bits,
     )
     plan = whole.plan.model_copy(update={"secure": asked})
-    session = session_of(plan, plan.model_dump_json())
+    session = secure_session(plan, plan.model_dump_json())
     return Group(number, names, replace(whole, plan=plan), session, Recovery(session, ring))
 
 

@@ -34,7 +34,7 @@ from anabranch.wire.sealing import SEALED_STYPE
 from anabranch.wire.secure.groups import grouped
 from anabranch.wire.secure.messages import Phase, most_bytes
 from anabranch.wire.secure.recovery import Recovery
-from anabranch.wire.secure.session import Session
+from anabranch.wire.secure.session import SecureSession
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,17 @@ class SecureRound:
             self._store.note("secure", group.facts(summed))
         return Sums(self.summed(), self._bytes_up, self._bytes_down, self._refused)
 
+    def leave(self, reason: str) -> Sums:
+        """The round comes to nothing: nobody is asked to open a sum, and none is kept.
+
+        Args:
+            reason: Why.
+        """
+        for group in self._groups:
+            group.lost = group.lost or one_line(reason)
+            self._store.note("secure", group.facts(()))
+        return Sums(self.summed(), self._bytes_up, self._bytes_down, self._refused)
+
     def summed(self) -> int:
         """Clients whose updates are in sums that were opened, before an interruption too."""
         rows = [row for row in self._store.notes("secure") if row["round"] == self._round]
@@ -228,7 +239,9 @@ class SecureRound:
                 group.dropped[name] = phase
                 self._refuse(name, error.code, f"{phase}: {error}")
 
-    def _read(self, reply: Reply, client: str, session: Session, phase: Phase, key: str) -> bytes:
+    def _read(
+        self, reply: Reply, client: str, session: SecureSession, phase: Phase, key: str
+    ) -> bytes:
         """What a reply says, opened if it was sealed.
 
         Raises:

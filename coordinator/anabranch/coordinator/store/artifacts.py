@@ -19,6 +19,7 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says when a disk, a user's share of it or a file is full."""
 DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 PARTIAL = ".partial"
+_APART_S = time.time() - time.monotonic()
 
 
 class Artifacts(ABC):
@@ -99,10 +100,7 @@ class FolderArtifacts(Artifacts):
         digest = hashlib.sha256(data).hexdigest()
         # Plain names and calls of the system: a small update's file costs a third of what it would.
         path = str(self._path(digest))
-        try:
-            # As good as new, so that no collection of garbage takes it for an old remnant.
-            os.utime(path)
-        except FileNotFoundError:
+        if not self._refresh(path, data):
             partial = f"{path}.{os.getpid()}{PARTIAL}"
             try:
                 self._write(partial, data)
@@ -117,6 +115,16 @@ class FolderArtifacts(Artifacts):
                 flush_folder(Path(path).parent)
         return digest
 
+    def _refresh(self, path: str, data: bytes) -> bool:
+        """Make what is there as good as new; False when nothing is, or something else."""
+        try:
+            # No collection of garbage takes it for an old remnant.
+            os.utime(path)
+            # A disk may have lost or turned some of its bits: it is written again then.
+            return Path(path).read_bytes() == data
+        except FileNotFoundError:
+            return False
+
     def size(self, digest: str) -> int:  # noqa: D102
         return self._stat(digest).st_size
 
@@ -127,7 +135,7 @@ class FolderArtifacts(Artifacts):
         self._path(name).unlink(missing_ok=True)
 
     def names(self) -> Iterator[tuple[str, float]]:  # noqa: D102
-        now = time.time()
+        now = _now_s()
         for path in sorted(self._folder.glob("[0-9a-f][0-9a-f]/*")):
             with contextlib.suppress(FileNotFoundError):
                 yield path.name, now - path.stat().st_mtime
@@ -202,7 +210,7 @@ class S3Artifacts(Artifacts):
             self._files.rm_file(self._path(name))
 
     def names(self) -> Iterator[tuple[str, float]]:  # noqa: D102
-        now = time.time()
+        now = _now_s()
         for path, facts in sorted(self._files.find(self._root, detail=True).items()):
             yield path.rsplit("/", 1)[-1], now - facts["LastModified"].timestamp()
 
@@ -218,6 +226,14 @@ class S3Artifacts(Artifacts):
 
     def _path(self, digest: str) -> str:
         return f"{self._root}/{digest[:2]}/{digest}"
+
+
+def _now_s() -> float:
+    """Unix seconds, but for hours by which somebody has set the clock forward since the start.
+
+    What is on its way to a row would look old, and go with the garbage.
+    """
+    return min(time.time(), time.monotonic() + _APART_S)
 
 
 def full(place: str, error: object) -> FullError:

@@ -10,9 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from anabranch.wire.receipt import Receipt, decode_receipt, receipt_hash
 
+SECRET_EVENT = "receipt-secret"
+"""The kind of note that holds the secret of a private run's receipts: ``history`` leaves it out."""
 
-class FullError(RuntimeError):
+
+class StoreError(RuntimeError):
+    """The store cannot do now what it could do later: nobody's update and no merge is at fault."""
+
+
+class FullError(StoreError):
     """There is no room: a disk or a quota is full. Nothing changed."""
+
+
+class LostError(StoreError):
+    """The database did not come back in time. What had returned before is there."""
 
 
 class TakenError(ValueError):
@@ -80,7 +91,8 @@ CLOSED = ("merging", "gating")
 class Store(ABC):
     """Durable memory of one federation. What a method returned from survives a crash.
 
-    Every writing method raises ``FullError``, and changes nothing, when there is no room.
+    Every writing method raises ``FullError``, and changes nothing, when there is no room. Every
+    method waits for a database that is gone, and raises ``LostError`` when it does not come back.
     """
 
     @abstractmethod
@@ -203,7 +215,7 @@ class Store(ABC):
 
     @abstractmethod
     def history(self, after: int = 0, most: int = 1000) -> list[Happening]:
-        """What happened, oldest first: what was noted, admitted and refused.
+        """What happened, oldest first: what was noted, admitted and refused; no secret.
 
         Args:
             after: Cursor of the last one the caller has.

@@ -46,3 +46,6 @@ class StoreConfig(BaseModel):
     keep_rounds: int | None = Field(None, ge=1)
     """Rounds whose updates and adapters are kept, the last ones; rows are kept always, and the
     adapter in service. None keeps all."""
+    patience_s: float = Field(120.0, ge=0, allow_inf_nan=False)
+    """Seconds for which a running coordinator waits for a database that is gone or locked, before
+    it ends: the log says so every ten seconds."""

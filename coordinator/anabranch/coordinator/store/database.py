@@ -26,6 +26,11 @@ BUSY_S = 30.0
 """Seconds a writer waits for another one of SQLite."""
 LOCK = 0x616E61
 """PostgreSQL's advisory lock, held while tables change."""
+ALIVE = {
+    "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}  # fmt: skip
+"""How the system finds out that a line to PostgreSQL is cut: after 25 s."""
 FULL_STATES = ("53100", "53200")
 """PostgreSQL's states of a disk or a memory that is full."""
 
@@ -79,7 +84,7 @@ def create(url: str, *, durable: bool = True) -> Engine:
             address.set(drivername="postgresql+psycopg"),
             # A database that was restarted is not this coordinator's end.
             pool_pre_ping=True,
-            connect_args={"options": options, "connect_timeout": 10},
+            connect_args={"options": options, "connect_timeout": 10, **ALIVE},
         )
     if address.database:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)

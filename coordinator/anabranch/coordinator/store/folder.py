@@ -16,6 +16,7 @@ from typing import Any
 from anabranch.coordinator.store.artifacts import NO_ROOM, FolderArtifacts, flush_folder, full
 from anabranch.coordinator.store.base import (
     CLOSED,
+    SECRET_EVENT,
     Contribution,
     Happening,
     Publication,
@@ -136,6 +137,7 @@ class FolderStore(Store):
                 facts={key: value for key, value in row.items() if key not in ("event", "time")},
             )
             for cursor, row in enumerate(rows, start=after + 1)
+            if row["event"] != SECRET_EVENT
         ]
 
     def tidy(self) -> int:

@@ -11,7 +11,13 @@ from anabranch.coordinator.store.folder import FolderStore
 
 
 def open_store(
-    config: StoreConfig, folder: Path, *, federation: str, run: str, durable: bool = True
+    config: StoreConfig,
+    folder: Path,
+    *,
+    federation: str,
+    run: str,
+    durable: bool = True,
+    patient: bool = False,
 ) -> Store:
     """The store of one run of a federation.
 
@@ -21,6 +27,8 @@ def open_store(
         federation: The federation's name.
         run: Its run.
         durable: What a method returned from survives a power failure too.
+        patient: Wait for a database that is gone, as a running coordinator does
+            (``store.patience_s``); whoever only looks wants to know at once.
 
     Raises:
         ValueError: It cannot be opened, or something it needs is not installed.
@@ -40,6 +48,7 @@ def open_store(
         run=run,
         quota_bytes=None if quota is None else quota << 20,
         keep_rounds=config.keep_rounds,
+        patience_s=config.patience_s if patient else 0.0,
     )
 
 

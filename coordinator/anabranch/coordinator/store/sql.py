@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Engine, Select, Table, delete, func, insert, select
+from sqlalchemy import Connection, Engine, Select, Table, delete, exists, func, insert, select
 
 from anabranch.coordinator.store import retention
 from anabranch.coordinator.store.artifacts import Artifacts
 from anabranch.coordinator.store.base import (
     CLOSED,
+    SECRET_EVENT,
     Contribution,
     FullError,
     Happening,
@@ -26,8 +26,10 @@ from anabranch.coordinator.store.database import (
     LOCK,
     federation_id,
     insert_once,
+    place,
     refusing_when_full,
 )
+from anabranch.coordinator.store.patience import Patience
 from anabranch.coordinator.store.schema import (
     artifacts,
     contributions,
@@ -40,6 +42,7 @@ from anabranch.coordinator.store.schema import (
 )
 from anabranch.wire.receipt import receipt_hash
 
+T = TypeVar("T")
 LAST = 16
 """State notes looked back at: a round has three, and again as many after each restart."""
 
@@ -54,6 +57,7 @@ class SqlStore(Store):
         run: Its run; each has rounds of its own.
         quota_bytes: Artifacts all runs of the federation may keep; None sets no limit.
         keep_rounds: Rounds whose artifacts ``tidy`` keeps; None keeps all.
+        patience_s: Seconds for which a database that is gone or locked is waited for.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class SqlStore(Store):
         run: str,
         quota_bytes: int | None = None,
         keep_rounds: int | None = None,
+        patience_s: float = 0.0,
     ) -> None:
         self.engine = engine
         # SQLite would rather fail than wait when a transaction that has read wants to write.
@@ -73,8 +78,8 @@ class SqlStore(Store):
         self.name, self.run = federation, run
         self._quota_bytes = quota_bytes
         self._keep_rounds = keep_rounds
-        with self._writing() as connection:
-            self.id = federation_id(connection, federation, run)
+        self._patient = Patience(engine, place(engine), patience_s)
+        self.id = self._write(lambda connection: federation_id(connection, federation, run))
 
     def put(self, data: bytes) -> str:  # noqa: D102
         if self._quota_bytes is not None:
@@ -91,21 +96,28 @@ class SqlStore(Store):
         return self.kept.get(digest)
 
     def admit(self, contribution: Contribution) -> bool:  # noqa: D102
-        with self._writing() as connection:
-            return self._admit(connection, contribution)
+        return self._write(
+            lambda connection: self._admit(connection, contribution), contributions, True
+        )
 
     def admit_collecting(self, contribution: Contribution) -> bool:  # noqa: D102
-        with self._writing() as connection:
+        def work(connection: Connection) -> bool:
             # Writers of one federation go one after the other: a round that closes after this
             # look counts what is admitted here.
             if self._closed(connection, contribution.round):
                 raise TakenError(f"round {contribution.round} takes no update any more")
             return self._admit(connection, contribution)
 
+        return self._write(work, contributions, True)
+
     def refuse(self, refusal: Refusal) -> None:  # noqa: D102
-        with self._writing() as connection:
-            self._add(connection, refusals, refusal.model_dump())
-            self._add(connection, notes, {"event": "refused", "facts": refusal.model_dump()})
+        row = refusal.model_dump()
+
+        def work(connection: Connection) -> None:
+            self._add(connection, refusals, row)
+            self._add(connection, notes, {"event": "refused", "facts": row})
+
+        self._write(work, refusals)
 
     def contributions(self, round_number: int | None = None) -> list[Contribution]:  # noqa: D102
         query = self._select(contributions)
@@ -133,30 +145,34 @@ class SqlStore(Store):
         self, publication: Publication, facts: dict[str, Any], receipts: Sequence[bytes] = ()
     ) -> None:
         size_bytes = self.kept.size(publication.digest)
-        with self._writing() as connection:
+
+        def work(connection: Connection) -> None:
             self._open(connection, publication.round)
             if not self._add(connection, publications, publication.model_dump(), once=True):
                 raise TakenError(f"round {publication.round} has published already")
             self._hold(connection, publication.digest, size_bytes)
             self._end(connection, facts, receipts)
 
+        self._write(work, publications)
+
     def abandon(  # noqa: D102
         self, round_number: int, facts: dict[str, Any], receipt: bytes
     ) -> None:
-        with self._writing() as connection:
+        def work(connection: Connection) -> None:
             self._open(connection, round_number)
             self._end(connection, facts, (receipt,))
+
+        self._write(work, notes)
 
     def receipts(self) -> list[bytes]:  # noqa: D102
         query = self._select(receipts).order_by(receipts.c.number)
         return [row["content"].encode() for row in self._rows(query)]
 
     def last_receipt(self) -> bytes | None:  # noqa: D102
-        with self.engine.connect() as connection:
-            return self._last(connection)[1]
+        return self._read(self._last)[1]
 
     def tag(self, name: str, round_number: int | None) -> None:  # noqa: D102
-        with self._writing() as connection:
+        def work(connection: Connection) -> None:
             connection.execute(
                 delete(tags).where(tags.c.federation == self.id, tags.c.name == name)
             )
@@ -168,6 +184,8 @@ class SqlStore(Store):
             if connection.scalar(found) is None:
                 raise KeyError(f"round {round_number} has published nothing")
             self._add(connection, tags, {"name": name, "round": round_number})
+
+        self._write(work)
 
     def tags(self) -> dict[str, int]:  # noqa: D102
         rows = self._rows(self._select(tags))
@@ -182,8 +200,8 @@ class SqlStore(Store):
         return next((Publication(**row) for row in self._rows(query)), None)
 
     def note(self, event: str, facts: dict[str, Any]) -> None:  # noqa: D102
-        with self._writing() as connection:
-            self._add(connection, notes, {"event": event, "facts": facts})
+        row = {"event": event, "facts": facts}
+        self._write(lambda connection: self._add(connection, notes, row), notes)
 
     def notes(self, event: str) -> list[dict[str, Any]]:  # noqa: D102
         query = self._select(notes).where(notes.c.event == event).order_by(notes.c.id)
@@ -196,7 +214,7 @@ class SqlStore(Store):
     def history(self, after: int = 0, most: int = 1000) -> list[Happening]:  # noqa: D102
         query = (
             select(notes.c.id, notes.c.time, notes.c.event, notes.c.facts)
-            .where(notes.c.federation == self.id, notes.c.id > after)
+            .where(notes.c.federation == self.id, notes.c.id > after, notes.c.event != SECRET_EVENT)
             .order_by(notes.c.id)
             .limit(most)
         )
@@ -206,10 +224,10 @@ class SqlStore(Store):
         ]
 
     def tidy(self) -> int:  # noqa: D102
-        with self._writing() as connection:
-            if self._keep_rounds is not None:
-                retention.let_go(connection, self.id, self._keep_rounds)
-        return retention.sweep(self.engine, self.kept)
+        keep = self._keep_rounds
+        if keep is not None:
+            self._write(lambda connection: retention.let_go(connection, self.id, keep))
+        return self._patient(lambda _: retention.sweep(self.engine, self.kept))
 
     def close(self) -> None:  # noqa: D102
         self.engine.dispose()
@@ -217,7 +235,8 @@ class SqlStore(Store):
     def _admit(self, connection: Connection, contribution: Contribution) -> bool:
         row = contribution.model_dump()
         if not self._add(connection, contributions, row, once=True):
-            return False
+            # A try that was still under way on a line that was cut may have come first.
+            return self._holds(connection, contributions, _time_of(connection))
         self._hold(connection, contribution.digest, contribution.size_bytes)
         self._add(connection, notes, {"event": "admitted", "facts": row})
         return True
@@ -238,8 +257,7 @@ class SqlStore(Store):
             .join(federations)
             .where(federations.c.name == self.name)
         )
-        with self.engine.connect() as connection:
-            return int(connection.scalar(query) or 0)
+        return self._read(lambda connection: int(connection.scalar(query) or 0))
 
     def _open(self, connection: Connection, round_number: int) -> None:
         """Refuse to end a round that is over."""
@@ -291,7 +309,7 @@ class SqlStore(Store):
         """Add a row of this federation; False when ``once`` and its key is taken."""
         row = {"federation": self.id, **row}
         if timed:
-            row["time"] = time.time()
+            row["time"] = _time_of(connection)
         if not once:
             connection.execute(insert(table), row)
             return True
@@ -303,13 +321,48 @@ class SqlStore(Store):
         return select(*columns).where(table.c.federation == self.id)
 
     def _rows(self, query: Select[Any]) -> list[dict[str, Any]]:
-        with self.engine.connect() as connection:
-            return [dict(row._mapping) for row in connection.execute(query)]
+        return self._read(
+            lambda connection: [dict(row._mapping) for row in connection.execute(query)]
+        )
 
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with refusing_when_full(self.engine), self._writer.begin() as connection:
-            if connection.dialect.name == "postgresql" and hasattr(self, "id"):
-                # As SQLite does: what happens in a federation has one order.
-                connection.execute(select(func.pg_advisory_xact_lock(LOCK, self.id)))
-            yield connection
+    def _read(self, work: Callable[[Connection], T]) -> T:
+        def tried(again: bool) -> T:
+            with self.engine.connect() as connection:
+                return work(connection)
+
+        return self._patient(tried)
+
+    def _write(
+        self, work: Callable[[Connection], T], table: Table | None = None, done: T | None = None
+    ) -> T:
+        """Do work in one transaction, and over again when the database is lost.
+
+        Args:
+            work: What is done.
+            table: Where its first row is added, whose time tells whether it was committed when
+                the connection was lost; None where it may be done twice.
+            done: What it returned then.
+        """
+        options = {"time_s": time.time()}
+
+        def tried(again: bool) -> T:
+            with refusing_when_full(self.engine), self._writer.begin() as connection:
+                connection.execution_options(**options)
+                if connection.dialect.name == "postgresql" and hasattr(self, "id"):
+                    # As SQLite does: what happens in a federation has one order.
+                    connection.execute(select(func.pg_advisory_xact_lock(LOCK, self.id)))
+                if again and table is not None and self._holds(connection, table, **options):
+                    return cast(T, done)
+                return work(connection)
+
+        return self._patient(tried)
+
+    def _holds(self, connection: Connection, table: Table, time_s: float) -> bool:
+        """Whether there is a row of this moment."""
+        query = select(exists().where(table.c.federation == self.id, table.c.time == time_s))
+        return bool(connection.scalar(query))
+
+
+def _time_of(connection: Connection) -> float:
+    """The moment of the work under way: all of its rows have it, however often it is tried."""
+    return float(connection.get_execution_options()["time_s"])

@@ -23,7 +23,7 @@ from anabranch.coordinator import logs
 from anabranch.coordinator.federation import FederationConfig, load_federation
 from anabranch.coordinator.flower import FlowerError
 from anabranch.coordinator.rounds.control import Want, ask
-from anabranch.coordinator.store import Store, open_store
+from anabranch.coordinator.store import Store, StoreError, open_store
 from anabranch.coordinator.supervision import lease, processes
 from anabranch.coordinator.supervision.backoff import Backoff
 from anabranch.coordinator.supervision.config import CoordinatorConfig
@@ -205,7 +205,7 @@ class Supervisor:
     def _again(self, event: str, told: str) -> bool:
         """Tell of a death, and wait for the next start; False when there were too many."""
         self._tell(event, told, level=logging.ERROR)
-        self._watch.look()
+        self._report()
         self._backoff = self._backoff.after(self._watch.gained)
         if self._backoff.gives_up:
             self._tell(
@@ -246,7 +246,13 @@ class Supervisor:
         return self._config.stop_s if merging else HEED_S
 
     def _report(self) -> None:
-        for one in self._watch.look():
+        try:
+            changes = self._watch.look()
+        except StoreError as error:  # the ServerApp waits for it, and says so when it gives up
+            if time.monotonic() - self._told_s >= TELL_S:
+                self._tell("no-store", f"the store does not answer: {error}", level=logging.ERROR)
+            return
+        for one in changes:
             self._tell(one.event, one.told, **one.about)
         if time.monotonic() - self._told_s >= TELL_S:
             self._tell("waits", self._waits_for())

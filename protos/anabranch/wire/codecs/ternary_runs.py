@@ -76,6 +76,27 @@ class TernaryRuns:
         """The tensor itself, fp32 of ``shape``."""
         return self.sparse().dense()
 
+    def write(self, out_n: Tensor) -> None:
+        """Write the entries, in row order, into floating-point ``out_n`` [n] on any device.
+
+        Run bytes and packed signs go there as they are; positions are made of them there.
+        """
+        out_n.zero_()
+        if not self.nonzeros:
+            return
+        first, skipped = divmod(self.first_sign, 8)
+        last = sparse.bits_bytes(self.first_sign + self.nonzeros)
+        # Copies: what zstd gave is read-only, which torch has no word for.
+        runs_r = torch.from_numpy(self.runs_r.copy()).to(out_n.device)
+        signs = torch.from_numpy(self.signs[first:last].copy()).to(out_n.device)
+        ending_r = runs_r != ESCAPE
+        positions_k = torch.cumsum(runs_r.long() + ending_r, 0) + (self.before - 1)
+        if len(runs_r) > self.nonzeros:
+            positions_k = positions_k[ending_r]
+        shifts = torch.arange(8, dtype=torch.uint8, device=out_n.device)
+        bits = ((signs[:, None] >> shifts) & 1).reshape(-1)[skipped : skipped + self.nonzeros]
+        out_n[positions_k] = (1 - 2 * bits.to(out_n.dtype)) * self.scale
+
 
 def unpack(
     payload: memoryview, frame: FrameInfo, seed_of: SeedOf, support: Support

@@ -27,7 +27,7 @@ from anabranch.wire.secure.messages import (
     read_signed,
     sign,
 )
-from anabranch.wire.secure.session import Session
+from anabranch.wire.secure.session import SecureSession
 from anabranch.wire.secure.shamir import SHARE_BYTES, deal
 from anabranch.wire.signing import KeyRing
 from anabranch.wire.v1 import secure_pb2 as pb
@@ -47,7 +47,7 @@ class SecureMember:
             coordinator; whoever is not on it is no member.
     """
 
-    session: Session
+    session: SecureSession
     key: PrivateKey
     ring: KeyRing
     _phase: int = 0
@@ -116,7 +116,7 @@ class SecureMember:
 
         Args:
             delivery: What the others dealt (``pb.Delivery``), as it came.
-            vector_D: ``Session.fixed.encode`` of the member's vector [D].
+            vector_D: ``SecureSession.fixed.encode`` of the member's vector [D].
 
         Raises:
             WireError: The delivery does not fit the roster, ``threshold``: fewer dealt, or fewer
@@ -250,7 +250,7 @@ class SecureMember:
 
     @classmethod
     def from_bytes(
-        cls, state: bytes, session: Session, key: PrivateKey, ring: KeyRing
+        cls, state: bytes, session: SecureSession, key: PrivateKey, ring: KeyRing
     ) -> SecureMember:
         """The member that ``to_bytes`` kept.
 

@@ -20,7 +20,7 @@ from anabranch.wire.keys import NAME, PrivateKey
 from anabranch.wire.limits import KEY_BYTES as SIGNATURE_LIMIT
 from anabranch.wire.secure import agreement
 from anabranch.wire.secure.agreement import DIGEST_BYTES, KEY_BYTES, SEALED_BYTES
-from anabranch.wire.secure.session import MOST_MEMBERS, Session
+from anabranch.wire.secure.session import MOST_MEMBERS, SecureSession
 from anabranch.wire.secure.shamir import SHARE_BYTES
 from anabranch.wire.signing import KeyRing
 from anabranch.wire.v1 import secure_pb2 as pb
@@ -39,7 +39,7 @@ Said = TypeVar("Said", pb.Advertisement, pb.Dealing, pb.Masked, pb.Confirmation,
 """What a member says in a phase."""
 
 
-def most_bytes(session: Session, phase: Phase) -> int:
+def most_bytes(session: SecureSession, phase: Phase) -> int:
     """The largest message that a member may send in a phase."""
     vector = session.vector_bytes if phase == "mask" else 0
     return _ADVERTISEMENT_BYTES + session.members * _MEMBER_BYTES + vector
@@ -60,7 +60,7 @@ def read_signed(
     phase: Phase,
     blob: bytes,
     kind: type[Said],
-    session: Session,
+    session: SecureSession,
     ring: KeyRing,
     client: str | None,
 ) -> Said:
@@ -159,7 +159,7 @@ class Roster:
         return tuple(member.client for member in self.members)
 
 
-def advertised(blob: bytes, session: Session, ring: KeyRing, client: str | None) -> Member:
+def advertised(blob: bytes, session: SecureSession, ring: KeyRing, client: str | None) -> Member:
     """Read an advertisement.
 
     Raises:
@@ -180,7 +180,7 @@ def write_roster(advertisements: Sequence[bytes]) -> bytes:
     return pb.Roster(advertisements=advertisements).SerializeToString()
 
 
-def read_roster(blob: bytes, session: Session, ring: KeyRing) -> Roster:
+def read_roster(blob: bytes, session: SecureSession, ring: KeyRing) -> Roster:
     """Read a roster, and check every advertisement in it.
 
     Raises:

@@ -23,7 +23,7 @@ from anabranch.wire.secure.messages import (
     read_signed,
     write_roster,
 )
-from anabranch.wire.secure.session import Session
+from anabranch.wire.secure.session import SecureSession
 from anabranch.wire.secure.shamir import SHARE_BYTES, combine
 from anabranch.wire.signing import KeyRing
 from anabranch.wire.v1 import secure_pb2 as pb
@@ -38,7 +38,7 @@ class Recovery:
         ring: The enrolled keys.
     """
 
-    session: Session
+    session: SecureSession
     ring: KeyRing
     _advertisements: dict[str, bytes] = field(default_factory=dict)
     _keys: set[bytes] = field(default_factory=set)

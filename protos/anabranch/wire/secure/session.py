@@ -17,7 +17,7 @@ LEAST_THRESHOLD = 2
 
 
 @dataclass(frozen=True)
-class Session:
+class SecureSession:
     """One group's aggregation in one round.
 
     Attributes:
@@ -82,7 +82,7 @@ class Session:
         return self.entries * self.bits // 8
 
 
-def session_of(plan: RoundPlan, text: str) -> Session:
+def secure_session(plan: RoundPlan, text: str) -> SecureSession:
     """The session that a round's plan asks for.
 
     Args:
@@ -94,7 +94,7 @@ def session_of(plan: RoundPlan, text: str) -> Session:
     """
     if plan.secure is None:
         raise ValueError("the plan asks for no secure aggregation")
-    return Session(
+    return SecureSession(
         federation=plan.federation,
         run=plan.run,
         round=plan.round,
