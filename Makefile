@@ -46,6 +46,7 @@ bench: install
 	$(BIN)/python -m benchmarks.robust_memory
 	$(BIN)/python -m benchmarks.secure
 	$(BIN)/python -m benchmarks.federation
+	$(BIN)/python -m benchmarks.coordinator
 
 quality: install
 	$(BIN)/python -m benchmarks.quality
