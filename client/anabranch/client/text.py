@@ -255,7 +255,8 @@ class TextClassification:
         """The label of each of one partition's texts among its own task's [N]."""
         tokens = self._tokenised(partition, split)
         task = list(self.source.tasks)[int(tokens.tasks[0])]
-        return tokens.labels - self._first_column[task]
+        labels_N: Tensor = tokens.labels - self._first_column[task]
+        return labels_N
 
     def fixed_head(self, model: nn.Module, task: str) -> Tensor:
         """A task's label phrases as the frozen base embeds them [K, D], of its own K labels.

@@ -95,6 +95,7 @@ def text_calibration(
         raise ValueError("calibration: test texts are for judging what comes out; set validation")
     base = task.load_base().requires_grad_(False).eval()
     model: nn.Module
+    encoder: nn.Module
     if isinstance(base, TextClassifier):
         model, prefix, encoder, heads_KD = _Headed(base), "classifier.", base.encoder, {}
     else:
