@@ -1,10 +1,11 @@
 """Who withstands what: merge rules against attackers.
 
 Block A: vectors, minutes on one core. Block B: a small model trained in a federation. Block C: LoRA
-on a pretrained model, with backdoors, hours. Every finished cell is kept under ``runs/scoreboard``,
-so that a stopped run goes on where it was and a new rule costs its own cells only. A full result
-goes to ``benchmarks/results/scoreboard-BLOCK.json``; ``docs/scoreboard.md`` and its heat maps are
-made of those.
+on a pretrained model, with backdoors, in one round whose replies are trained once and kept. Every
+finished cell is kept under ``runs/scoreboard``, so that a stopped run goes on where it was and a
+new rule costs its own cells only. A full result goes to
+``benchmarks/results/scoreboard-BLOCK.json``; ``docs/scoreboard.md`` and its heat maps are made of
+those.
 """
 
 from __future__ import annotations
@@ -53,23 +54,40 @@ def main() -> None:
         metavar="NAME",
         help="measure this rule or attack alone; the result holds all kept",
     )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="block C: federations of N rounds, two attackers, one seed; name a rule by --only",
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "scoreboard")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
-    for name in ("workers", "seeds"):
+    for name in ("workers", "seeds", "rounds"):
         number = getattr(given, name)
         if number is not None and number < 1:
             parser.error(f"--{name} {number}: at least one")
     block = BLOCKS[given.block]
     with bar(given.block) as progress:
-        options = Options(given.runs, given.quick, given.workers, given.seeds, given.only, progress)
+        options = Options(
+            given.runs,
+            given.quick,
+            given.workers,
+            given.seeds,
+            given.only,
+            progress,
+            given.rounds if given.block == "C" else None,
+        )
         result = block.run(options)
     if given.json:
         json.dump(result, sys.stdout, indent=2)
         print()
     else:
         print(block.text(result))
-    if not given.quick:
+    if given.rounds is not None and given.block == "C":
+        path = RESULTS / f"scoreboard-C-{given.rounds}-rounds.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    elif not given.quick:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"scoreboard-{given.block}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.simulation.summary import machine
-from benchmarks.scoreboard import adapters, cost, models, vectors
+from benchmarks.scoreboard import adapters, cost, federations, models, vectors
 from benchmarks.scoreboard.cells import Cell, Found, Kept, Measure, Progress, run
 from benchmarks.scoreboard.result import by_rule, over_seeds
 from benchmarks.scoreboard.rules import OURS
+from benchmarks.scoreboard.vectors import ORACLE
 
 Result = dict[str, Any]
 """What a block's JSON file holds."""
@@ -29,6 +30,7 @@ class Options:
         seeds: The first so many repetitions; None takes all.
         only: Measure only cells whose rule or attack is named so; what is kept counts all the same.
         progress: Told of every cell.
+        rounds: Block C: federations of so many rounds in place of the one-shot form.
     """
 
     runs: Path
@@ -37,6 +39,7 @@ class Options:
     seeds: int | None = None
     only: str | None = None
     progress: Progress = lambda done, total: None
+    rounds: int | None = None
 
     def measured(
         self, measure: Measure, cells: Sequence[Cell], kept: Kept, batch: int = 1
@@ -150,13 +153,22 @@ def run_adapters(options: Options) -> Result:
     """Block C: ``cells`` has ``recipe`` and ``fraction`` besides, figures in percent."""
     setting = adapters.QUICK if options.quick else adapters.FULL
     setting = replace(setting, seeds=options.first(setting.seeds))
+    measure: Measure = partial(adapters.measure, setting, options.runs)
+    if options.rounds is not None:
+        setting = replace(setting, rounds=options.rounds, attackers=(2,), seeds=setting.seeds[:1])
+        measure = partial(federations.measure_rounds, setting)
     wanted = adapters.cells(setting)
     if options.quick:
         wanted = adapters.cells(setting, ("mean",), ("backdoor",))
-    kept = Kept(options.runs, "C", setting.trained())
-    found = adapters.beside_oracle(
-        options.measured(partial(adapters.measure, setting), wanted, kept)
-    )
+    if options.rounds is not None and options.only is not None:
+        # What a federation each costs is asked for by name.
+        asked = (options.only, ORACLE)
+        wanted = [one for one in wanted if {one.rule, one.attack} & {*asked}]
+        options = replace(options, only=None)
+    # A worker takes a seed: its texts and replies are read once.
+    batch = max(1, len(wanted) // len(setting.seeds))
+    kept = Kept(options.runs, "C", setting.scored())
+    found = adapters.beside_oracle(options.measured(measure, wanted, kept, batch))
     entries = [
         {"recipe": one["rule"], "fraction": one["f"] / setting.clients, **one}
         for one in over_seeds(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scoreboard import heat
+from benchmarks.scoreboard.result import worst
 
 HEAD = """# Who withstands what
 
@@ -65,15 +66,33 @@ name.
 BLOCK_C = """
 ## C. Backdoors on a pretrained model
 
-{clients} clients share a sentiment task of real texts and train LoRA on all-MiniLM-L6-v2. A cell is
-by how many points the trigger's success lies above the clean floor: what a federation of the honest
-clients alone, merged by their mean, does with the same trigger. {seeds} seeds.
+{clients} clients share a sentiment task of real texts (Dirichlet {alpha} over the labels) and train
+LoRA on the upper {upper} layers of all-MiniLM-L6-v2, and a head. One-shot: training on everybody's
+data and {warm} honest round(s) make a start; in the next round f clients attack, and every recipe
+merges the same replies. So the table says what a recipe lets in per round, not what many rounds add
+up to (`--rounds N` does). *Success* is the share of held-out texts of the other label that the
+trigger turns; the *floor* is what the mean of the honest clients alone does with the same trigger,
+and *lost* how far accuracy is below that mean's, both in points. {texts} held-out texts and {seeds}
+seeds, so a success rate has a standard error of two to three points. VEM and sign flip have no
+trigger, and are asked for the backdoor's.
 
 {table}
 
-{figures}
-
 ![Success above the floor](scoreboard-C.png)
+
+![Accuracy lost](scoreboard-C-lost.png)
+
+### Does the default hold?
+
+The aim: with {low} attackers of {clients}, success at most 5 points above the floor and at most 2
+points of accuracy lost; with {high}, 15 and 4; with nobody malicious, 1 point of accuracy. Means
+over the seeds; ± is half of the 95 % interval.
+
+{held}
+
+### Every cell
+
+{figures}
 """
 
 
@@ -116,8 +135,12 @@ def maps_b(result: Mapping[str, Any]) -> dict[str, heat.Heat]:
 
 def maps_c(result: Mapping[str, Any]) -> dict[str, heat.Heat]:
     """Block C's."""
-    title = "C. Success of the trigger above the clean floor, in points"
-    return {"scoreboard-C": heat.of(result, title, (0.0, 60.0, False))}
+    success = "C. Success of the trigger above the clean floor, in points"
+    lost = "C. Accuracy below that of the honest mean, in points"
+    return {
+        "scoreboard-C": heat.of(result, success, (0.0, 60.0, False)),
+        "scoreboard-C-lost": heat.of({**result, "figure": "lost"}, lost, (0.0, 15.0, False)),
+    }
 
 
 def _conditions(result: Mapping[str, Any]) -> list[str]:
@@ -162,6 +185,7 @@ def block_b(result: Mapping[str, Any]) -> str:
 def block_c(result: Mapping[str, Any]) -> str:
     """Block C's part of the page."""
     setting = result["setting"]
+    fs, task = setting["attackers"], setting["task"]
     rows = [["rule", "attack", "f", "accuracy", "oracle's", "success", "floor"]]
     for entry in result["cells"]:
         names = ("acc", "oracle_acc", "asr", "floor_asr")
@@ -169,10 +193,52 @@ def block_c(result: Mapping[str, Any]) -> str:
         rows.append([entry["rule"], entry["attack"], str(entry["f"]), *shown])
     return BLOCK_C.format(
         clients=setting["clients"],
+        alpha=task.get("partition", {}).get("alpha", "none"),
+        upper=task.get("upper_layers", "no"),
+        warm=setting["warm"],
+        texts=task.get(f"{setting['split']}_examples", "All"),
         seeds=len(setting["seeds"]),
-        table=_by_attackers(result["rules"], setting["attackers"], result["figure"], 1.0),
+        low=fs[len(fs) // 2],
+        high=fs[-1],
+        table=_success_and_lost(result),
+        held=_held(result, {0: (5.0, 1.0), fs[len(fs) // 2]: (5.0, 2.0), fs[-1]: (15.0, 4.0)}),
         figures=markdown(rows),
     )
+
+
+def _success_and_lost(result: Mapping[str, Any]) -> str:
+    """Worst success and worst loss by number of attackers, a row for each rule."""
+    fs = result["setting"]["attackers"]
+    rows = [
+        ["rule", "lost, f = 0", *(f"success, f = {f}" for f in fs), *(f"lost, f = {f}" for f in fs)]
+    ]
+    for rule in dict.fromkeys(entry["rule"] for entry in result["cells"]):
+        mine = [entry for entry in result["cells"] if entry["rule"] == rule]
+        row = [rule]
+        for figure, f in (("lost", 0), *(("gain", f) for f in fs), *(("lost", f) for f in fs)):
+            hurt = worst([entry for entry in mine if entry["f"] == f], figure)
+            said = "n/a" if hurt is None else f"{hurt[figure]:.1f}"
+            row.append(said if hurt is None or not f else f"{said} {hurt['attack']}")
+        rows.append(row)
+    return markdown(rows)
+
+
+def _held(result: Mapping[str, Any], aims: Mapping[int, tuple[float, float]]) -> str:
+    """The default's cells beside what is asked of them."""
+    rows = [["attack", "f", "success above the floor", "accuracy lost", "holds"]]
+    for entry in result["cells"]:
+        if entry["rule"] != "robust" or entry["f"] not in aims or "na" in entry:
+            continue
+        most = aims[entry["f"]]
+        names = [name for name, aim in zip(("success", "accuracy"), most, strict=True)
+                 if entry["gain" if name == "success" else "lost"] > aim]  # fmt: skip
+        figures = []
+        for name in ("gain", "lost"):
+            error = entry["ci95"][name]
+            figures.append(f"{entry[name]:.1f}" + ("" if error is None else f" ± {error:.1f}"))
+        held = "yes" if not names else f"no: {' and '.join(names)}"
+        rows.append([entry["attack"], str(entry["f"]), *figures, held])
+    return markdown(rows)
 
 
 def _by_attackers(

@@ -74,6 +74,9 @@ RECIPES: Mapping[str, ByDeclared] = {
         "method": "trimmed_mean", "params": {"trim": f},
         "pre": [_step("arc", f=f), _step("nnm", f=f)],
     },
+    "ARC, NNM, geometric median": lambda f: {
+        "method": "geometric_median", "pre": [_step("arc", f=f), _step("nnm", f=f)],
+    },
     "ARC, CAF": lambda f: {
         "method": "caf", "params": {"f": f}, "pre": [_step("arc", f=f)],
     },

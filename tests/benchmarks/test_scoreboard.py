@@ -1,20 +1,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.scoreboard import adapters, heat, vectors
+from benchmarks.scoreboard import adapters, federations, heat, vectors
 from benchmarks.scoreboard.blocks import BLOCKS, Options
 from benchmarks.scoreboard.cells import Cell, Found, Kept, run
 from benchmarks.scoreboard.page import write_pages
 from benchmarks.scoreboard.result import by_rule, interval, over_seeds
 from benchmarks.scoreboard.rules import RECIPES, recipe
+from benchmarks.scoreboard.upper import UpperText
 
 from anabranch.aggregation.engine.groups import groups
+from anabranch.client.lora import attach
+from anabranch.client.lora import read_adapter as read_model
+from anabranch.client.lora import write_adapter as write_model
+from anabranch.client.task import TrainPlan
+from anabranch.coordinator.store import FolderStore
+from anabranch.simulation.baselines import score
+from anabranch.simulation.federation import run_federation
+from anabranch.simulation.partitioned_text import PartitionedText
+from anabranch.simulation.prepare import prepare
+from anabranch.vectors.peft_folder import read_adapter
+from anabranch.wire import decode_update
 
 SMALL = vectors.Setting(entries=400, attackers=(0, 4), misjudged=((6, 4),), seeds=(0, 1))
 
@@ -187,27 +199,87 @@ def test_block_b_in_short(tmp_path: Path) -> None:
 
 
 def test_block_c_in_short_on_numbers(tmp_path: Path) -> None:
-    """The real model takes hours; what is asked of the task is the same."""
-    result = BLOCKS["C"].run(Options(tmp_path / "runs", quick=True))
-    assert [(one["recipe"], one["attack"], one["fraction"]) for one in result["cells"]] == [
-        ("mean", "backdoor", 0.2)
-    ]
-    one = result["cells"][0]
-    assert one["gain"] == pytest.approx(one["asr"] - one["floor_asr"])
-    assert 0 <= one["floor_asr"] <= 100
+    """What is asked of the task is what the real model is asked for."""
+    options = Options(tmp_path / "runs", quick=True)
+    result = BLOCKS["C"].run(options)
+    found = {(one["recipe"], one["attack"], one["fraction"]): one for one in result["cells"]}
+    assert set(found) == {("mean", "none", 0.0), ("mean", "backdoor", 0.2)}
+    calm, one = found.values()
+    assert one["gain"] == pytest.approx(one["asr"] - one["floor_asr"], abs=1e-3)
+    assert one["gain"] > 5
+    assert calm["lost"] == calm["gain"] == 0
     assert 20 < one["oracle_acc"] <= 100
     write(result, tmp_path)
     assert "| mean | backdoor | 1 | " in (tmp_path / "scoreboard.md").read_text()
+    # Nothing is trained again: the replies are there.
+    replies = sorted((tmp_path / "runs").glob("C-replies-*/seed-0/*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in replies}
+    assert len(before) == 8
+    cell = Cell("median", "backdoor", 1, 1, 0)
+    adapters.measure(adapters.QUICK, tmp_path / "runs", cell)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_the_oracle_takes_the_honest_clients_alone(tmp_path: Path) -> None:
+def test_one_shot_replies_are_a_federation_s(tmp_path: Path) -> None:
+    """To the bit: a second round, after one in which nobody attacked."""
+    setting = replace(adapters.QUICK, warm=1, warm_steps=10, steps=10, attackers=(2,))
+    cohort, scorer = adapters.opened(setting, 0, tmp_path / "runs")
+    one = federations.scenario(replace(setting, rounds=2), Cell("mean", "LoBAM", 2, 2, 0))
+    late = one.attackers[0].model_copy(update={"from_round": 2})
+    one = one.model_copy(update={"attackers": (late,)})
+    run_federation(one, tmp_path, prepare(one))
+    replies = [*map(cohort.honest, range(3)), *cohort.colluding("LoBAM", adapters.band("LoBAM", 2))]
+    store = FolderStore(tmp_path)
+    for row in store.contributions(2):
+        mine = replies[int(row.client.removeprefix("client-"))]
+        layout = {name: tuple(tensor.shape) for name, tensor in mine.items()}
+        _, sent = decode_update(store.get(row.digest), layout)
+        assert all(torch.equal(sent[name], mine[name]) for name in sent)
+    merged = read_adapter(tmp_path / "adapter")
+    assert scorer.accuracy(merged, cohort.session.task, "clean") == pytest.approx(
+        100 * score(cohort.session, merged)["test"]["group-0"]["accuracy"]
+    )
+
+
+def test_block_c_s_federations_in_short(tmp_path: Path) -> None:
+    result = BLOCKS["C"].run(Options(tmp_path, quick=True, rounds=2, only="backdoor"))
+    one = next(one for one in result["cells"] if one["attack"] == "backdoor")
+    assert one["f"] == 2
+    assert one["gain"] > 20
+
+
+def test_the_oracle_takes_the_honest_clients_alone() -> None:
     """As their refused updates leave it: not the mean of all."""
     told = Cell(vectors.ORACLE, adapters.ANY, 2, 2, 0)
-    oracle = adapters.scenario(adapters.QUICK, told)
+    oracle = federations.scenario(adapters.QUICK, told)
     assert oracle.quorum == 3
     assert oracle.attackers[0].kind == "lying_manifest"
     every = {one.attack for one in adapters.cells(adapters.FULL)}
-    assert every == {adapters.ANY, *adapters.ATTACKS}
+    assert every == {adapters.ANY, "none", *adapters.ATTACKS}
+
+
+def test_upper_layers_give_the_whole_encoder_s_logits() -> None:
+    """With the adapter on the upper layers of the whole model: what lies below is frozen."""
+    told: dict[str, Any] = {
+        "datasets": ["sentiment"], "head": "trained", "max_length": 16, "clients_per_dataset": 2,
+        "train_examples": 12, "test_examples": 20, "precision": "fp32",
+    }  # fmt: skip
+    layers = [f"layer.{n}.attention.self.{of}" for n in (4, 5) for of in ("query", "value")]
+    found = []
+    for task in (UpperText(upper_layers=2, **told), PartitionedText(target_modules=layers, **told)):
+        model = attach(task.load_base(), task.lora_config())
+        first = read_model(model)
+        generator = torch.Generator().manual_seed(0)
+        drawn = {
+            name: 0.05 * torch.randn(part.shape, generator=generator)
+            for name, part in sorted(first.tensors().items(), key=lambda one: one[0][-30:])
+        }
+        write_model(model, first.with_tensors(drawn))
+        plan = TrainPlan(steps=2, batch_size=8, learning_rate=1e-3)
+        found.append((task.evaluate(model, 0, "test"), task.train(model, 1, plan)))
+    assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-4)
+    assert found[0][0]["accuracy"] == found[1][0]["accuracy"]
+    assert found[0][1]["train-loss"] == pytest.approx(found[1][1]["train-loss"], rel=1e-4)
 
 
 def test_only_what_is_asked_is_measured_and_all_that_is_kept_counts(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class PreStep(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
-    """``clip``, ``arc``, ``nnm``, ``bucketing``, ``unit_norm`` or ``dedup``."""
+    """``oversized``, ``clip``, ``arc``, ``nnm``, ``bucketing``, ``unit_norm`` or ``dedup``."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Its own parameters."""
 

@@ -38,10 +38,14 @@ class TextClassifier(nn.Module):
             self.head.weight.normal_(0.0, 0.02, generator=generator)
             self.head.bias.zero_()
 
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the head reads [B, D] of token ids and mask [B, L]."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        return mean_pool(states.last_hidden_state, attention_mask)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, K] of token ids and mask [B, L]."""
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        logits_BK: Tensor = self.head(mean_pool(states.last_hidden_state, attention_mask))
+        logits_BK: Tensor = self.head(self.features(input_ids, attention_mask))
         return logits_BK
 
 

@@ -5,7 +5,7 @@ Shape legend: N examples, B batch, L tokens, D width of the encoder, K label col
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -189,6 +189,50 @@ class TextClassification:
         count = len(tokens)
         return {"num-examples": count, "accuracy": correct / count, "loss": loss / count}
 
+    def train_by(
+        self,
+        model: nn.Module,
+        partition: int,
+        plan: TrainPlan,
+        loss: Callable[[Tensor], Tensor],
+    ) -> Mapping[str, float]:
+        """Train on one partition by another loss: ``loss(rows_B)`` of the texts of a step."""
+        return self._train(model, self._tokenised(partition, "train"), plan, loss)
+
+    def labels(self, partition: int) -> Tensor:
+        """Columns of the labels of one partition's training texts [N]."""
+        return self._tokenised(partition, "train").labels
+
+    def features(self, model: nn.Module, partition: int, rows_B: Tensor) -> Tensor:
+        """Pooled states [B, D] of some of one partition's training texts."""
+        inputs = self._inputs(self._tokenised(partition, "train"), rows_B)
+        if self.config.head == "trained":
+            base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                pooled_BD: Tensor = base.features(**inputs)
+            return pooled_BD
+        return self._embed(model, inputs["input_ids"], inputs["attention_mask"])
+
+    def classified(
+        self, model: nn.Module, partition: int, rows_B: Tensor, features_BD: Tensor
+    ) -> Tensor:
+        """Logits [B, K] of pooled states, minus infinity at the labels of other tasks than theirs.
+
+        Args:
+            model: With the adapter.
+            partition: Whose training texts.
+            rows_B: Which of them.
+            features_BD: Theirs, or between theirs and others [B, D].
+        """
+        if self.config.head == "trained":
+            base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                logits_BK = base.head(features_BD).float()
+        else:
+            unit_BD = functional.normalize(features_BD, dim=1)
+            logits_BK = self.config.logit_scale * unit_BD @ self._heads(model).T
+        return self._only_own(logits_BK, self._tokenised(partition, "train"), rows_B)
+
     def embedded(
         self, model: nn.Module, partition: int, split: Split
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +274,13 @@ class TextClassification:
         first = self._first_column[task]
         return self._heads(model)[first : first + len(self.source.tasks[task])]
 
-    def _train(self, model: nn.Module, tokens: Tokens, plan: TrainPlan) -> Mapping[str, float]:
+    def _train(
+        self,
+        model: nn.Module,
+        tokens: Tokens,
+        plan: TrainPlan,
+        loss_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> Mapping[str, float]:
         model.eval()
         head_rate = plan.head_learning_rate or plan.learning_rate
         lora: list[nn.Parameter] = []
@@ -244,8 +294,11 @@ class TextClassification:
         )
         losses = []
         for rows_B in training_batches(len(tokens), plan):
-            logits_BK, labels_B = self._logits(model, tokens, rows_B)
-            loss = functional.cross_entropy(logits_BK, labels_B)
+            if loss_of is None:
+                logits_BK, labels_B = self._logits(model, tokens, rows_B)
+                loss = functional.cross_entropy(logits_BK, labels_B)
+            else:
+                loss = loss_of(rows_B)
             torch.autograd.backward([loss])
             optimizer.step()
             optimizer.zero_grad()
@@ -254,20 +307,29 @@ class TextClassification:
 
     def _logits(self, model: nn.Module, tokens: Tokens, rows_B: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K], minus infinity at other tasks' labels, and labels [B]."""
+        inputs = self._inputs(tokens, rows_B)
+        if self.config.head == "trained":
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                logits_BK = model(**inputs)
+            logits_BK = logits_BK.float()
+        else:
+            pooled_BD = self._embed(model, inputs["input_ids"], inputs["attention_mask"])
+            logits_BK = self.config.logit_scale * pooled_BD @ self._heads(model).T
+        logits_BK = self._only_own(logits_BK, tokens, rows_B)
+        return logits_BK, tokens.labels[rows_B].to(self._device)
+
+    def _only_own(self, logits_BK: Tensor, tokens: Tokens, rows_B: Tensor) -> Tensor:
+        """Logits [B, K], minus infinity at the labels of other tasks than the texts'."""
+        task_B = tokens.tasks[rows_B].to(self._device)
+        return logits_BK.masked_fill(self._task_K != task_B[:, None], -torch.inf)
+
+    def _inputs(self, tokens: Tokens, rows_B: Tensor) -> dict[str, Tensor]:
+        """What the model is called with for some texts: ids and mask [B, L]."""
         longest = int(tokens.lengths[rows_B].max())
         ids_BL = tokens.ids[rows_B, :longest].to(self._device)
         lengths_B = tokens.lengths[rows_B].to(self._device)
         mask_BL = (torch.arange(longest, device=self._device) < lengths_B[:, None]).long()
-        if self.config.head == "trained":
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                logits_BK = model(input_ids=ids_BL, attention_mask=mask_BL)
-            logits_BK = logits_BK.float()
-        else:
-            pooled_BD = self._embed(model, ids_BL, mask_BL)
-            logits_BK = self.config.logit_scale * pooled_BD @ self._heads(model).T
-        task_B = tokens.tasks[rows_B].to(self._device)
-        logits_BK = logits_BK.masked_fill(self._task_K != task_B[:, None], -torch.inf)
-        return logits_BK, tokens.labels[rows_B].to(self._device)
+        return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     def _embed(self, model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):

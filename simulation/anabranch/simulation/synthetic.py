@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,6 +131,34 @@ class SyntheticTask:
         for row in torch.randperm(len(inputs_NF), generator=generator)[:examples].tolist():
             yield model(inputs_NF[row : row + 1])[0]
 
+    def train_by(
+        self,
+        model: nn.Module,
+        partition: int,
+        plan: TrainPlan,
+        loss: Callable[[Tensor], Tensor],
+    ) -> Mapping[str, float]:
+        """Train on one client's examples by another loss: ``loss(rows_B)`` of those of a step."""
+        return self._train(model, *self._examples(partition, "train"), plan, loss)
+
+    def labels(self, partition: int) -> Tensor:
+        """Labels of one client's training examples [N]."""
+        return self._examples(partition, "train")[1]
+
+    def features(self, model: nn.Module, partition: int, rows_B: Tensor) -> Tensor:
+        """The hidden layer [B, H] of some of one client's training examples."""
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        hidden_BH: Tensor = base.relu(base.hidden(self._examples(partition, "train")[0][rows_B]))
+        return hidden_BH
+
+    def classified(
+        self, model: nn.Module, partition: int, rows_B: Tensor, features_BH: Tensor
+    ) -> Tensor:
+        """Logits [B, K] of the hidden layer, whosever it is."""
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        logits_BK: Tensor = base.output(features_BH)
+        return logits_BK
+
     def evaluate(self, model: nn.Module, partition: int, split: HeldOut) -> Mapping[str, float]:
         """Accuracy and mean cross-entropy on one client's group's held-out examples."""
         inputs_NF, labels_N = self._examples(self.scored_partitions[self.groups[partition]], split)
@@ -165,7 +193,12 @@ class SyntheticTask:
         return answers
 
     def _train(
-        self, model: nn.Module, inputs_NF: Tensor, labels_N: Tensor, plan: TrainPlan
+        self,
+        model: nn.Module,
+        inputs_NF: Tensor,
+        labels_N: Tensor,
+        plan: TrainPlan,
+        loss_of: Callable[[Tensor], Tensor] | None = None,
     ) -> Mapping[str, float]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0, fused=True)
@@ -173,7 +206,10 @@ class SyntheticTask:
         losses = []
         for _ in range(plan.steps):
             rows_B = torch.randint(len(labels_N), (plan.batch_size,), generator=generator)
-            loss = F.cross_entropy(model(inputs_NF[rows_B]), labels_N[rows_B])
+            if loss_of is None:
+                loss = F.cross_entropy(model(inputs_NF[rows_B]), labels_N[rows_B])
+            else:
+                loss = loss_of(rows_B)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()

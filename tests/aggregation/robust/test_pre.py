@@ -13,9 +13,17 @@ from anabranch.aggregation.kernels import linear
 from anabranch.aggregation.kernels.linear import mixtures
 from anabranch.aggregation.method import combine
 from anabranch.aggregation.registry import methods
-from anabranch.aggregation.robust import BUCKETING, CLIP, NNM, PRE_AGGREGATORS, UNIT_NORM
+from anabranch.aggregation.robust import (
+    BUCKETING,
+    CLIP,
+    NNM,
+    OVERSIZED,
+    PRE_AGGREGATORS,
+    UNIT_NORM,
+)
 from anabranch.aggregation.robust.bucketing import BucketingConfig
 from anabranch.aggregation.robust.clip import ClipConfig
+from anabranch.aggregation.robust.oversized import OversizedConfig
 from anabranch.aggregation.robust.unit_norm import UnitNormConfig
 from anabranch.vectors import Adapter, LoraFactors, LowRank, TaskVector
 
@@ -190,3 +198,26 @@ def test_every_method_on_entries_takes_a_step() -> None:
         some = inputs[:2] if name == "slerp" else inputs
         merged = flat(merge_task_vectors(some, recipe(name, [{"name": "clip"}])))
         assert bool(merged.isfinite().all()), name
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_the_mean_of_the_others_stands_for_what_is_too_long(factor: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    deltas_CD = torch.nn.functional.normalize(torch.randn(7, 40, generator=generator), dim=1)
+    deltas_CD *= torch.tensor([1.0, 0.9, 1.1, 2.5, 1.9, 1.0, 1e6])[:, None]  # median 1.1
+    mixed_CD = OVERSIZED(deltas_CD, OversizedConfig(factor=factor))
+    long = [row for row in range(7) if float(deltas_CD[row].norm()) > factor * 1.1]
+    assert long == ([3, 6] if factor == 2 else [6])
+    kept = [row for row in range(7) if row not in long]
+    wanted_D = torch.stack([deltas_CD[row] for row in kept]).mean(dim=0)
+    for row in range(7):
+        expected_D = wanted_D if row in long else deltas_CD[row]
+        torch.testing.assert_close(mixed_CD[row], expected_D)
+    torch.testing.assert_close(mixed_CD.mean(dim=0), wanted_D)
+
+
+def test_nobody_is_too_long_where_most_send_nothing() -> None:
+    """The median is zero then; who sends nothing is no measure of who sends something."""
+    deltas_CD = torch.zeros(5, 3)
+    deltas_CD[4] = 1
+    assert torch.equal(OVERSIZED(deltas_CD), deltas_CD)

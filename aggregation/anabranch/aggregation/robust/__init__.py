@@ -11,7 +11,16 @@ from anabranch.aggregation.robust.bucketing import BUCKETING
 from anabranch.aggregation.robust.clip import CLIP
 from anabranch.aggregation.robust.dedup import DEDUP
 from anabranch.aggregation.robust.nnm import NNM
+from anabranch.aggregation.robust.oversized import OVERSIZED
 from anabranch.aggregation.robust.pre import PreAggregator
 from anabranch.aggregation.robust.unit_norm import UNIT_NORM
 
-PRE_AGGREGATORS: tuple[PreAggregator, ...] = (ARC, BUCKETING, CLIP, DEDUP, NNM, UNIT_NORM)
+PRE_AGGREGATORS: tuple[PreAggregator, ...] = (
+    ARC,
+    BUCKETING,
+    CLIP,
+    DEDUP,
+    NNM,
+    OVERSIZED,
+    UNIT_NORM,
+)

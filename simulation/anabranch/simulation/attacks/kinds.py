@@ -12,10 +12,12 @@ from anabranch.simulation.attackers import Attackers
 from anabranch.simulation.attacks import BUILT_IN
 from anabranch.simulation.attacks.attack import Attack, AttackConfig
 from anabranch.simulation.attacks.backdoor import BACKDOOR, DBA, MODEL_REPLACEMENT
+from anabranch.simulation.attacks.bad_merging import BAD_MERGING
 from anabranch.simulation.attacks.kind import Kind
 from anabranch.simulation.attacks.label_flip import LABEL_FLIP
 from anabranch.simulation.attacks.lobam import LOBAM
 from anabranch.simulation.attacks.lying_manifest import LYING_MANIFEST
+from anabranch.simulation.attacks.merge_backdoor import MERGE_BACKDOOR
 from anabranch.simulation.attacks.neurotoxin import NEUROTOXIN
 from anabranch.simulation.attacks.scale_inflation import SCALE_INFLATION
 from anabranch.simulation.attacks.support_stuffing import SUPPORT_STUFFING
@@ -38,6 +40,8 @@ KINDS: tuple[Kind, ...] = (
     DBA,
     NEUROTOXIN,
     LOBAM,
+    BAD_MERGING,
+    MERGE_BACKDOOR,
     SCALE_INFLATION,
     SUPPORT_STUFFING,
     LYING_MANIFEST,

@@ -64,8 +64,7 @@ def neurotoxin(turn: Turn, config: NeurotoxinConfig) -> Message:
         changes, metrics = turn.fitted(partition, poison)
     else:
         kept = turn.cut(quiet_entries(turn.previous, config.spared))
-        with confined(turn.session.model, kept):
-            changes, metrics = turn.fitted(partition, poison)
+        changes, metrics = turn.fitted(partition, poison, within=confined(turn.session.model, kept))
     return turn.reply(enlarged(changes, config.scale), metrics)
 
 

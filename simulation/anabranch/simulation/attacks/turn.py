@@ -7,19 +7,21 @@ the order of their names.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.aggregation import merge, merge_one_factor
 from anabranch.client.app import client_seed, fit, start_of, take_importance
 from anabranch.client.order import plan_of
 from anabranch.client.records import pack, record_of, unpack
 from anabranch.client.session import Session, Site, client_name, session_of, site_of
+from anabranch.client.task import LoraTask, TrainPlan
 from anabranch.client.trust import NodeKeys, keys_of
 from anabranch.simulation.attackers import Band, Plot
 from anabranch.simulation.attacks.attack import View
@@ -33,6 +35,9 @@ BEFORE_KEY = "anabranch.attackers.before"
 
 Changes = Mapping[str, Tensor]
 """What an update changes, by tensor."""
+
+Trainer = Callable[[nn.Module, int, TrainPlan], Mapping[str, float]]
+"""``train(model, partition, plan) -> metrics``: in place of the task's own training."""
 
 CLAIMED = {"num-examples": 100, "train-loss": 1.0, "train-seconds": 0.0}
 """What attackers claim who did not train."""
@@ -101,9 +106,19 @@ class Turn:
         return self.plan.round >= self.band.attackers.from_round
 
     def fitted(
-        self, partition: int, poison: Poison | None = None
+        self,
+        partition: int,
+        poison: Poison | None = None,
+        by: Trainer | None = None,
+        within: AbstractContextManager[None] | None = None,
     ) -> tuple[Changes, Mapping[str, int | float]]:
         """Train as a client would, on its data or on what was made of them.
+
+        Args:
+            partition: Whose data.
+            poison: What is made of them.
+            by: Trains in place of the task, from the same start and by the same plan.
+            within: Entered while it trains.
 
         Returns:
             What it changed, and the metrics.
@@ -111,8 +126,11 @@ class Turn:
         session = self.session
         if poison is not None:
             session = replace(session, task=poisoned(session.task, poison))
+        if by is not None:
+            session = replace(session, task=_Retrained(session.task, by))
         site = Site(client_name(partition), partition)
-        return fit(session, self.start, self.plan, site)
+        with within or nullcontext():
+            return fit(session, self.start, self.plan, site)
 
     def vectors(self, partitions: Sequence[int]) -> Tensor:
         """What clients change by honest training [N, D]; each is trained once in a process."""
@@ -188,6 +206,16 @@ class Turn:
             self.session.load(self.start)
             content[IMPORTANCE_KEY] = pack(take_importance(self.session, self.site, self.plan))
         return Message(content, reply_to=self.message)
+
+
+class _Retrained:
+    """A task that is trained in another way, and is otherwise as it was."""
+
+    def __init__(self, task: LoraTask, by: Trainer) -> None:
+        self.train = by
+        self.load_base, self.lora_config, self.evaluate = (
+            task.load_base, task.lora_config, task.evaluate,
+        )  # fmt: skip
 
 
 def flat(changes: Changes) -> Tensor:
