@@ -246,7 +246,7 @@ def test_replay_oversize_and_paths(start_world: Start) -> None:
 
 
 def test_slow_loris_and_floods(start_world: Start) -> None:
-    world = start_world(limits={"calls_per_s": 5.0, "burst": 30})
+    world = start_world(limits={"calls_per_s": 0.2, "burst": 30})
     a = world.peer("a", "client", "f")
     world.plan(1, "a")
     data = world.made(world.order(a), "a")
