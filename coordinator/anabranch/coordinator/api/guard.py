@@ -25,7 +25,7 @@ from anabranch.coordinator.api.peers import Grant, Peers
 from anabranch.coordinator.api.quotas import OverQuotaError, Quotas
 from anabranch.coordinator.api.refusal import RefusedCallError
 from anabranch.coordinator.api.roles import TABLE
-from anabranch.coordinator.store import FullError
+from anabranch.coordinator.store import FullError, StoreError
 from anabranch.wire.errors import one_line
 from anabranch.wire.service import CODE_KEY
 
@@ -279,6 +279,8 @@ def as_refusal(error: Exception) -> RefusedCallError:
         return error
     if isinstance(error, FullError):
         return RefusedCallError("no-room", str(error), StatusCode.RESOURCE_EXHAUSTED)
+    if isinstance(error, StoreError):
+        return RefusedCallError("no-store", str(error), StatusCode.UNAVAILABLE)
     if isinstance(error, ValueError):
         return RefusedCallError("invalid", one_line(str(error)))
     log.exception("a call failed", exc_info=error)
