@@ -145,7 +145,7 @@ def _run_federation(folder: Path, garbage: Sequence[tuple[int, int]] = (), **cha
                 reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: array})
             return reply
 
-    store = open_store(config.store, folder, federation="f", run=config.run, durable=False)
+    store = open_store(config.store, folder, federation=config.name, run=config.run, durable=False)
     trust = trust_of(folder, config, store) if config.signed else None
     strategy = MergeStrategy(config, read_adapter(folder / START_FOLDER), store, trust)
     strategy.start(InProcessGrid(Lying(), contexts))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anabranch.cli.output import print_json, stdout
+from anabranch.cli.remote import Api, MayCert, remote_ask, remote_standing
 
 if TYPE_CHECKING:
     from anabranch.coordinator.federation import FederationConfig
@@ -23,17 +24,24 @@ federation_app = typer.Typer(
     no_args_is_help=True,
 )
 
-Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
+Folder = Annotated[
+    Path, typer.Argument(help="The federation's folder; with --cert its name at the coordinator.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For other programs.")]
 
 
 @federation_app.command("status")
-def status_command(folder: Folder, json: AsJson = False) -> None:
+def status_command(
+    folder: Folder, json: AsJson = False, cert: MayCert = None, api: Api = None
+) -> None:
     """Say where a federation stands: its round, who has answered, what is in service."""
     from anabranch.coordinator.rounds.standing import standing
 
-    with _opened(folder) as (config, store):
-        found = standing(config, store)
+    if cert is not None:
+        found = remote_standing(str(folder), cert, api)
+    else:
+        with _opened(folder) as (config, store):
+            found = standing(config, store)
     if json:
         print_json(asdict(found))
         return
@@ -70,33 +78,33 @@ def list_command(folder: Folder, json: AsJson = False) -> None:
 
 
 @federation_app.command("pause")
-def pause_command(folder: Folder) -> None:
+def pause_command(folder: Folder, cert: MayCert = None, api: Api = None) -> None:
     """Begin no further round, and stop the clock of the one under way.
 
     Updates on their way are still admitted. A pause outlasts a restart of the coordinator.
     """
-    _ask(folder, "pause")
+    _ask(folder, "pause", cert, api)
 
 
 @federation_app.command("resume")
-def resume_command(folder: Folder) -> None:
+def resume_command(folder: Folder, cert: MayCert = None, api: Api = None) -> None:
     """End a pause: the deadline moves by as long as the clock stood."""
-    _ask(folder, "run")
+    _ask(folder, "run", cert, api)
 
 
 @federation_app.command("drain")
-def drain_command(folder: Folder) -> None:
+def drain_command(folder: Folder, cert: MayCert = None, api: Api = None) -> None:
     """Close the round under way with what it holds, and end the run after it.
 
     The next run goes on with the next round.
     """
-    _ask(folder, "drain")
+    _ask(folder, "drain", cert, api)
 
 
 @federation_app.command("abort")
-def abort_command(folder: Folder) -> None:
+def abort_command(folder: Folder, cert: MayCert = None, api: Api = None) -> None:
     """Abandon the round under way, and end the run; the adapter in service stays."""
-    _ask(folder, "abort")
+    _ask(folder, "abort", cert, api)
 
 
 @federation_app.command("watch")
@@ -123,10 +131,15 @@ def _opened(folder: Path) -> Iterator[tuple[FederationConfig, Store]]:
         yield config, store
 
 
-def _ask(folder: Path, want: str) -> None:
+def _ask(folder: Path, want: str, cert: Path | None, api: str | None) -> None:
     from anabranch.coordinator.rounds.control import Want, ask
     from anabranch.coordinator.rounds.standing import standing
 
+    when = "within a second, if its coordinator runs; else when it starts"
+    if cert is not None:
+        remote_ask(str(folder), want, cert, api)
+        stdout.print(f"{folder}: asked to {want}; it heeds that {when}", markup=False)
+        return
     with _opened(folder) as (config, store):
         if standing(config, store).done >= config.rounds:
             raise ValueError(
@@ -134,7 +147,6 @@ def _ask(folder: Path, want: str) -> None:
                 f"{folder / 'federation.toml'} to go on"
             )
         ask(store, Want(want))
-    when = "within a second, if its coordinator runs; else when it starts"
     stdout.print(f"{config.name}: asked to {want}; it heeds that {when}", markup=False)
 
 

@@ -12,7 +12,10 @@ import click
 import typer
 
 from anabranch.cli.adapters import adapters_app
+from anabranch.cli.api import api_command, invite_command
 from anabranch.cli.backup import backup_command, restore_command
+from anabranch.cli.client import client_app
+from anabranch.cli.coordinator import coordinator_app
 from anabranch.cli.doctor import doctor_command
 from anabranch.cli.federation import federation_app
 from anabranch.cli.inspect import inspect_command
@@ -20,6 +23,8 @@ from anabranch.cli.keys import keys_app
 from anabranch.cli.merge import merge_command
 from anabranch.cli.methods import methods_command
 from anabranch.cli.output import complain
+from anabranch.cli.peers import peers_app
+from anabranch.cli.remote_federation import add_remote
 from anabranch.cli.simulate import simulate_command
 from anabranch.cli.verify import receipts_app, verify_command
 
@@ -32,7 +37,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), 130 interrupted. "
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), 4 stopped, and goes "
+    "on (coordinator up), 5 refused by the coordinator, 6 coordinator not reached, 130 "
+    "interrupted. "
     "ANABRANCH_DEBUG=1 shows tracebacks.",
 )
 app.command("simulate")(simulate_command)
@@ -43,7 +50,13 @@ app.command("doctor")(doctor_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 app.command("verify")(verify_command)
+app.add_typer(coordinator_app)
+coordinator_app.command("api")(api_command)
+coordinator_app.command("invite")(invite_command)
 app.add_typer(federation_app)
+add_remote(federation_app)
+app.add_typer(client_app)
+app.add_typer(peers_app)
 app.add_typer(keys_app)
 app.add_typer(receipts_app)
 app.add_typer(adapters_app)
@@ -82,7 +95,8 @@ def main() -> None:
         code = FAILED
     except RuntimeError as error:
         complain(str(error))
-        code = FAILED
+        # Calls of the coordinator's API say more.
+        code = getattr(error, "exit_code", FAILED)
     sys.exit(code)
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from anabranch.client.api.caller import CallError
 from anabranch.client.api.transfer import upload
+from anabranch.wire.keys import seeded_key
+from anabranch.wire.sealing import seal
 from anabranch.wire.v1 import coordinator_pb2 as pb
 
 Start = Callable[..., Any]
@@ -93,3 +95,43 @@ def test_admission_refuses_alike(start_world: Start) -> None:
         assert world.store().refusals(1)[-1].code == code
         assert world.refused(code)[0]["facts"]["federation"] == "f"
     upload(a, "f", 1, world.made(plan, "a"))
+
+
+def test_sealed_updates_are_sealed_to_the_key_of_the_order(start_world: Start) -> None:
+    world = start_world(signed=True, sealed=True)
+    a = world.peer("client-0000", "client", "f")
+    world.plan(1, "client-0000")
+    plan = world.order(a)
+    assert plan.seal_to is not None
+    data = world.made(plan, "client-0000", key=seeded_key("client-0000", 0))
+    for sent in (data, seal(data, bytes(range(32)))):
+        with pytest.raises(CallError) as error:
+            upload(a, "f", 1, sent)
+        assert error.value.code == "seal"
+    upload(a, "f", 1, seal(data, bytes.fromhex(plan.seal_to)))
+    (row,) = world.store().contributions(1)
+    assert (world.store().get(row.digest), row.size_bytes) == (data, len(data) + 48)
+
+
+def test_who_was_not_asked_or_comes_late(start_world: Start) -> None:
+    world = start_world(collect={"stragglers": "carry", "max_staleness": 1}, rounds=9)
+    a, b = world.peer("a", "client", "f"), world.peer("b", "client", "f")
+    world.plan(1, "a")
+    late = world.made(world.order(a), "a")
+    with pytest.raises(CallError) as error:
+        upload(b, "f", 1, world.made(world.order(a), "b"))
+    assert error.value.code == "unasked"
+    store = world.store()
+    store.note("state", {"round": 1, "state": "merging"})
+    other = world.made(world.order(a), "a", seed=1)
+    with pytest.raises(CallError) as error:
+        upload(a, "f", 1, other)
+    assert error.value.code == "closed"
+    # The round is over: what comes now is carried into the one under way.
+    store.note("round", {"round": 1, "status": "abandoned"})
+    world.plan(2, "b")
+    upload(a, "f", 1, late)
+    assert [(row.round, row.client) for row in store.contributions()] == [(1, "a")]
+    with pytest.raises(CallError) as error:
+        upload(a, "f", 7, late)
+    assert error.value.code == "closed"

@@ -30,6 +30,11 @@ class CallError(RuntimeError):
         super().__init__(reason)
         self.code, self.refused = code, refused
 
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with."""
+        return 5 if self.refused else 6 if self.code == "unavailable" else 1
+
 
 class Caller:
     """A connection to a coordinator.

@@ -36,7 +36,7 @@ class Adapters:
         self, request: pb.ListAdaptersRequest, context: Any
     ) -> pb.ListAdaptersReply:
         """Every published adapter, oldest first."""
-        served = self._served(request.federation)
+        served = await self._served(request.federation)
         rows = await asyncio.to_thread(published, served.store)
         return pb.ListAdaptersReply(
             adapters=[
@@ -53,7 +53,7 @@ class Adapters:
         self, request: pb.DownloadRequest, context: Any
     ) -> AsyncIterator[pb.DownloadPart]:
         """An encoded adapter from an offset on, and at the end its size and digest."""
-        served, who = self._served(request.federation), call().granted.identity
+        served, who = await self._served(request.federation), call().granted.identity
         call().facts.update(
             federation=served.config.name, which=request.which[:100], offset=request.offset
         )
@@ -76,8 +76,8 @@ class Adapters:
             digest = hashlib.sha256(blob).hexdigest()
             yield pb.DownloadPart(end=pb.DownloadEnd(size_bytes=len(blob), digest=digest))
 
-    def _served(self, federation: str) -> Served:
-        return self._shelf.get(call().granted, federation)
+    async def _served(self, federation: str) -> Served:
+        return await self._shelf.take(call().granted, federation)
 
 
 def _blob(served: Served, which: str) -> bytes:

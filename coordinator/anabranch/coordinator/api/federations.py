@@ -83,11 +83,11 @@ class Federations:
 
     async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:  # noqa: N802
         """Where one stands."""
-        return await self._status(self._served(request.federation))
+        return await self._status(await self._served(request.federation))
 
     async def Ask(self, request: pb.AskRequest, context: Any) -> pb.StatusReply:  # noqa: N802
         """Ask its coordinator to run, pause, drain or abort."""
-        served, by = self._served(request.federation), call().granted.identity.name
+        served, by = await self._served(request.federation), call().granted.identity.name
         call().facts.update(federation=served.config.name, want=request.want[:20])
         if request.want not in list(Want):
             raise RefusedCallError("want", f"ask for one of {', '.join(Want)}")
@@ -98,7 +98,7 @@ class Federations:
         self, request: pb.EventsRequest, context: Any
     ) -> AsyncIterator[pb.Event]:
         """What happened since a cursor, then what happens."""
-        served, after = self._served(request.federation), request.after
+        served, after = await self._served(request.federation), request.after
         who = call().granted.identity.name
         with self._quotas.only_one(who, f"stream of events of {served.config.name}"):
             while True:
@@ -120,7 +120,7 @@ class Federations:
         self, request: pb.ListRoundsRequest, context: Any
     ) -> pb.ListRoundsReply:
         """Rounds that are over."""
-        served = self._served(request.federation)
+        served = await self._served(request.federation)
         rows = await asyncio.to_thread(served.store.notes, "round")
         return pb.ListRoundsReply(
             rounds=[
@@ -139,7 +139,7 @@ class Federations:
         self, request: pb.ReceiptsRequest, context: Any
     ) -> AsyncIterator[pb.Receipt]:
         """Its receipts, as they were signed."""
-        served = self._served(request.federation)
+        served = await self._served(request.federation)
         found = await asyncio.to_thread(served.store.receipts)
         for content in found[max(0, request.after) :]:
             yield pb.Receipt(content=content)
@@ -148,7 +148,7 @@ class Federations:
         self, request: pb.WithdrawRequest, context: Any
     ) -> pb.WithdrawReply:
         """Do every merge again without some clients."""
-        served, clients = self._served(request.federation), list(request.clients)
+        served, clients = await self._served(request.federation), list(request.clients)
         call().facts.update(federation=served.config.name, clients=clients[:100])
         if not clients:
             raise RefusedCallError("clients", "name the clients")
@@ -179,5 +179,5 @@ class Federations:
             adapter_hash=found.adapter_hash or "", last=found.last,
         )  # fmt: skip
 
-    def _served(self, federation: str) -> Served:
-        return self._shelf.get(call().granted, federation)
+    async def _served(self, federation: str) -> Served:
+        return await self._shelf.take(call().granted, federation)

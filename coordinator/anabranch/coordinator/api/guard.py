@@ -25,7 +25,7 @@ from anabranch.coordinator.api.peers import Grant, Peers
 from anabranch.coordinator.api.quotas import OverQuotaError, Quotas
 from anabranch.coordinator.api.refusal import RefusedCallError
 from anabranch.coordinator.api.roles import TABLE
-from anabranch.coordinator.store import FullError
+from anabranch.coordinator.store import FullError, StoreError
 from anabranch.wire.errors import one_line
 from anabranch.wire.service import CODE_KEY
 
@@ -120,12 +120,12 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             RefusedCallError: It may not, and why; ``_call`` is set as far as its peer is known.
         """
         address = context.peer()
-        self._handshakes.call(address)
         now = Call(method, address, None, "", {})
         _call.set(now)
         rule = TABLE.get(method)
         held = context.auth_context().get("x509_pem_cert")
         if held:
+            self._handshakes.call(address)
             now.grant, now.serial = self._known(held[0])
         self._quotas.take(now.peer)
         if rule is None:
@@ -160,7 +160,12 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 "unknown-certificate", str(error), StatusCode.UNAUTHENTICATED
             ) from error
         grant = self._still(held.serial)
-        if grant.identity != held.identity or held.not_after_s < time.time():
+        if grant.identity != held.identity:
+            raise RefusedCallError(
+                "unknown-certificate", "the register has this number for another peer",
+                StatusCode.UNAUTHENTICATED,
+            )  # fmt: skip
+        if held.not_after_s < time.time():
             raise RefusedCallError(
                 "expired", "the certificate has ended", StatusCode.UNAUTHENTICATED
             )
@@ -189,6 +194,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 self.admit(method, context)
                 reply = await serve(request, context)
+            except asyncio.CancelledError:
+                await self._cut()
+                raise
             except Exception as error:
                 await self._refuse(error, context)
                 raise AssertionError("abort raises") from error
@@ -208,6 +216,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 else:
                     async for reply in replies:
                         await self._send(reply, context)
+            except asyncio.CancelledError:
+                await self._cut()
+                raise
             except Exception as error:
                 await self._refuse(error, context)
             await self._done()
@@ -226,9 +237,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             ) from None  # fmt: skip
 
     async def _done(self) -> None:
-        rule = TABLE.get(call().method)
-        if rule is not None and rule.audited:
+        if TABLE[call().method].audited:
             await self._write("done", "", "")
+
+    async def _cut(self) -> None:
+        """Its caller ended a call, or was lost, before it was served."""
+        if TABLE[call().method].audited:
+            await self._write("cut", "", "the caller ended it, or its connection did")
 
     async def _refuse(self, error: Exception, context: Any) -> None:
         """Write a refusal down, then end the call with it."""
@@ -264,6 +279,8 @@ def as_refusal(error: Exception) -> RefusedCallError:
         return error
     if isinstance(error, FullError):
         return RefusedCallError("no-room", str(error), StatusCode.RESOURCE_EXHAUSTED)
+    if isinstance(error, StoreError):
+        return RefusedCallError("no-store", str(error), StatusCode.UNAVAILABLE)
     if isinstance(error, ValueError):
         return RefusedCallError("invalid", one_line(str(error)))
     log.exception("a call failed", exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,6 +101,10 @@ class Shelf:
                 if held is not None:
                     held[1].store.close()
             return self._open[name][1]
+
+    async def take(self, grant: Grant, name: str) -> Served:
+        """As ``get``; opening one takes a while, and holds no other call up."""
+        return await asyncio.to_thread(self.get, grant, name)
 
     def close(self) -> None:
         """Close every store."""
