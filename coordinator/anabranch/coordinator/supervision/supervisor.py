@@ -136,6 +136,7 @@ class Supervisor:
         if (why := self._link.died()) is not None:
             if self._link.pid is not None:
                 self._tell("superlink-starting", f"the SuperLink {why}; it is started again")
+                processes.kill_marked(self._mark)  # what it left: they talk to nobody
             began = time.monotonic()
             self._link.start()
             self._timed("superlink", f"the SuperLink answers at {self._link.address}", began)
