@@ -23,9 +23,9 @@ class Told:
 
     def outcome(self, fault: str, outcome: str, runs: int = 1) -> None:
         """The run is over, and all that must be true of it is."""
-        self.seen(fault, outcome, time.monotonic() - self._began_s)
+        self.seen(fault, outcome, time.monotonic() - self._began_s, runs)
 
-    def seen(self, fault: str, outcome: str, seconds: float) -> None:
+    def seen(self, fault: str, outcome: str, seconds: float, runs: int = 1) -> None:
         """The same of a fault that was timed elsewhere."""
         before = _SEEN.get(fault)
         _SEEN[fault] = Fault(

@@ -1,6 +1,8 @@
 """kill -9 of what a deployed federation consists of: SuperLink, ServerApp, supervisor, a node.
 
-``make chaos`` kills all of them, with TLS and four nodes; ``make test`` a ServerApp once.
+``make chaos`` kills each of them, with TLS and four nodes. Flower's part of a round takes most of a
+minute there, so ``make test`` kills processes that stand in for Flower's instead
+(``tests/coordinator/supervision/test_supervisor.py``).
 """
 
 from __future__ import annotations
@@ -24,14 +26,12 @@ LOST = "the round closes with the others at its deadline, the node is back in th
 
 
 @pytest.mark.e2e
+@pytest.mark.skipif(RUNS == 1, reason="make chaos: a round of Flower's takes most of a minute")
 def test_a_killed_service_goes_on_with_the_same_round(tmp_path: Path, told: object) -> None:
-    faults = list(FAULTS) * max(1, RUNS // 3) if RUNS > 1 else ["serverapp"]
-    nodes = 4 if RUNS > 1 else 2
-    loop = Loopback(
-        tmp_path, nodes, tls=RUNS > 1, rounds=len(faults) + 1, deadline_s=40,
-        quorum=nodes - 1 if RUNS > 1 else nodes,
-    )  # fmt: skip
+    faults = list(FAULTS) * max(1, RUNS // 5)
+    loop = Loopback(tmp_path, 4, rounds=len(faults) + 1, deadline_s=40, quorum=3)
     found = campaign(loop, faults, seed=7)
     assert [one.fault for one in found] == faults
     for one in found:
-        told.seen(NAMES[one.fault], LOST if one.fault == "node" else OUTCOME, one.seconds)  # type: ignore[attr-defined]
+        outcome = LOST if one.fault == "node" else OUTCOME
+        told.seen(NAMES[one.fault], outcome, one.seconds)  # type: ignore[attr-defined]
