@@ -125,7 +125,8 @@ class Supervisor:
                 if isinstance(error, _DiedError):
                     event = error.event
                     if not error.known:
-                        told += f"; {self._link.log} ends: {self._link.last_words()}"
+                        words = self._link.last_words() or "with nothing"
+                        told += f"; {self._link.log} ends: {words}"
                 if self._stops:
                     self._tell("stopped", f"stopped: {told}")
                     return Exit.STOPPED
