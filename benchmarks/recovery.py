@@ -175,7 +175,8 @@ def check(loop: Loopback, store: Store) -> None:
         raise ValueError(f"rounds ended as {ends}")
     kept = artifacts_of(loop.config.store, loop.federation, durable=False)
     sweep(store.engine, kept, grace_s=0.0)  # type: ignore[attr-defined]
-    named = {row.digest for row in [*store.contributions(), *store.publications()]}
+    named = {row.digest for row in store.contributions()}
+    named |= {row.digest for row in store.publications()}
     if {name for name, _ in kept.names()} != named:
         raise ValueError("artifacts are left that nothing names, or some are missing")
     changes = loop.changes()
