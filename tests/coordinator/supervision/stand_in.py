@@ -91,6 +91,9 @@ def app(folder: Path, run: str) -> None:
             store.note("state", {"round": number, "state": "collecting"})
             for client in asked:
                 time.sleep(STEP_S)
+                # The last round waits for the test.
+                while number == config.rounds and not (folder / "finish").exists():
+                    time.sleep(STEP_S)
                 if control.want() is Want.STOP:
                     return
                 digest = store.put(f"{number} {client}".encode())

@@ -90,32 +90,30 @@ def test_whatever_is_killed_the_same_round_goes_on(tmp_path: Path, running: list
     draw = random.Random(5)
     running.append(one := Running(tmp_path, rounds=2 + KILLS))
     store = one.store()
+
+    def runs() -> set[str]:
+        return {row["by"] for row in store.notes("planned")}
+
+    one.wait(runs)
     for number in range(KILLS):
-        who = ("serverapp", "superlink", "up")[number % 3]
-        plans = len(store.notes("planned"))
-        one.wait(lambda before=plans: len(store.notes("planned")) > before or one.pid("serverapp"))
+        who, before = ("serverapp", "superlink", "up")[number % 3], runs()
         time.sleep(draw.uniform(0, 0.4))
         one.wait(lambda part=who: one.pid(part))
-        pid, runs = one.pid(who), {row["by"] for row in store.notes("planned")}
-        if pid is None:  # gone by itself meanwhile
-            continue
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        pid = one.pid(who)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
         if who == "up":
             assert one.up.wait() == -signal.SIGKILL
             one.start()
-        one.wait(
-            lambda before=runs: (
-                {row["by"] for row in store.notes("planned")} - before or one.up.poll() is not None
-            )
-        )
+        one.wait(lambda known=before: runs() - known)
+    (tmp_path / "finish").touch()
     assert one.up.wait(PATIENCE_S) == 0
     # Every update once; whoever had answered was not asked again.
     rows = Counter((row.round, row.client) for row in store.contributions())
     rounds = one.config.rounds
     assert rows == {(n, f"site-{c}"): 1 for n in range(1, rounds + 1) for c in range(4)}
     assert [row["round"] for row in store.notes("round")] == list(range(1, rounds + 1))
-    assert len(store.notes("planned")) > rounds or not KILLS
+    assert len(runs()) == 1 + KILLS
     store.close()
     assert processes.marked(str(tmp_path.resolve())) == []
     died = [row["message"] for row in one.told("serverapp-died") + one.told("superlink-died")]
@@ -126,6 +124,7 @@ def test_whatever_is_killed_the_same_round_goes_on(tmp_path: Path, running: list
 def test_sigterm_keeps_the_round_and_up_goes_on(tmp_path: Path, running: list[Running]) -> None:
     running.append(one := Running(tmp_path, rounds=3))
     store = one.store()
+    (tmp_path / "finish").touch()
     one.wait(lambda: store.contributions(1))
     one.up.send_signal(signal.SIGTERM)
     assert one.up.wait(PATIENCE_S) == 4
