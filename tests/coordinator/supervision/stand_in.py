@@ -92,8 +92,10 @@ def app(folder: Path, run: str) -> None:
             for client in asked:
                 time.sleep(STEP_S)
                 # The last round waits for the test.
-                while number == config.rounds and not (folder / "finish").exists():
+                waits = number == config.rounds
+                while control.want() is not Want.STOP and waits:
                     time.sleep(STEP_S)
+                    waits = not (folder / "finish").exists()
                 if control.want() is Want.STOP:
                     return
                 digest = store.put(f"{number} {client}".encode())

@@ -124,13 +124,13 @@ def test_whatever_is_killed_the_same_round_goes_on(tmp_path: Path, running: list
 def test_sigterm_keeps_the_round_and_up_goes_on(tmp_path: Path, running: list[Running]) -> None:
     running.append(one := Running(tmp_path, rounds=3))
     store = one.store()
-    (tmp_path / "finish").touch()
     one.wait(lambda: store.contributions(1))
     one.up.send_signal(signal.SIGTERM)
     assert one.up.wait(PATIENCE_S) == 4
     held = len(store.contributions())
     assert processes.marked(str(tmp_path.resolve())) == []
     assert "goes on with the next up" in one.told("stopped")[-1]["message"] or held % 4 == 0
+    (tmp_path / "finish").touch()
     one.start()
     assert one.up.wait(PATIENCE_S) == 0
     assert len(store.contributions()) == 12
