@@ -94,7 +94,7 @@ def looks(store: Store) -> list[tuple[int, dict[str, Any]]]:
     """What suspicion said in each round, whether its merge was published or kept back."""
     said = {row.round: row.report.get("suspicion") for row in store.publications()}
     said |= {row["round"]: row["suspicion"] for row in store.notes("round") if "suspicion" in row}
-    return [(number, said[number]) for number in sorted(said) if said[number] is not None]
+    return [(number, report) for number, report in sorted(said.items()) if report is not None]
 
 
 def _signals(looked: Sequence[tuple[int, Any]], client: str) -> dict[str, dict[str, Any]]:
