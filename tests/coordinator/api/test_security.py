@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from anabranch.client.api.caller import CallError
@@ -154,10 +156,8 @@ def test_roles_and_other_organisations_federations(start_world: Start) -> None:
         )
         assert world.code("Peers.Invite", invited, admin) == "federation"
     assert world.code("Peers.Revoke", pb.RevokeRequest(name="b"), admin) == "peer"
-    assert list(admin.call("Peers.ListPeers", pb.ListPeersRequest()).peers)
-    assert "b" not in [
-        one.name for one in admin.call("Peers.ListPeers", pb.ListPeersRequest()).peers
-    ]
+    assert list(admin.stream("Peers.ListPeers", pb.ListPeersRequest()))
+    assert "b" not in [one.name for one in admin.stream("Peers.ListPeers", pb.ListPeersRequest())]
     with pytest.raises(CallError, match="of all federations"):
         list(admin.stream("Peers.Audit", pb.AuditRequest()))
 
@@ -291,6 +291,39 @@ def test_slow_loris_and_floods(start_world: Start) -> None:
     assert len(world.refused("quota")) == 1
 
 
+def test_nameless_callers_hold_up_nobody_with_a_name(start_world: Start) -> None:
+    """Calls that never send their request take all that such callers get, and nothing else."""
+    world = start_world()
+    a = world.peer("a", "client", "f")
+    credentials = grpc.ssl_channel_credentials(world.server.authority.pem)
+    ended, channels = threading.Event(), []
+
+    def never() -> Iterator[bytes]:
+        ended.wait()
+        yield b""
+
+    for _ in range(6):
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        channels.append(grpc.secure_channel(world.enrol_address, credentials, options=options))
+        enrol_call = channels[-1].stream_unary("/anabranch.wire.v1.Enrolment/Enrol")
+        for _ in range(14):
+            enrol_call.future(never(), timeout=20)
+    check = channels[0].unary_unary("/grpc.health.v1.Health/Check")
+
+    def full() -> bool:
+        try:
+            check(b"", timeout=5)
+        except grpc.RpcError as error:
+            return bool(error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED)
+        return False
+
+    soon(full)
+    assert a.call("Federations.Status", STATUS).federation == "f"
+    ended.set()
+    for channel in channels:
+        channel.close()
+
+
 def test_rotation_and_the_log(start_world: Start) -> None:
     world = start_world()
     admin = world.peer("root", "admin", "*")
@@ -300,7 +333,7 @@ def test_rotation_and_the_log(start_world: Start) -> None:
     assert (held.folder / "peer.pem").read_bytes() != first
     assert (about["name"], about["role"]) == ("a", "client")
     world.caller(held).call("Federations.Status", STATUS)
-    assert len([p for p in admin.call("Peers.ListPeers", pb.ListPeersRequest()).peers
+    assert len([p for p in admin.stream("Peers.ListPeers", pb.ListPeersRequest())
                 if p.name == "a"]) == 2  # fmt: skip
     lines = [entry.line for entry in admin.stream("Peers.Audit", pb.AuditRequest())]
     count, last = check_audit(iter(lines))
