@@ -46,6 +46,7 @@ bench: install
 	$(BIN)/python -m benchmarks.robust_memory
 	$(BIN)/python -m benchmarks.secure
 	$(BIN)/python -m benchmarks.federation
+	$(BIN)/python -m benchmarks.coordinator
 
 quality: install
 	$(BIN)/python -m benchmarks.quality
@@ -65,13 +66,13 @@ gpu: install
 	$(BIN)/python -m benchmarks.gpu
 
 # A coordinator killed a hundred times, and every other fault ten times; make test does each once.
-# What they came to is kept, and written as docs/chaos.md.
+# What they came to is kept, and written as docs/chaos.md. And a node killed, deployed.
 chaos: export OMP_NUM_THREADS := 1
 chaos: export CHAOS_KILLS := 100
 chaos: export CHAOS_RUNS := 10
 chaos: export CHAOS_RECORD := 1
 chaos: install
-	$(BIN)/python -m pytest tests/chaos
+	$(BIN)/python -m pytest tests/chaos tests/e2e/test_secure_deployment.py
 	$(BIN)/python -m benchmarks.chaos
 
 # What it finds new stays in runs/fuzz; a crash is written beside it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -89,7 +89,12 @@ class Cohort:
 
 
 def keep(
-    store: Store, examined: Examined, start: Start, trust: Trust | None, collecting: bool = False
+    store: Store,
+    examined: Examined,
+    start: Start,
+    trust: Trust | None,
+    collecting: bool = False,
+    put: Callable[[], str] | None = None,
 ) -> Contribution:
     """Count an update that was examined: its bytes are safe first, its row second.
 
@@ -99,6 +104,7 @@ def keep(
         start: What its client was handed.
         trust: Keys, where the federation is signed.
         collecting: Only while its round still collects, which another process may end.
+        put: Keeps its bytes and says their digest; None puts them into the store.
 
     Raises:
         RefusedError: ``duplicate``, ``no-room`` or ``closed``.
@@ -107,7 +113,7 @@ def keep(
         contribution = Contribution(
             round=start.plan.round,
             client=examined.client,
-            digest=store.put(examined.blob),
+            digest=put() if put else store.put(examined.blob),
             size_bytes=examined.size_bytes,
             nonce=examined.meta.nonce.hex(),
             metrics=dict(examined.metrics),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -230,3 +231,14 @@ def test_what_happened_is_read_from_a_cursor_on(open_again: Opener) -> None:
     rest = store.history(found[0].cursor, 1)
     assert rest == found[1:2]
     assert store.history(found[2].cursor) == []
+
+
+def test_a_file_becomes_an_artifact(open_again: Opener, tmp_path: Path) -> None:
+    store = open_again()
+    for data in (b"abc", b"abc", b"x" * 3000):
+        path, digest = tmp_path / "come", hashlib.sha256(data).hexdigest()
+        path.write_bytes(data)
+        assert store.put_file(path, digest) == digest
+        assert not path.exists()
+        assert store.get(digest) == data
+    assert len([path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]) == 2

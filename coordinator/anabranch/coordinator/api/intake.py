@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from anabranch.aggregation.registry import named
 from anabranch.coordinator.admission import (
     TRAIN_METRICS,
+    Examined,
     RefusedError,
     claims,
     examine_update,
@@ -27,6 +31,9 @@ from anabranch.coordinator.trust import Trust
 from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.errors import one_line
 
+LOOK_S = 0.25
+"""Seconds for which a look at the round under way does for its own uploads."""
+
 
 @dataclass(frozen=True)
 class UnderWay:
@@ -41,6 +48,21 @@ class UnderWay:
     number: int
     asked: frozenset[str]
     planned_s: int
+
+
+@dataclass(frozen=True)
+class Sound:
+    """An update that may count.
+
+    Attributes:
+        examined: What is known of it, without its bytes and tensors.
+        start: What its client was handed.
+        opened: Its bytes where they came sealed; None where they are those that came.
+    """
+
+    examined: Examined
+    start: Start
+    opened: bytes | None
 
 
 class Intake:
@@ -63,6 +85,7 @@ class Intake:
         self._method = named(config.recipe)
         self._orders: OrderedDict[int, Orders] = OrderedDict()
         self._lock = threading.Lock()
+        self._looked: tuple[UnderWay | None, float] = (None, 0.0)
 
     def under_way(self) -> UnderWay | None:
         """The round that was planned last, unless it is over."""
@@ -90,27 +113,64 @@ class Intake:
         start = self.start(client, self._open(client, number))
         return start, most_bytes(start, self._config.sealed)
 
-    def admit(
-        self, client: str, number: int, data: bytes, metrics: Mapping[str, float]
-    ) -> Contribution:
-        """Count an update that has come whole.
+    def examine(self, client: str, number: int, data: bytes, metrics: Mapping[str, float]) -> Sound:
+        """Check an update that has come whole. What it decodes to is let go again.
 
         Raises:
             RefusedError: It does not count, and why; the store holds that.
         """
-        try:
-            start, _ = self.expected(client, number)
+        with self._noted(client, number):
+            start = self.start(client, self._open(client, number))
             told = claims(dict(metrics), TRAIN_METRICS)
             config = self._config
-            candidate = examine_update(data, start, client, told, config.max_norm, self._trust)
-            now = self.under_way()
+            found = examine_update(data, start, client, told, config.max_norm, self._trust)
+            opened = None if found.blob is data else found.blob
+            return Sound(replace(found, blob=b"", changes={}, importance={}), start, opened)
+
+    def keep(self, sound: Sound, path: Path, digest: str) -> Contribution:
+        """Count an update that was examined; its file is gone then.
+
+        Args:
+            sound: It.
+            path: The file it came in.
+            digest: sha256 of that.
+
+        Raises:
+            RefusedError: It does not count, and why; the store holds that.
+        """
+        store, number = self._store, sound.start.plan.round
+
+        def put() -> str:
+            if sound.opened is not None:
+                return store.put(sound.opened)
+            return store.put_file(path, digest)
+
+        with self._noted(sound.examined.client, number):
+            now = self._lately(number)
             collecting = now is None or now.number == number
-            return keep(self._store, candidate, start, self._trust, collecting)
+            return keep(store, sound.examined, sound.start, self._trust, collecting, put)
+
+    @contextmanager
+    def _noted(self, client: str, number: int) -> Iterator[None]:
+        """Note a refusal in the store."""
+        try:
+            yield
         except RefusedError as error:
             reason = one_line(str(error))
             refusal = Refusal(round=number, client=client, code=error.code, reason=reason)
             self._store.refuse(refusal)
             raise
+
+    def _lately(self, number: int) -> UnderWay | None:
+        """The round under way, if it is this one by a look a moment ago; else by one now.
+
+        That it still collects is looked at where it counts, in the transaction that counts it.
+        """
+        found, until_s = self._looked
+        if found is None or found.number != number or time.monotonic() > until_s:
+            found = self.under_way()
+            self._looked = found, time.monotonic() + LOOK_S
+        return found
 
     def held(self, client: str, number: int) -> Contribution | None:
         """A client's update of a round, where the store has it."""
@@ -121,7 +181,7 @@ class Intake:
             raise RefusedError(
                 "secure", "secure aggregation needs a SuperNode: its members answer each other"
             )
-        now = self.under_way()
+        now = self._lately(number)
         if self.held(client, number) is not None:
             raise RefusedError("duplicate", "this client already has an update in this round")
         if now is None or now.number != number:

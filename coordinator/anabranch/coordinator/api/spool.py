@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from anabranch.coordinator.store import FullError
 from anabranch.coordinator.store.artifacts import NO_ROOM
 
 PARTIAL = ".partial"
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,68 @@ class Wanted:
     round: int
     digest: str
     size_bytes: int
+
+
+class Arrival:
+    """An update's file while its bytes come; each is hashed once, as it does.
+
+    Args:
+        path: The file; what it holds already is read again.
+
+    Attributes:
+        path: The file.
+        offset: Bytes that are here.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+        self._hash, self._lock = hashlib.sha256(), threading.Lock()
+        self._number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        while part := os.pread(self._number, READ_BYTES, self.offset):
+            self._hash.update(part)
+            self.offset += len(part)
+
+    def add(self, data: bytes) -> None:
+        """Add bytes at the end.
+
+        Raises:
+            FullError: There is no room.
+        """
+        with self._lock:
+            if self._number < 0:
+                raise ValueError("the upload has ended")
+            rest, at = memoryview(data), self.offset
+            try:
+                while rest:
+                    written = os.pwrite(self._number, rest, at)
+                    rest, at = rest[written:], at + written
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise FullError(f"there is no room for uploads: {error.strerror}") from error
+                raise
+            self._hash.update(data)
+            self.offset = at
+
+    def holds(self, wanted: Wanted) -> bool:
+        """Whether it is all there, and what was announced."""
+        return self.offset == wanted.size_bytes and self._hash.hexdigest() == wanted.digest
+
+    def read(self) -> bytes:
+        """All its bytes."""
+        return self.path.read_bytes()
+
+    def close(self) -> None:
+        """Close the file, which stays; a thread that is still at ``add`` is waited for.
+
+        The next upload of the same update may write it then.
+        """
+        with self._lock:
+            if self._number >= 0:
+                os.close(self._number)
+                self._number = -1
 
 
 class Spool:
@@ -55,49 +118,15 @@ class Spool:
             return 0
         return size if size <= wanted.size_bytes else 0
 
-    def begin(self, wanted: Wanted) -> int:
-        """Make ready for its bytes: what its client sent of another one is dropped.
-
-        Returns:
-            How many bytes of it are here.
-        """
+    def begin(self, wanted: Wanted) -> Arrival:
+        """Make ready for its bytes: what its client sent of another one is dropped."""
         path = self._path(wanted)
         for other in self._folder.glob(f"{_owner(wanted)}-*{PARTIAL}"):
             if other != path:
                 other.unlink(missing_ok=True)
-        offset = self.offset(wanted)
-        if offset == 0:
+        if self.offset(wanted) == 0:
             path.unlink(missing_ok=True)
-        return offset
-
-    def add(self, wanted: Wanted, data: bytes, offset: int) -> None:
-        """Add bytes at an offset, the file's end.
-
-        Raises:
-            FullError: There is no room.
-        """
-        path = self._path(wanted)
-        try:
-            number = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                rest = memoryview(data)
-                while rest:
-                    written = os.pwrite(number, rest, offset)
-                    rest, offset = rest[written:], offset + written
-            finally:
-                os.close(number)
-        except OSError as error:
-            if error.errno in NO_ROOM or error.errno == errno.ENOSPC:
-                raise FullError(f"there is no room for uploads: {error.strerror}") from error
-            raise
-
-    def finish(self, wanted: Wanted) -> bytes | None:
-        """All its bytes; None, and they are dropped, where their sha256 is another one."""
-        data = self._path(wanted).read_bytes()
-        if len(data) == wanted.size_bytes and hashlib.sha256(data).hexdigest() == wanted.digest:
-            return data
-        self.drop(wanted)
-        return None
+        return Arrival(path)
 
     def drop(self, wanted: Wanted) -> None:
         """Forget it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,10 +16,11 @@ from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.api.config import LimitsConfig
 from anabranch.coordinator.api.guard import call
 from anabranch.coordinator.api.identity import DIGEST
+from anabranch.coordinator.api.intake import Sound
 from anabranch.coordinator.api.quotas import Quotas
 from anabranch.coordinator.api.refusal import RefusedCallError, refused_update
 from anabranch.coordinator.api.shelf import Served, Shelf
-from anabranch.coordinator.api.spool import Spool, Wanted
+from anabranch.coordinator.api.spool import Arrival, Spool, Wanted
 from anabranch.coordinator.rounds.uploaders import joined, note_joined
 from anabranch.wire.signing import sign_plan
 from anabranch.wire.v1 import coordinator_pb2 as pb
@@ -126,9 +128,13 @@ class Uploads:
         with self._quotas.only_one(client, f"upload to {served.config.name}"):
             async with self._reading:
                 await self._check_size(served, wanted)
-                await self._take(wanted, header.offset, context)
+                arrival = await self._take(wanted, header.offset, context)
+            # Few are in memory at a time; the disk and the database serve many at once.
             async with self._admitting:
-                row = await asyncio.to_thread(self._admit, served, wanted, dict(header.metrics))
+                sound = await asyncio.to_thread(
+                    self._examine, served, wanted, arrival, dict(header.metrics)
+                )
+            row = await asyncio.to_thread(self._keep, served, wanted, sound, arrival)
         return pb.UploadReply(digest=row)
 
     async def _check_size(self, served: Served, wanted: Wanted) -> None:
@@ -144,16 +150,24 @@ class Uploads:
                 StatusCode.RESOURCE_EXHAUSTED,
             )  # fmt: skip
 
-    async def _take(self, wanted: Wanted, said: int, context: Any) -> None:
+    async def _take(self, wanted: Wanted, said: int, context: Any) -> Arrival:
         """Read bytes to the disk until all are there."""
-        offset = self._spool.begin(wanted)
-        if said != offset:
-            raise RefusedCallError(
-                "wrong-offset", f"{offset} bytes are here, the upload goes on from {said}",
-                StatusCode.OUT_OF_RANGE,
-            )  # fmt: skip
+        arrival = await asyncio.to_thread(self._spool.begin, wanted)
+        try:
+            if said != arrival.offset:
+                raise RefusedCallError(
+                    "wrong-offset",
+                    f"{arrival.offset} bytes are here, the upload goes on from {said}",
+                    StatusCode.OUT_OF_RANGE,
+                )
+            await self._read(wanted, arrival, context)
+        finally:
+            arrival.close()
+        return arrival
+
+    async def _read(self, wanted: Wanted, arrival: Arrival, context: Any) -> None:
         pace = Pace(self._limits.stall_s, self._limits.stall_kb << 10)
-        while offset < wanted.size_bytes:
+        while (offset := arrival.offset) < wanted.size_bytes:
             part = await pace.read(context)
             if not isinstance(part, pb.UploadPart):
                 raise RefusedCallError(
@@ -168,26 +182,39 @@ class Uploads:
                     f"a part of {len(data)} bytes does not fit after {offset} of "
                     f"{wanted.size_bytes}",
                 )
-            await asyncio.to_thread(self._spool.add, wanted, data, offset)
-            offset += len(data)
+            await asyncio.to_thread(arrival.add, data)
             pace.brought(len(data))
 
-    def _admit(self, served: Served, wanted: Wanted, metrics: dict[str, float]) -> str:
-        data = self._spool.finish(wanted)
-        if data is None:
+    def _examine(
+        self, served: Served, wanted: Wanted, arrival: Arrival, metrics: dict[str, float]
+    ) -> Sound:
+        if not arrival.holds(wanted):
+            self._spool.drop(wanted)
             raise RefusedCallError(
                 "bad-digest", "the bytes are not those of the digest; send them again",
                 StatusCode.DATA_LOSS,
             )  # fmt: skip
+        data = arrival.read()
+        with self._dropping(wanted):
+            return _as_call(
+                lambda: served.intake.examine(wanted.client, wanted.round, data, metrics)
+            )
+
+    def _keep(self, served: Served, wanted: Wanted, sound: Sound, arrival: Arrival) -> str:
+        with self._dropping(wanted):
+            row = _as_call(lambda: served.intake.keep(sound, arrival.path, wanted.digest))
+        self._spool.drop(wanted)
+        return row.digest
+
+    @contextmanager
+    def _dropping(self, wanted: Wanted) -> Iterator[None]:
+        """Drop what is refused, but for want of room: then it may be tried again."""
         try:
-            row = _as_call(lambda: served.intake.admit(wanted.client, wanted.round, data, metrics))
+            yield
         except RefusedCallError as error:
-            # For want of room it may be tried again.
             if error.code != "no-room":
                 self._spool.drop(wanted)
             raise
-        self._spool.drop(wanted)
-        return row.digest
 
     def _served(self, federation: str) -> tuple[Served, str]:
         grant = call().granted

@@ -36,6 +36,20 @@ class Artifacts(ABC):
             FullError: There is no room; nothing is left behind.
         """
 
+    def put_file(self, path: Path, digest: str) -> str:
+        """``put`` of what a file holds; the file is gone when this returns.
+
+        Args:
+            path: Nobody else writes it any more.
+            digest: sha256 of its bytes, which the caller has taken.
+
+        Raises:
+            FullError: There is no room; the file is still there.
+        """
+        kept = self.put(path.read_bytes())
+        path.unlink()
+        return kept
+
     @abstractmethod
     def size(self, digest: str) -> int:
         """Bytes of an artifact.
@@ -113,6 +127,24 @@ class FolderArtifacts(Artifacts):
                 raise
             if self._durable:
                 flush_folder(Path(path).parent)
+        return digest
+
+    def put_file(self, path: Path, digest: str) -> str:  # noqa: D102
+        # The file itself becomes the artifact, where it lies on the same file system.
+        target = self._path(digest)
+        try:
+            _make_folder(target.parent, self._durable)
+            if self._durable:
+                flush(path)
+            path.replace(target)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                return super().put_file(path, digest)
+            if error.errno in NO_ROOM:
+                raise full(self.place, error) from error
+            raise
+        if self._durable:
+            flush_folder(target.parent)
         return digest
 
     def _refresh(self, path: str, data: bytes) -> bool:
@@ -243,7 +275,12 @@ def full(place: str, error: object) -> FullError:
 
 def flush_folder(folder: Path) -> None:
     """A new name is safe only once its folder is on the disk too."""
-    number = os.open(folder, os.O_RDONLY)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:
@@ -256,12 +293,18 @@ def _create(path: str, durable: bool) -> int:
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:
-        folder = Path(path).parent
-        root = next(parent for parent in folder.parents if parent.exists())
-        folder.mkdir(parents=True, exist_ok=True)
-        if durable:
-            for parent in folder.parents:
-                flush_folder(parent)
-                if parent == root:
-                    break
+        _make_folder(Path(path).parent, durable)
         return os.open(path, flags, 0o666)
+
+
+def _make_folder(folder: Path, durable: bool) -> None:
+    """Make a folder that is missing, so that it lasts."""
+    if folder.exists():
+        return
+    root = next(parent for parent in folder.parents if parent.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    if durable:
+        for parent in folder.parents:
+            flush_folder(parent)
+            if parent == root:
+                break

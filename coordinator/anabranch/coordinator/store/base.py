@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -101,6 +102,17 @@ class Store(ABC):
 
         They stay once a contribution or a publication names them.
         """
+
+    def put_file(self, path: Path, digest: str) -> str:
+        """``put`` of what a file holds; the file is gone when this returns.
+
+        Args:
+            path: Nobody else writes it any more.
+            digest: sha256 of its bytes, which the caller has taken.
+        """
+        kept = self.put(path.read_bytes())
+        path.unlink()
+        return kept
 
     @abstractmethod
     def get(self, digest: str) -> bytes:

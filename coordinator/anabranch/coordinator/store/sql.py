@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, Select, Table, delete, exists, func, insert, select
@@ -82,15 +83,12 @@ class SqlStore(Store):
         self.id = self._write(lambda connection: federation_id(connection, federation, run))
 
     def put(self, data: bytes) -> str:  # noqa: D102
-        if self._quota_bytes is not None:
-            held = self._held_bytes()
-            if held + len(data) > self._quota_bytes:
-                raise FullError(
-                    f"the quota of {self.name} is full: {held} of {self._quota_bytes} bytes are "
-                    f"held and {len(data)} more do not fit; raise store.quota_mb, or set "
-                    "store.keep_rounds"
-                )
+        self._check_quota(len(data))
         return self.kept.put(data)
+
+    def put_file(self, path: Path, digest: str) -> str:  # noqa: D102
+        self._check_quota(path.stat().st_size)
+        return self.kept.put_file(path, digest)
 
     def get(self, digest: str) -> bytes:  # noqa: D102
         return self.kept.get(digest)
@@ -250,6 +248,17 @@ class SqlStore(Store):
             return True
         rows = connection.scalars(states)
         return any(facts["round"] == number and facts["state"] in CLOSED for facts in rows)
+
+    def _check_quota(self, size_bytes: int) -> None:
+        if self._quota_bytes is None:
+            return
+        held = self._held_bytes()
+        if held + size_bytes > self._quota_bytes:
+            raise FullError(
+                f"the quota of {self.name} is full: {held} of {self._quota_bytes} bytes are "
+                f"held and {size_bytes} more do not fit; raise store.quota_mb, or set "
+                "store.keep_rounds"
+            )
 
     def _held_bytes(self) -> int:
         query = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -59,7 +60,7 @@ class Rows:
     nonzeros: tuple[int, ...]
     scales: tuple[float, ...]
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Non-zeros of the frame."""
         return sum(self.nonzeros)
