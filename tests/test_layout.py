@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,19 @@ def test_a_client_loads_no_model_library_before_it_trains() -> None:
     script = f"import anabranch.client.app, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == 0
+
+
+def test_all_that_is_required_is_pinned() -> None:
+    """What constraints.txt does not have, make install would have to resolve, to any version."""
+
+    def name(line: str) -> str:
+        return re.split(r"[^\w.-]", line)[0].lower().replace("_", "-")
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [
+        *project["dependencies"],
+        *itertools.chain(*project["optional-dependencies"].values()),
+    ]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {name(line) for line in lines if "==" in line}
+    assert {name(line) for line in required} - pinned == {"anabranch"}

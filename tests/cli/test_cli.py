@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,13 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     )
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        # The processor's time: another worker's tests must not count.
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - began)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime)
     assert done.stderr.strip() == "False"
     assert "simulate" in done.stdout
     assert min(seconds) < 1.0

@@ -32,7 +32,7 @@ PRIVATE_ENVIRONMENT = {
 """No telemetry, no update check, no installs at run time."""
 
 SERVER_APP = "anabranch.coordinator.app:app"
-CLIENT_APP = "anabranch.client.app:app"
+CLIENT_APP = "anabranch.client.deployed:app"
 
 
 class FlowerError(RuntimeError):
@@ -44,6 +44,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def reachable(host: str) -> str:
+    """An address of this machine at which a server that listens on ``host`` answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def environment(home: Path, port: int) -> dict[str, str]:
@@ -130,9 +135,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for_port(
-    port: int, child: subprocess.Popen[bytes], log: Path, timeout_s: float = 60
+    port: int,
+    child: subprocess.Popen[bytes],
+    log: Path,
+    timeout_s: float = 60,
+    host: str = "127.0.0.1",
 ) -> None:
-    """Wait until a server answers on a loopback port.
+    """Wait until a server answers on a port of this machine.
 
     Raises:
         FlowerError: It ended, or did not answer in time.
@@ -141,10 +150,12 @@ def wait_for_port(
     while time.monotonic() < end:
         if child.poll() is not None:
             raise FlowerError(f"{child.args!r} ended with code {child.returncode}; see {log}")
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        try:
+            socket.create_connection((reachable(host), port), timeout=1).close()
+        except OSError:
+            pass
+        else:
+            return
         time.sleep(0.1)
     raise FlowerError(f"{child.args!r} does not answer on port {port}; see {log}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from anabranch.client.session import client_name
+from anabranch.client.site import client_name
 from anabranch.coordinator.privacy.budget import statement
 from anabranch.coordinator.privacy.ledger import read_ledger
 from anabranch.coordinator.store import Store

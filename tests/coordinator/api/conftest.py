@@ -87,7 +87,7 @@ class World:
         return Credentials(folder)
 
     def caller(self, credentials: Credentials | bytes, address: str = "") -> Caller:
-        self.callers.append(Caller(address or self.address, credentials, timeout_s=10))
+        self.callers.append(Caller(address or self.address, credentials, timeout_s=60))
         return self.callers[-1]
 
     def peer(self, name: str, role: str, *federations: str, **given: Any) -> Caller:

@@ -37,6 +37,8 @@ def new_server(guard: Any, limits: LimitsConfig, anonymous: bool) -> Any:
         # Whoever is gone without a word is noticed.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # So may callers look; more often than this is an attack.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # A slow reader of the disk holds the sender back, not its bytes in memory.
         ("grpc.http2.lookahead_bytes", 256 << 10),
         ("grpc.http2.bdp_probe", 0),
