@@ -82,7 +82,8 @@ def _reader(most_bytes: int) -> zstandard.ZstdDecompressor:
     window = 1 << max(10, (most_bytes - 1).bit_length())
     if window > _KEPT_WINDOW:
         return zstandard.ZstdDecompressor(max_window_size=window)
-    readers: dict[int, zstandard.ZstdDecompressor] = _threads.__dict__
-    if window not in readers:
-        readers[window] = zstandard.ZstdDecompressor(max_window_size=window)
-    return readers[window]
+    name = f"window_{window}"
+    if not hasattr(_threads, name):
+        setattr(_threads, name, zstandard.ZstdDecompressor(max_window_size=window))
+    reader: zstandard.ZstdDecompressor = getattr(_threads, name)
+    return reader
