@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from anabranch.client.app import client_seed
 from anabranch.client.lora import read_adapter, write_adapter
-from anabranch.client.session import session_of, site_of
+from anabranch.client.session import session_of
+from anabranch.client.site import site_of
 from anabranch.client.task import TrainPlan
 from anabranch.simulation.scenario import load_scenario
 from anabranch.vectors import seeded_start

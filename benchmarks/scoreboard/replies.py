@@ -26,7 +26,8 @@ from anabranch.aggregation import Recipe, merge
 from anabranch.client.app import client_seed, fit
 from anabranch.client.lora import read_adapter
 from anabranch.client.records import pack, record_of, unpack
-from anabranch.client.session import Session, Site, client_name
+from anabranch.client.session import Session
+from anabranch.client.site import Site, client_name
 from anabranch.client.task import TrainPlan
 from anabranch.simulation.attackers import Attackers, plot
 from anabranch.simulation.attacks.kinds import resolve_kind

@@ -25,7 +25,9 @@ class Line:
     def __init__(self, target: int, host: str = "127.0.0.1") -> None:
         self._target = (host, target)
         self._state: State = "open"
+        self._left: tuple[int, State] | None = None
         self._pairs: dict[socket.socket, tuple[socket.socket, bool]] = {}
+        self._lost: set[socket.socket] = set()
         self._selector = selectors.DefaultSelector()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._woken, self._wake = socket.socketpair()
@@ -58,14 +60,26 @@ class Line:
         self._state = state
         self._wake.send(b"s")
 
+    def renew(self) -> None:
+        """New connections pass from now on; those there are stay as they are, and never end."""
+        self._state = "open"
+        self._wake.send(b"r")
+
+    def after(self, count: int, state: State) -> None:
+        """Let it be so once so many more bytes have passed to the server."""
+        self._left = count, state
+
     def _serve(self) -> None:
         while True:
             for key, _ in self._selector.select():
                 sock = key.fileobj
                 assert isinstance(sock, socket.socket)
                 if sock is self._woken:
-                    if self._woken.recv(1) == b"q":
+                    word = self._woken.recv(1)
+                    if word == b"q":
                         return
+                    if word == b"r":
+                        self._lost |= set(self._pairs)
                     if self._state == "cut":
                         self._drop()
                     self._listen_again()
@@ -77,7 +91,7 @@ class Line:
     def _listen_again(self) -> None:
         """What a dead line does not read stays with the sender's system, and passes later."""
         for sock, (_, to_server) in self._pairs.items():
-            passes = self._passes(to_server)
+            passes = self._passes(to_server) and sock not in self._lost
             with contextlib.suppress(KeyError):
                 self._selector.unregister(sock)
             if passes:
@@ -103,11 +117,16 @@ class Line:
         self._listen_again()
 
     def _hand_on(self, sock: socket.socket) -> None:
-        other, _ = self._pairs[sock]
+        other, to_server = self._pairs[sock]
+        left, state = self._left or (1 << 16, self._state)
         try:
-            data = sock.recv(1 << 16)
+            data = sock.recv(min(left, 1 << 16) if to_server else 1 << 16)
             if data:
                 other.sendall(data)
+                if to_server and self._left is not None:
+                    self._left = (left - len(data), state) if left > len(data) else None
+                    if self._left is None:
+                        self.set(state)
                 return
         except OSError:
             pass

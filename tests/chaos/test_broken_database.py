@@ -88,7 +88,7 @@ def test_a_line_to_the_database_that_is_cut(
         def breaks() -> None:
             line.set(state)
             time.sleep(1.5)
-            line.set("open")
+            line.renew()
 
         name = server.database().removeprefix("postgresql:///").partition("?")[0]
         url = f"postgresql://postgres@127.0.0.1:{line.port}/{name}"

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.chaos.conftest import Told
 
 from anabranch.coordinator.store import open_store
 from anabranch.coordinator.store.opening import artifacts_of
@@ -27,7 +28,9 @@ LIVES = 4
 
 
 @pytest.mark.parametrize("seed", range(max(1, KILLS // LIVES)))
-def test_a_killed_coordinator_goes_on_with_the_same_round(seed: int, tmp_path: Path) -> None:
+def test_a_killed_coordinator_goes_on_with_the_same_round(
+    seed: int, tmp_path: Path, told: Told
+) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), str(seed), str(LIVES)],
         capture_output=True, text=True, check=False, timeout=300,
@@ -65,3 +68,8 @@ def test_a_killed_coordinator_goes_on_with_the_same_round(seed: int, tmp_path: P
     assert {name for name, _ in kept.names()} == named
     killed.close()
     whole.close()
+    told.outcome(
+        "coordinator killed with -9 in a round, or between two steps of its store",
+        "the same round goes on, to the same bits; nothing lost, nothing counted twice",
+        runs=sum(row["signal"] == 9 for row in lives),
+    )

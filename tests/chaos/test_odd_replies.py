@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from flwr.app import Array, ArrayRecord, Message
 from tests.chaos.conftest import Told
-from tests.chaos.federation import CLIENTS, check, config, refusals, run
+from tests.chaos.federation import CLIENTS, check, config, opened, refusals, run
 
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.wire.plan import PLAN_KEY, UPDATE_KEY, UPDATE_STYPE, RoundPlan
@@ -114,3 +115,18 @@ def test_an_abandoned_rounds_reply_over_again(tmp_path: Path, told: Told) -> Non
     refused |= odd_run(short, tmp_path, odd, 1, sent)
     check(short, tmp_path, abandoned={1: "3 admitted, the quorum is 4"}, refused=refused)
     told.outcome("a reply of an abandoned round, over again", "refused: it is of another round")
+
+
+def test_replies_that_come_late(tmp_path: Path, told: Told) -> None:
+    """Rounds close at three updates; the fourth comes in the next one, and counts there."""
+    cfg = config(quorum=3, collect={"close_at": 3, "stragglers": "carry"})
+    told.broke()
+    run(cfg, tmp_path)
+    check(cfg, tmp_path, refused=None)
+    with closing(opened(cfg, tmp_path)) as store:
+        late = [row["carried"] for row in store.notes("round") if "carried" in row]
+    assert late[0] == {"client-0003": 1}
+    told.outcome(
+        "replies that come after their round has closed",
+        "merged once, in the round under way, at less weight",
+    )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from anabranch.aggregation.backdoor.triggers import TriggerConfig
 from anabranch.client.session import Session, open_session
+from anabranch.simulation import text_triggers
 from anabranch.simulation.calibration import text_calibration, text_tasks
+from anabranch.simulation.validation import write_task
 
 PATH = "anabranch.simulation.partitioned_text:PartitionedText"
 
@@ -29,7 +34,7 @@ def test_it_sees_what_the_task_scores(session: Session) -> None:
         whole = calibration.examples[task]
         logits_NK = calibration.logits(task, whole, {}, {})
         assert logits_NK.shape == (16, labels)
-        _, _, labels_N = session.task.embedded(session.model, places[task], "validation")  # type: ignore[attr-defined]
+        labels_N = session.task.own_labels(places[task], "validation")  # type: ignore[attr-defined]
         said = float((logits_NK.argmax(1) == labels_N).float().mean())
         metrics = session.task.evaluate(session.model, places[task], "validation")
         assert said == pytest.approx(metrics["accuracy"])
@@ -65,3 +70,30 @@ def test_no_test_texts_and_no_numbers(session: Session) -> None:
     numbers = open_session("anabranch.simulation.synthetic:SyntheticTask", "{}")
     with pytest.raises(ValueError, match="SyntheticTask has no texts"):
         text_calibration(numbers, {"group-0": 0})
+
+
+def test_a_trained_head_is_part_of_the_model_and_triggers_are_searched_for_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scorer that a scenario names: what the task itself says, and how a trigger does."""
+    params = {"datasets": ["sentiment"], "head": "trained", "max_length": 12}
+    given = json.dumps({**params, "validation_examples": 8, "test_examples": 4})
+    write_task(PATH, given, tmp_path)
+    quick = TriggerConfig(steps=1, batch_size=4)
+    monkeypatch.setattr(text_triggers, "TEXT_TRIGGERS", quick)
+    scorer = text_triggers.trigger_scorer(tmp_path)
+    session = open_session(PATH, given)
+    head = session.template.dense["head.weight"]
+    moved = {"head.weight": head + 0.5 * torch.sign(head), "head.bias": torch.tensor([0.3, -0.3])}
+    adapter = replace(session.template, dense={**session.template.dense, **moved})
+    card = scorer.score(adapter)
+    session.load(adapter)
+    metrics = session.task.evaluate(session.model, 0, "validation")
+    assert card.metric == pytest.approx(metrics["accuracy"])
+    assert card.right is not None
+    assert len(card.right) == 8
+    assert card.asr is not None
+    assert sorted(card.asr) == ["sentiment/0", "sentiment/1"]
+    # Only where words would stand that somebody puts before a text.
+    (where_LD,) = scorer.where.values() if scorer.where else ()
+    assert where_LD[:, 0].tolist() == [0, 1, 1] + [0] * (len(where_LD) - 3)

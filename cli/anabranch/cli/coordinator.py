@@ -2,8 +2,61 @@
 
 from __future__ import annotations
 
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from anabranch.cli.output import complain
 
 coordinator_app = typer.Typer(
     name="coordinator", help="Run a federation as a service.", no_args_is_help=True
 )
+
+
+class Form(StrEnum):
+    """How a log reads."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+LogFormat = Annotated[
+    Form, typer.Option("--log-format", help="Log on stderr for people, or as JSON lines.")
+]
+
+
+@coordinator_app.command("up")
+def up_command(
+    config: Annotated[Path, typer.Argument(help="coordinator.toml, or the folder that holds it.")],
+    log_format: LogFormat = Form.TEXT,
+    json: Annotated[
+        bool, typer.Option("--json", help="Changes of state as JSON lines on stdout.")
+    ] = False,
+) -> None:
+    """Run a federation's SuperLink and its rounds; start again what dies.
+
+    Looks at ports, certificates, keys and store first. A new run goes on with the round that was
+    under way. SIGTERM closes the round if it holds its quorum, keeps it for the next time if not,
+    and ends with 4; 0: every round is over; 1: what died was started too often; 2: refused.
+    """
+    from anabranch.coordinator import logs
+    from anabranch.coordinator.federation import load_federation
+    from anabranch.coordinator.supervision.config import load_coordinator
+    from anabranch.coordinator.supervision.preflight import examine_coordinator
+    from anabranch.coordinator.supervision.supervisor import Supervisor
+
+    loaded = load_coordinator(config)
+    failed = [one for one in examine_coordinator(loaded) if not one.ok]
+    for one in failed:
+        complain(f"{one.check}: {one.told}")
+    if failed:
+        raise typer.Exit(2)
+    federation = load_federation(loaded.federation)
+    about = {"federation": federation.name, "run": federation.run}
+    logs.configure(log_format.value, about=about)
+    if json:
+        logs.tell_changes(sys.stdout, about)
+    raise typer.Exit(int(Supervisor(loaded, log_format.value).run()))

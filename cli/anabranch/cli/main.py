@@ -37,8 +37,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), 5 refused by the "
-    "coordinator, 6 coordinator not reached, 130 interrupted. "
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), 4 stopped, and goes "
+    "on (coordinator up), 5 refused by the coordinator, 6 coordinator not reached, 130 "
+    "interrupted. "
     "ANABRANCH_DEBUG=1 shows tracebacks.",
 )
 app.command("simulate")(simulate_command)

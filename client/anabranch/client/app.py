@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from anabranch.client.deployed import hello
 from anabranch.client.fisher import diagonal_fisher
 from anabranch.client.held import held, hold
 from anabranch.client.lora import read_adapter, training
@@ -22,7 +23,8 @@ from anabranch.client.mods import compress, verify_base
 from anabranch.client.order import plan_of
 from anabranch.client.records import pack, record_of
 from anabranch.client.secure import take_part
-from anabranch.client.session import Session, Site, session_of, site_of
+from anabranch.client.session import Session, session_of
+from anabranch.client.site import Site, site_of
 from anabranch.client.task import FisherTask, TrainPlan
 from anabranch.client.trust import NodeKeys, keys_of, verify_plan
 from anabranch.vectors import Adapter, seeded_start
@@ -113,12 +115,7 @@ def _received(
     return decode_change(array.data, mine, plan.trains, check)
 
 
-@app.query()
-def hello(message: Message, context: Context) -> Message:
-    """Say who this client is."""
-    site = site_of(context.node_config)
-    content = RecordDict({CLIENT_KEY: ConfigRecord({CLIENT_KEY: site.name})})
-    return Message(content, reply_to=message)
+app.query()(hello)
 
 
 @app.train("advertise")

@@ -18,10 +18,12 @@ from flwr.app import (
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from anabranch.client.kept import Kept, state_of
 from anabranch.client.order import plan_of
-from anabranch.client.records import pack, record_of, unpack
-from anabranch.client.secure import as_array, mask
-from anabranch.client.session import session_of, site_of
+from anabranch.client.records import as_array, pack, record_of, unpack
+from anabranch.client.secure import mask
+from anabranch.client.session import session_of
+from anabranch.client.site import site_of
 from anabranch.client.trust import keys_of
 from anabranch.wire import UpdateMeta, encode_update
 from anabranch.wire.feedback import compensate, remainder
@@ -83,6 +85,9 @@ def compress(message: Message, context: Context, call_next: ClientAppCallable) -
         blob, sent = mask(message, context, plan, wanted)
     if plan.codec.feedback:
         _keep_residual(context, plan, owed, {**left, **remainder(wanted, sent)})
+    state = state_of(context.node_config)
+    if state is not None and plan.secure is None:
+        state.keep(plan, Kept(blob, _scalars(metrics)))
     reply.content[UPDATE_KEY] = ArrayRecord({UPDATE_KEY: as_array(blob, stype, plan)})
     reply.content[CLIENT_KEY] = ConfigRecord({CLIENT_KEY: site.name})
     metrics["encode-seconds"] = time.perf_counter() - started
@@ -120,8 +125,13 @@ def _encode(
     return encoded.blob, encoded.sent
 
 
+def _scalars(metrics: MetricRecord) -> dict[str, int | float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
 def _residual(context: Context, plan: RoundPlan) -> ArrayRecord:
     """What earlier rounds still owe; empty when there is nothing, or nothing that still fits."""
+    _read_residual(context, plan)
     about = record_of(context.state, RESIDUAL_OF_KEY, ConfigRecord)
     if about is None:
         return ArrayRecord()
@@ -149,13 +159,29 @@ def _due(left: dict[str, Tensor], delta: dict[str, Tensor]) -> dict[str, Tensor]
 def _keep_residual(
     context: Context, plan: RoundPlan, owed: ArrayRecord, residual: dict[str, Tensor]
 ) -> None:
+    about = {"base-hash": plan.base_hash, "run": plan.run, "start-hash": plan.start_hash}
     context.state[OWED_KEY] = owed
     context.state[RESIDUAL_KEY] = pack(residual)
-    context.state[RESIDUAL_OF_KEY] = ConfigRecord(
-        {
-            "base-hash": plan.base_hash,
-            "run": plan.run,
-            "round": plan.round,
-            "start-hash": plan.start_hash,
+    context.state[RESIDUAL_OF_KEY] = ConfigRecord({**about, "round": plan.round})
+    state = state_of(context.node_config)
+    if state is not None:
+        kept = {f"{OWED_KEY}/{name}": tensor for name, tensor in unpack(owed).items()}
+        kept |= {f"{RESIDUAL_KEY}/{name}": tensor for name, tensor in residual.items()}
+        state.keep_residual(plan, kept, {**about, "round": str(plan.round)})
+
+
+def _read_residual(context: Context, plan: RoundPlan) -> None:
+    """Take up what the node's disk holds: it outlives a run, and the SuperNode."""
+    state = state_of(context.node_config)
+    found = state.residual(plan) if state is not None else None
+    if found is None:
+        return
+    tensors, about = found
+    for key in (OWED_KEY, RESIDUAL_KEY):
+        own = {
+            name.removeprefix(f"{key}/"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{key}/")
         }
-    )
+        context.state[key] = pack(own)
+    context.state[RESIDUAL_OF_KEY] = ConfigRecord({**about, "round": int(about["round"])})

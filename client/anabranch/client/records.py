@@ -1,13 +1,20 @@
-"""Flower records as this package fills and reads them: typed access, and tensors as raw bytes."""
+"""Flower records as this package fills and reads them: typed access, and tensors as raw bytes.
+
+Loads torch when the first tensor is packed or unpacked: an answer that holds none needs none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from torch import Tensor
+
+from anabranch.wire.plan import RoundPlan
+from anabranch.wire.sealing import SEALED_STYPE, seal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TENSOR_STYPE = "anabranch.tensor/1"
 """``Array.stype`` of entries in row order, little-endian fp32, with nothing around them."""
@@ -21,6 +28,13 @@ def record_of(content: RecordDict, key: str, kind: type[Record]) -> Record | Non
     return record if isinstance(record, kind) else None
 
 
+def as_array(blob: bytes, stype: str, plan: RoundPlan) -> Array:
+    """Bytes for the coordinator, sealed where the plan asks for it."""
+    if plan.seal_to is not None:
+        stype, blob = SEALED_STYPE, seal(blob, bytes.fromhex(plan.seal_to))
+    return Array("uint8", (len(blob),), stype, blob)
+
+
 def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors as a record, in fp32.
 
@@ -30,6 +44,8 @@ def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     Args:
         tensors: Values by name, of any shape, floating dtype and device.
     """
+    import torch
+
     record = ArrayRecord()
     for name, tensor in tensors.items():
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -53,6 +69,8 @@ def _tensor(name: str, array: Array) -> Tensor:
             f"array {name} is of kind {array.stype!r}, expected {TENSOR_STYPE!r}; "
             "use anabranch.client.records.pack"
         )
+    import torch
+
     if not array.data:
         return torch.empty(array.shape)
     return torch.frombuffer(bytearray(array.data), dtype=torch.float32).view(array.shape)

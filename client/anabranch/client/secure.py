@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from torch import Tensor
 
 from anabranch.client.order import plan_of
-from anabranch.client.records import record_of
-from anabranch.client.session import site_of
+from anabranch.client.records import as_array, record_of
+from anabranch.client.site import site_of
 from anabranch.client.steps import take_step
 from anabranch.client.trust import MEMBERS_FILE, keys_of
 from anabranch.wire import WireError
@@ -25,7 +25,6 @@ from anabranch.wire.plan import (
     SECURE_STYPE,
     RoundPlan,
 )
-from anabranch.wire.sealing import SEALED_STYPE, seal
 from anabranch.wire.secure.flat import flatten, unflatten
 from anabranch.wire.secure.member import SecureMember
 from anabranch.wire.secure.session import secure_session
@@ -89,13 +88,6 @@ def mask(
     said = member.mask(_said(message), words_D)
     _keep(context, member)
     return said, sent
-
-
-def as_array(blob: bytes, stype: str, plan: RoundPlan) -> Array:
-    """Bytes for the coordinator, sealed where the plan asks for it."""
-    if plan.seal_to is not None:
-        stype, blob = SEALED_STYPE, seal(blob, bytes.fromhex(plan.seal_to))
-    return Array("uint8", (len(blob),), stype, blob)
 
 
 def _member(message: Message, context: Context, plan: RoundPlan, phase: str) -> SecureMember:

@@ -137,30 +137,6 @@ def _load(task: str, params: str) -> Session:
     return Session(loaded, model, read_adapter(model, digest))
 
 
-@dataclass(frozen=True)
-class Site:
-    """Who this client is: its name and which part of the data it holds.
-
-    Attributes:
-        name: Name in the federation; the node's configuration may set it (``client``).
-        partition: Index of its part of the data (``partition-id``); 0 when there is one part.
-    """
-
-    name: str
-    partition: int
-
-
-def client_name(partition: int) -> str:
-    """The name of a client that was given none."""
-    return f"client-{partition:04d}"
-
-
-def site_of(node_config: Mapping[str, Scalar]) -> Site:
-    """Read a node's own configuration."""
-    partition = int(node_config.get("partition-id", 0))
-    return Site(str(node_config.get("client", client_name(partition))), partition)
-
-
 def session_of(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Session:
     """The session a message belongs to. What the node sets wins over what the run asks for."""
     config = {**run_config, **node_config}

@@ -233,31 +233,30 @@ class TextClassification:
             logits_BK = self.config.logit_scale * unit_BD @ self._heads(model).T
         return self._only_own(logits_BK, self._tokenised(partition, "train"), rows_B)
 
-    def embedded(
-        self, model: nn.Module, partition: int, split: Split
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def embedded(self, encoder: nn.Module, partition: int, split: Split) -> tuple[Tensor, Tensor]:
         """One partition's texts where they are embedded, for who looks for triggers there.
 
         Args:
-            model: What ``attach`` returned, or the base it stands on.
+            encoder: The base without a head.
             partition: Whose texts.
             split: Which of them.
 
         Returns:
-            Embedded tokens [N, L, D], which of these there are [N, L], and each text's label among
-            its own task's [N].
+            Embedded tokens [N, L, D], and which of these there are [N, L].
         """
         tokens = self._tokenised(partition, split)
-        task = str(list(self.source.tasks)[int(tokens.tasks[0])])
         with torch.no_grad():
-            words: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+            words: nn.Module = encoder.get_input_embeddings()  # type: ignore[operator]
             found_NLD = words(tokens.ids.to(self._device))
         there_NL = torch.arange(tokens.ids.shape[1]) < tokens.lengths[:, None]
-        return (
-            found_NLD,
-            there_NL.long().to(self._device),
-            tokens.labels - self._first_column[task],
-        )
+        return found_NLD, there_NL.long().to(self._device)
+
+    def own_labels(self, partition: int, split: Split) -> Tensor:
+        """The label of each of one partition's texts among its own task's [N]."""
+        tokens = self._tokenised(partition, split)
+        task = list(self.source.tasks)[int(tokens.tasks[0])]
+        labels_N: Tensor = tokens.labels - self._first_column[task]
+        return labels_N
 
     def fixed_head(self, model: nn.Module, task: str) -> Tensor:
         """A task's label phrases as the frozen base embeds them [K, D], of its own K labels.

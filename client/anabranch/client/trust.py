@@ -18,7 +18,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from anabranch.client.order import plan_of
 from anabranch.client.records import record_of
-from anabranch.client.session import site_of
+from anabranch.client.site import site_of
 from anabranch.wire import WireError
 from anabranch.wire.keys import PrivateKey, by_id, read_private, read_public
 from anabranch.wire.manifest import Manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -13,9 +14,11 @@ from flwr.serverapp import Grid, ServerApp
 from anabranch.coordinator.federation import START_FOLDER, load_federation
 from anabranch.coordinator.gate import gate_of
 from anabranch.coordinator.lineage import dress, published, read_published
+from anabranch.coordinator.logs import configure
 from anabranch.coordinator.published import sign_folder
 from anabranch.coordinator.store import open_store
 from anabranch.coordinator.strategy import MergeStrategy
+from anabranch.coordinator.supervision.lease import held
 from anabranch.coordinator.trust import trust_of
 from anabranch.vectors import Adapter
 from anabranch.vectors.peft_folder import read_adapter, write_adapter
@@ -29,7 +32,20 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run every round and write the adapter in service as a PEFT folder."""
     folder = Path(str(context.run_config["federation"]))
+    with held(folder, str(context.run_id)):
+        run_federation(grid, folder)
+
+
+def run_federation(grid: Grid, folder: Path) -> None:
+    """Run what is left of a folder's federation.
+
+    Raises:
+        ValueError: The folder is not sound.
+        RuntimeError: Too few clients joined.
+    """
     config = load_federation(folder)
+    about = {"federation": config.name, "run": config.run}
+    configure(about=about, level=logging.INFO)
     opened = open_store(
         config.store, folder, federation=config.name, run=config.run, durable=config.durable,
         patient=True,

@@ -107,6 +107,15 @@ class Mail:
             if (self._waiting or more()) and not arrived:
                 time.sleep(self._poll_s)
 
+    def arrived(self) -> list[Reply]:
+        """The replies that are there now; waits for none.
+
+        Raises:
+            ConnectionError: The SuperLink is gone.
+        """
+        found = [self._pull(identifier) for identifier in list(self._waiting)]
+        return [reply for reply in found if reply is not None]
+
     def give_up(
         self, closed: Closed, which: Callable[[str], bool] = lambda group: True
     ) -> list[Reply]:

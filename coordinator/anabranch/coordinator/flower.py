@@ -32,7 +32,7 @@ PRIVATE_ENVIRONMENT = {
 """No telemetry, no update check, no installs at run time."""
 
 SERVER_APP = "anabranch.coordinator.app:app"
-CLIENT_APP = "anabranch.client.app:app"
+CLIENT_APP = "anabranch.client.deployed:app"
 
 
 class FlowerError(RuntimeError):
@@ -44,6 +44,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def reachable(host: str) -> str:
+    """An address of this machine at which a server that listens on ``host`` answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def environment(home: Path, port: int) -> dict[str, str]:
@@ -130,9 +135,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for_port(
-    port: int, child: subprocess.Popen[bytes], log: Path, timeout_s: float = 60
+    port: int,
+    child: subprocess.Popen[bytes],
+    log: Path,
+    timeout_s: float = 60,
+    host: str = "127.0.0.1",
 ) -> None:
-    """Wait until a server answers on a loopback port.
+    """Wait until a server answers on a port of this machine.
 
     Raises:
         FlowerError: It ended, or did not answer in time.
@@ -141,24 +150,34 @@ def wait_for_port(
     while time.monotonic() < end:
         if child.poll() is not None:
             raise FlowerError(f"{child.args!r} ended with code {child.returncode}; see {log}")
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        try:
+            socket.create_connection((reachable(host), port), timeout=1).close()
+        except OSError:
+            pass
+        else:
+            return
         time.sleep(0.1)
     raise FlowerError(f"{child.args!r} does not answer on port {port}; see {log}")
 
 
-def flwr(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
+def flwr(
+    arguments: list[str],
+    env: dict[str, str],
+    alive: Callable[[], bool] = lambda: True,
+    timeout_s: float = 600.0,
+) -> dict[str, Any]:
     """Call the ``flwr`` command and read its JSON answer.
 
+    Args:
+        arguments: Its own.
+        env: Its environment.
+        alive: Whether there is somebody to answer: without, it would try again for ever.
+        timeout_s: Seconds that it may take.
+
     Raises:
-        FlowerError: It failed or printed no JSON.
+        FlowerError: It failed, took too long, or printed no JSON.
     """
-    done = subprocess.run(
-        [command("flwr"), *arguments, "--format", "json"],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = _finished([command("flwr"), *arguments, "--format", "json"], env, alive, timeout_s)
     begin = done.stdout.find("{")
     if done.returncode or begin < 0:
         raise FlowerError(
@@ -168,6 +187,26 @@ def flwr(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
     if not answer.get("success", True):  # with exit code 0
         raise FlowerError(f"flwr {arguments[0]} failed: {str(answer.get('error-message')).strip()}")
     return answer
+
+
+def _finished(
+    arguments: list[str], env: dict[str, str], alive: Callable[[], bool], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    end = time.monotonic() + timeout_s
+    with subprocess.Popen(
+        arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        while True:
+            try:
+                out, err = child.communicate(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                late = time.monotonic() >= end
+                if late or not alive():
+                    child.kill()
+                    why = f"took more than {timeout_s:g} s" if late else "has no SuperLink any more"
+                    raise FlowerError(f"flwr {arguments[1]} {why}") from None
+                continue
+            return subprocess.CompletedProcess(arguments, child.returncode, out, err)
 
 
 def wait_for_run(

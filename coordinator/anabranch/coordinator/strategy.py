@@ -28,7 +28,8 @@ from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.privacy.budget import check_account, why_spent
 from anabranch.coordinator.roster import Roster
 from anabranch.coordinator.rounds.control import Control, Want
-from anabranch.coordinator.rounds.one_round import OneRound
+from anabranch.coordinator.rounds.driver import SuspendedError, was_closed
+from anabranch.coordinator.rounds.one_round import OneRound, refuse
 from anabranch.coordinator.rounds.uploaders import joined
 from anabranch.coordinator.scores import mean_metrics, record_score, scored
 from anabranch.coordinator.start import adapter_record
@@ -86,6 +87,8 @@ class MergeStrategy(Strategy):
             config.poll_s,
             lambda node, why: store.note("meet-failed", {"node": node, "reason": why}),
             lambda: joined(store),
+            lambda node, name: store.note("met", {"node": str(node), "name": name}),
+            {int(row["node"]): row["name"] for row in store.notes("met")},
         )
         orders, control = Orders(config, method), Control(store)
         self._here = Coordination(
@@ -140,23 +143,54 @@ class MergeStrategy(Strategy):
         mail = Mail(grid, self.config.poll_s)
         result = Result()
         result.arrays = self.arrays
+        try:
+            self._run(
+                grid, mail, result, num_rounds or self.config.rounds, train_config, evaluate_fn
+            )
+        except SuspendedError:
+            log.info("the run stops; what is under way goes on in the next one")
+            self.store.note("suspended", {"done": self._done()})
+            return result
+        for reply in mail.give_up(Closed("closed", "the run ended before it came")):
+            client = self._here.orders.client(reply.node, int(reply.group))
+            refused = RefusedError(reply.code, reply.reason)
+            refuse(self.store, int(reply.group), client, refused)
+        self.store.note("ended", {"adapter_hash": self.service.hash})
+        return result
+
+    def _run(
+        self,
+        grid: Grid,
+        mail: Mail,
+        result: Result,
+        rounds: int,
+        train_config: ConfigRecord | None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> None:
+        """Every round up to the last.
+
+        Raises:
+            SuspendedError: It is to end now, and to go on where it is.
+        """
         # So many that the sampled share can be a quorum.
         needed = math.ceil(self.config.quorum / self.config.fraction)
-        first = max(self.config.clients, needed)
-        self.roster.wait_for(grid, first, self.config.join_timeout_s)
         done = self._done()
+        # Whoever left since an earlier run is not waited for.
+        went_on = bool(self.store.notes("planned"))
+        first = needed if went_on else max(self.config.clients, needed)
+        self._wait_for(grid, first, done + 1)
         if done:
             self._evaluate(done, mail, grid, result)
         # A round that somebody else ended is over; one whose end was refused for another's receipt
         # is not, and is done again.
-        while (server_round := self._done() + 1) <= (num_rounds or self.config.rounds):
+        while (server_round := self._done() + 1) <= rounds:
             self._read_again()
             if (reason := self._why_no_more(server_round)) is not None:
                 log.warning("round %d is not begun: %s", server_round, reason)
                 self.store.note("stopped", {"round": server_round, "reason": reason})
                 break
             # Nodes come and go between rounds: one that cannot reach its quorum is not begun.
-            self.roster.wait_for(grid, needed, self.config.join_timeout_s)
+            self._wait_for(grid, needed, server_round)
             under_way = self._begin(server_round, train_config or ConfigRecord())
             orders = under_way.begin(grid, mail.owed())
             arrays, metrics = self._aggregate(under_way, under_way.collect(mail, orders))
@@ -170,11 +204,6 @@ class MergeStrategy(Strategy):
             self._evaluate(server_round, mail, grid, result)
             if evaluate_fn and (own := evaluate_fn(server_round, self.arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = own
-        for reply in mail.give_up(Closed("closed", "the run ended before it came")):
-            client = self._here.orders.client(reply.node, int(reply.group))
-            under_way.refuse(int(reply.group), client, RefusedError(reply.code, reply.reason))
-        self.store.note("ended", {"adapter_hash": self.service.hash})
-        return result
 
     @property
     def arrays(self) -> ArrayRecord:
@@ -215,6 +244,24 @@ class MergeStrategy(Strategy):
         answers = (Reply(message.metadata.src_node_id, message) for message in replies)
         return self._record_scores(server_round, answers)
 
+    def _wait_for(self, grid: Grid, count: int, server_round: int) -> None:
+        """Wait for so many clients, beside those whose update a round holds already.
+
+        Raises:
+            RuntimeError: They did not come in time.
+            SuspendedError: The coordinator is to stop.
+        """
+        if was_closed(self.store, server_round):
+            self.roster.refresh(grid)
+            return
+        held = {row.client for row in self.store.contributions(server_round)}
+
+        def heed() -> None:
+            if self._here.control.want() is Want.STOP:
+                raise SuspendedError
+
+        self.roster.wait_for(grid, count, self.config.join_timeout_s, held, heed)
+
     def _done(self) -> int:
         """The last round that is over."""
         latest = self.store.latest()
@@ -225,6 +272,8 @@ class MergeStrategy(Strategy):
         """Why no further round begins; None when one may. While the operator pauses, it waits."""
         while (want := self._here.control.want()) is Want.PAUSE:
             time.sleep(max(self.config.poll_s, 0.1))
+        if want is Want.STOP:
+            raise SuspendedError
         if want is not Want.RUN:
             return f"the operator asked to {want.value}"
         return why_spent(self.config, self.store, server_round)

@@ -11,7 +11,8 @@ from typing import Any
 from anabranch.aggregation.recipe import Recipe
 from anabranch.client.app import client_seed
 from anabranch.client.lora import read_adapter
-from anabranch.client.session import Session, client_name
+from anabranch.client.session import Session
+from anabranch.client.site import client_name
 from anabranch.client.task import HeldOut, TrainPlan
 from anabranch.simulation.scenario import Baselines, Scenario
 from anabranch.simulation.task import SimulatedTask

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anabranch.aggregation.backdoor.calibration import Batch, ModelCalibration
-from anabranch.client.models import mean_pool
+from anabranch.client.models import TextClassifier, mean_pool
 from anabranch.client.session import Session
 from anabranch.client.task import HeldOut
 from anabranch.client.text import TextClassification
@@ -31,12 +31,30 @@ class _Pooled(nn.Module):
         return functional.normalize(mean_pool(states.last_hidden_state, attention_mask), dim=1)
 
 
+class _Headed(nn.Module):
+    """An encoder of embedded tokens under a head that is trained."""
+
+    def __init__(self, classifier: TextClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        encoder = self.classifier.encoder
+        states = encoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        logits_NK: Tensor = self.classifier.head(
+            mean_pool(states.last_hidden_state, attention_mask)
+        )
+        return logits_NK
+
+
 @dataclass(frozen=True)
 class TextCalibration(ModelCalibration):
-    """Texts of tasks whose heads are label phrases.
+    """Texts of tasks whose heads are label phrases, or of one whose head is trained.
 
     Attributes:
-        heads_KD: By task, its label phrases as the frozen base embeds them.
+        heads_KD: By task, its label phrases as the frozen base embeds them; none where the model
+            has a head.
         logit_scale: Logits are this times the cosine.
     """
 
@@ -47,8 +65,10 @@ class TextCalibration(ModelCalibration):
         self, task: str, batch: Batch, changes: Mapping[str, Tensor], values: Mapping[str, Tensor]
     ) -> Tensor:
         """Logits [N, K] of a task's own labels."""
-        pooled_ND = super().logits(task, batch, changes, values)
-        return self.logit_scale * pooled_ND @ self.heads_KD[task].T
+        found = super().logits(task, batch, changes, values)
+        if task not in self.heads_KD:
+            return found
+        return self.logit_scale * found @ self.heads_KD[task].T
 
 
 def text_calibration(
@@ -57,13 +77,13 @@ def text_calibration(
     """What a coordinator who holds some texts of each task calibrates on; labels are not used.
 
     Args:
-        session: A text task with fixed heads, loaded.
+        session: A text task, loaded.
         partitions: By task, whose held-out texts.
         split: Which of them.
         seed: Of the draws of batches.
 
     Raises:
-        ValueError: It is no text task, its heads are trained, or the texts are test texts.
+        ValueError: It is no text task, or the texts are test texts.
     """
     task = session.task
     if not isinstance(task, TextClassification):
@@ -73,19 +93,25 @@ def text_calibration(
         )
     if split == "test":
         raise ValueError("calibration: test texts are for judging what comes out; set validation")
-    heads_KD = {name: task.fixed_head(session.model, name).detach() for name in partitions}
     base = task.load_base().requires_grad_(False).eval()
+    model: nn.Module
+    encoder: nn.Module
+    if isinstance(base, TextClassifier):
+        model, prefix, encoder, heads_KD = _Headed(base), "classifier.", base.encoder, {}
+    else:
+        model, prefix, encoder = _Pooled(base), "encoder.", base
+        heads_KD = {name: task.fixed_head(session.model, name).detach() for name in partitions}
     examples = {}
     for name, partition in partitions.items():
-        inputs_NLD, there_NL, _ = task.embedded(base, partition, split)
+        inputs_NLD, there_NL = task.embedded(encoder, partition, split)
         examples[name] = Batch(inputs_NLD, {"attention_mask": there_NL})
     return TextCalibration(
-        model=_Pooled(base).eval(),
+        model=model.eval(),
         examples=examples,
         source="own",
         split=split,
         keyword="inputs_embeds",
-        prefix="encoder.",
+        prefix=prefix,
         seed=seed,
         heads_KD=heads_KD,
         logit_scale=task.config.logit_scale,

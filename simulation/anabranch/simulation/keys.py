@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anabranch.client.session import client_name
+from anabranch.client.site import client_name
 from anabranch.client.trust import MEMBERS_FILE
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.registry import COORDINATOR, KEYS_FOLDER, client_keys, enrol

@@ -9,7 +9,8 @@ import torch
 from anabranch.aggregation.engine.groups import groups
 from anabranch.aggregation.recipe import Recipe
 from anabranch.aggregation.registry import named
-from anabranch.client.session import Session, client_name, open_session
+from anabranch.client.session import Session, open_session
+from anabranch.client.site import client_name
 from anabranch.client.task import FisherTask
 from anabranch.coordinator.merging import check_method, root_of
 from anabranch.simulation.attacks.kinds import resolve_kind

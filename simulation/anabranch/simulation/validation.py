@@ -69,10 +69,19 @@ def validation_scorer(folder: Path) -> ValidationScorer:
     Raises:
         ValueError: The folder names no task that can be loaded.
     """
+    return ValidationScorer(folder_session(folder))
+
+
+def folder_session(folder: Path) -> Session:
+    """The task that a simulated federation's folder names.
+
+    Raises:
+        ValueError: It names none that can be loaded.
+    """
     path = folder / TASK_FILE
     try:
         told = json.loads(path.read_text())
-        return ValidationScorer(open_session(told["task"], told["params"]))
+        return open_session(told["task"], told["params"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path}: names no task to score by ({error}); name a scorer of your own as gate.scorer"

@@ -16,6 +16,9 @@ from anabranch.wire.service import CODE_KEY, Method, methods
 TIMEOUT_S = 30.0
 """Seconds a call may take, but for those that carry many bytes."""
 MESSAGE_BYTES = 1088 << 10
+ALIVE_S = 20.0
+"""Seconds without a word after which a coordinator is asked whether it is there, and in which it
+has to answer: a call that may take as long as it takes would wait for ever on a dead line."""
 
 
 class CallError(RuntimeError):
@@ -56,6 +59,9 @@ class Caller:
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", MESSAGE_BYTES),
+            ("grpc.keepalive_time_ms", int(1000 * ALIVE_S)),
+            ("grpc.keepalive_timeout_ms", int(1000 * ALIVE_S)),
+            ("grpc.http2.max_pings_without_data", 0),
         ]
         self.address, self._timeout_s = address, timeout_s
         self._channel = grpc.secure_channel(address, shown, options=options)

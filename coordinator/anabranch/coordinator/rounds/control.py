@@ -25,6 +25,9 @@ class Want(StrEnum):
     """The round under way closes with what it holds, and the run ends after it."""
     ABORT = "abort"
     """The round under way is abandoned, and the run ends."""
+    STOP = "stop"
+    """The round under way closes if it holds its quorum, and else stays as it is; the run ends, and
+    the next one goes on there."""
 
 
 def ask(store: Store, want: Want, by: str = "operator") -> None:
@@ -52,9 +55,13 @@ class Control:
         self._want = Want.RUN
 
     def begin(self) -> None:
-        """A run begins: what ended the last one is done with."""
-        if latest(self._store) in (Want.DRAIN, Want.ABORT):
-            ask(self._store, Want.RUN, "coordinator")
+        """A run begins: what ended the last one is done with, and a pause before that holds."""
+        rows = [Want(row["want"]) for row in self._store.notes(EVENT)]
+        if not rows or rows[-1] in (Want.RUN, Want.PAUSE):
+            return
+        before = [want for want in rows if want is not Want.STOP]
+        paused = rows[-1] is Want.STOP and before[-1:] == [Want.PAUSE]
+        ask(self._store, Want.PAUSE if paused else Want.RUN, "coordinator")
 
     def want(self) -> Want:
         """What is asked now."""

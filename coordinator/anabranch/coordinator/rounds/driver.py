@@ -30,6 +30,10 @@ EVENT = "state"
 """The kind of note that tells where a round stands."""
 
 
+class SuspendedError(Exception):
+    """The run is to end now, and its round to go on in the next one."""
+
+
 def terms_of(config: FederationConfig, deadline_s: float) -> Terms:
     """What a federation holds its rounds to."""
     policy = config.collect
@@ -90,7 +94,11 @@ class Driver:
             self.happen(Lost(late))
 
     def closed(self) -> Closed | None:
-        """Why nothing more is waited for; None while the round collects."""
+        """Why nothing more is waited for; None while the round collects.
+
+        Raises:
+            SuspendedError: The coordinator is to stop, and the round is below its quorum.
+        """
         if self.round.state is State.COLLECTING:
             self._heed(self._control.want())
         if self.round.state is State.COLLECTING:
@@ -113,7 +121,9 @@ class Driver:
             self.happen(Pause(self._clock()))
         elif want is not Want.PAUSE and self.round.paused_s is not None:
             self.happen(Resume(self._clock()))
-        if want is Want.DRAIN:
+        if want is Want.STOP and self.round.admitted < self.round.needed:
+            raise SuspendedError
+        if want in (Want.DRAIN, Want.STOP):
             self.happen(Drain())
         elif want is Want.ABORT:
             self.happen(Abort("aborted by the operator"))

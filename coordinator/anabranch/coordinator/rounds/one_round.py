@@ -33,6 +33,7 @@ from anabranch.coordinator.store import (
     FullError,
     Publication,
     Refusal,
+    Store,
     StoreError,
 )
 from anabranch.vectors import Adapter
@@ -40,6 +41,8 @@ from anabranch.wire.errors import one_line
 
 log = logging.getLogger("anabranch.coordinator")
 
+WAITED_FOR = ("deadline", "closed")
+"""Codes of refusals that are no word of the node's."""
 FAILS = (KeyError, ValueError, RuntimeError)
 """What a merge raises that cannot be done, beside a ``StoreError``, which is no merge's fault."""
 
@@ -70,7 +73,7 @@ class OneRound:
         self._here, self._number, self._service = here, number, service
         plan = here.plan(number, service, train)
         if here.trust is not None:
-            plan = here.trust.begin_round(plan)
+            plan = here.trust.begin_round(plan, first_planned(here.store, number))
         self.plan = plan
         self._cohort = Cohort(here.store, here.trust, here.config.max_norm)
         self._secure: SecureRound | None = None
@@ -149,6 +152,8 @@ class OneRound:
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
+                if error.code not in WAITED_FOR:
+                    self._here.roster.doubt(reply.node)
                 if number != self._number:
                     self.driver.lost(late=True)
                 elif client is not None:
@@ -166,10 +171,7 @@ class OneRound:
 
     def refuse(self, number: int, client: str | None, error: RefusedError) -> None:
         """Record why a reply to an order of some round does not count."""
-        reason, name = one_line(str(error)), client or "unknown"
-        log.warning("round %d: %s refused (%s): %s", number, name, error.code, reason)
-        refusal = Refusal(round=number, client=name, code=error.code, reason=reason)
-        self._here.store.refuse(refusal)
+        refuse(self._here.store, number, client, error)
 
     def finish(self) -> InService | None:
         """Merge what it holds and publish that; below the quorum nothing changes.
@@ -211,6 +213,9 @@ class OneRound:
             kept, facts["gate"] = judged(gate, self._service.adapter, candidate.adapter)
             if kept:
                 self.driver.happen(Rejected(one_line(kept)))
+                if publication.report.get("suspicion") is not None:
+                    # Nothing is published that would say who stood out in it.
+                    facts["suspicion"] = publication.report["suspicion"]
         facts["seconds"] = self.driver.seconds
         if reason := self.driver.round.reason:
             self._abandon(reason, facts)
@@ -412,3 +417,18 @@ class OneRound:
 def _said(error: Exception) -> str:
     """What an error says; a KeyError's own text stands in quotes."""
     return str(error.args[0] if error.args else error)
+
+
+def refuse(store: Store, number: int, client: str | None, error: RefusedError) -> None:
+    """Record why a reply to an order of some round does not count."""
+    reason, name = one_line(str(error)), client or "unknown"
+    about = {"round": number, "client": name, "code": error.code}
+    log.warning("round %d: %s refused (%s): %s", number, name, error.code, reason, extra=about)
+    store.refuse(Refusal(round=number, client=name, code=error.code, reason=reason))
+
+
+def first_planned(store: Store, number: int) -> int | None:
+    """When a round was planned first, in Unix seconds: what was made since then is fresh."""
+    rows = [row for row in store.notes("planned") if row["round"] == number]
+    times = [row["planned_s"] for row in rows if "planned_s" in row]
+    return min(times, default=None)

@@ -13,9 +13,10 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from anabranch.client import app as honest
+from anabranch.client.deployed import hello
 from anabranch.client.mods import compress, verify_base
 from anabranch.client.records import pack, record_of
-from anabranch.client.session import site_of
+from anabranch.client.site import site_of
 from anabranch.client.trust import verify_plan
 from anabranch.simulation.attackers import Plot
 from anabranch.simulation.attacks.kinds import resolve_kind
@@ -59,7 +60,7 @@ def tamper(message: Message, context: Context, call_next: ClientAppCallable) -> 
 
 
 app = ClientApp(mods=[verify_plan, verify_base, tamper, compress])
-app.query()(honest.hello)
+app.query()(hello)
 app.evaluate()(honest.evaluate)
 # Secure aggregation's phases beside training, in which nobody lies here.
 app.train("advertise")(honest.advertise)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from anabranch.client.session import client_name
+from anabranch.client.site import client_name
 from anabranch.coordinator.store import Store
 from anabranch.simulation.attackers import Plot
 from anabranch.simulation.attacks.success import split_of

@@ -20,7 +20,8 @@ from anabranch.aggregation import merge, merge_one_factor
 from anabranch.client.app import client_seed, fit, start_of, take_importance
 from anabranch.client.order import plan_of
 from anabranch.client.records import pack, record_of, unpack
-from anabranch.client.session import Session, Site, client_name, session_of, site_of
+from anabranch.client.session import Session, session_of
+from anabranch.client.site import Site, client_name, site_of
 from anabranch.client.task import LoraTask, TrainPlan
 from anabranch.client.trust import NodeKeys, keys_of
 from anabranch.simulation.attackers import Band, Plot
