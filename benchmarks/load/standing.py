@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -9,12 +11,18 @@ from pathlib import Path
 
 from sqlalchemy import Engine, insert
 
-from anabranch.coordinator.federation import FederationConfig
+from anabranch.client.api.caller import Caller
+from anabranch.client.api.credentials import Credentials, Invitation
+from anabranch.client.api.enrolling import enrol
+from anabranch.coordinator.api.config import ApiConfig
+from anabranch.coordinator.api.identity import Identity, Role
+from anabranch.coordinator.api.peers import EVERY, Grant
+from anabranch.coordinator.api.server import serving
+from anabranch.coordinator.federation import FederationConfig, write_federation
 from anabranch.coordinator.rounds.overview import overview
-from anabranch.coordinator.rounds.standing import standing
-from anabranch.coordinator.store import open_store
 from anabranch.coordinator.store.database import connect
 from anabranch.coordinator.store.schema import contributions, federations, notes, refusals
+from anabranch.wire.v1 import coordinator_pb2 as pb
 
 FEDERATIONS, CLIENTS, ROUNDS = 100, 100, 50
 """Clients are those of one federation."""
@@ -43,8 +51,8 @@ def fill(engine: Engine, count: int) -> None:
             connection.execute(insert(refusals), [{**left, "client": name} for name in clients[:9]])
 
 
-def status_ms(folder: Path, count: int, runs: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of each look at all federations, and at one."""
+def status_ms(folder: Path, count: int, runs: int) -> dict[str, list[float]]:
+    """Milliseconds of each look: at all federations, and at one by way of the API."""
     url = f"sqlite:///{folder / 'store.db'}"
     engine = connect(url, durable=False)
     fill(engine, count)
@@ -54,13 +62,46 @@ def status_ms(folder: Path, count: int, runs: int) -> tuple[list[float], list[fl
     ] * count
     every = _timed(lambda: overview(engine), runs)
     engine.dispose()
-    config = FederationConfig.model_validate(
-        {"name": f"f{count:03}", "run": "r", "store": {"url": url}}
-    )
-    with closing(open_store(config.store, folder, federation=config.name, run="r")) as store:
-        assert len(standing(config, store).asked) == CLIENTS
-        one = _timed(lambda: standing(config, store), runs)
-    return every, one
+    for number in range(1, count + 1):
+        given = {"name": f"f{number:03}", "run": "r", "store": {"url": url}}
+        config = FederationConfig.model_validate(given)
+        write_federation(config, folder / "federations" / config.name)
+    return {"of all": every, "of one, over gRPC": _asked(folder, count, runs)}
+
+
+def _asked(folder: Path, count: int, runs: int) -> list[float]:
+    """Looks of an operator at each federation in turn, 10,000 clients being enrolled."""
+    given = {"federations": folder / "federations", "state": folder / "api", "port": 0}
+    limits = {"calls_per_s": 10_000, "burst": 10_000}
+    config = ApiConfig.model_validate({**given, "enrol_port": 0, "limits": limits})
+    names = itertools.cycle(f"f{number:03}" for number in range(1, count + 1))
+    with serving(config) as server:
+        _register(config.state / "peers.db", count * CLIENTS)
+        token, _ = server.peers.invite(Grant(Identity("us", "op", Role.OPERATOR), (EVERY,)), 3600)
+        address, enrol_address = (f"localhost:{port}" for port in (server.port, server.enrol_port))
+        invitation = Invitation(token, server.authority.pem, address, enrol_address)
+        enrol(invitation, folder / "op")
+        with Caller(address, Credentials(folder / "op")) as caller:
+
+            def look() -> None:
+                request = pb.StatusRequest(federation=next(names))
+                reply = caller.call("Federations.Status", request)
+                assert len(reply.asked) == CLIENTS
+
+            # Each federation is opened once; what is timed is a coordinator that runs.
+            _timed(look, count)
+            return _timed(look, runs)
+
+
+def _register(path: Path, clients: int) -> None:
+    """Put certificates of clients into the register, as many enrolments would."""
+    until_s = time.time() + 86_400
+    rows = [
+        (f"{number:x}", f"org-{number}", f"client-{number}", "client", '["f001"]', until_s, None, 0)
+        for number in range(clients)
+    ]
+    with closing(sqlite3.connect(path, timeout=30)) as base, base:
+        base.executemany("insert into certificates values (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def _timed(call: Callable[[], object], runs: int) -> list[float]:

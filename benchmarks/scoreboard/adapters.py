@@ -59,6 +59,17 @@ ATTACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 """Kind and parameters by name; label 1 is positive."""
 
+HARDER: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "unscaled DBA": ("dba", {"target": 1}),
+}
+"""What the default does not see: attackers of honest length, no more alike than honest clients."""
+
+ASKED_HARDER = ("robust", "mean")
+"""Rules that they are measured against."""
+
+TRIGGERED_AS = {"unscaled DBA": "DBA"}
+"""Whose trigger an attack has, where the oracle is asked for that one."""
+
 ALONE = ("backdoor", "unscaled", "sentence", "Neurotoxin", "LoBAM", "BadMerging")
 """Those in which a colluder does the same however many there are: it trains once for all."""
 
@@ -146,6 +157,8 @@ def cells(
         for f in setting.attackers:
             found.append(Cell(ORACLE, ANY, f, f, seed))
             found += [Cell(rule, name, f, f, seed) for rule in rules for name in attacks]
+            harder = [rule for rule in rules if rule in ASKED_HARDER and len(attacks) > 1]
+            found += [Cell(rule, name, f, f, seed) for rule in harder for name in HARDER]
     return found
 
 
@@ -207,7 +220,7 @@ def measure(setting: Setting, runs: Path, cell: Cell) -> Found:
 
 def band(name: str, f: int) -> Attackers:
     """An attack by so many."""
-    kind, params = ATTACKS[name]
+    kind, params = {**ATTACKS, **HARDER}[name]
     return Attackers(kind=kind, count=f, params=dict(params))
 
 
@@ -230,7 +243,7 @@ def beside_oracle(found: Mapping[Cell, Found]) -> dict[Cell, Found]:
         if "na" in one or "na" in oracle:
             whole[cell] = {"na": one.get("na") or oracle["na"]}
             continue
-        floor = oracle[cell.attack]
+        floor = oracle[TRIGGERED_AS.get(cell.attack, cell.attack)]
         told = {"oracle_acc": oracle["acc"], "floor_asr": floor}
         gains = {"gain": one["asr"] - floor, "lost": oracle["acc"] - one["acc"]}
         whole[cell] = {**one, **told, **gains}

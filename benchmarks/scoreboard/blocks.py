@@ -172,9 +172,14 @@ def run_adapters(options: Options) -> Result:
     entries = [
         {"recipe": one["rule"], "fraction": one["f"] / setting.clients, **one}
         for one in over_seeds(found)
+        # Of a run that was stopped, what is there of one seed is not there of the next.
+        if "na" in one or len(one["seeds"]["acc"]) == len(setting.seeds)
     ]
     rows = [{"rule": name, **row} for name, row in by_rule(entries, adapters.MEASURED).items()]
-    return _result("C", options, setting, adapters.MEASURED, rules=rows, cells=entries)
+    attacks = [one for one in adapters.ATTACKS if any(one == cell.attack for cell in wanted)]
+    return _result(
+        "C", options, setting, adapters.MEASURED, rules=rows, cells=entries, attacks=attacks
+    )
 
 
 BLOCKS: Mapping[str, Block] = {

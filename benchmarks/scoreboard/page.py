@@ -74,7 +74,9 @@ up to (`--rounds N` does). *Success* is the share of held-out texts of the other
 trigger turns; the *floor* is what the mean of the honest clients alone does with the same trigger,
 and *lost* how far accuracy is below that mean's, both in points. {texts} held-out texts and {seeds}
 seeds, so a success rate has a standard error of two to three points. VEM and sign flip have no
-trigger, and are asked for the backdoor's.
+trigger, and are asked for the backdoor's. *Unscaled* is the backdoor at the length that training
+gave it; unscaled DBA, against two rules alone, is what the default was known not to see when it was
+chosen. n/a here: refused, or not against every attack measured yet.
 
 {table}
 
@@ -216,7 +218,10 @@ def _success_and_lost(result: Mapping[str, Any]) -> str:
         mine = [entry for entry in result["cells"] if entry["rule"] == rule]
         row = [rule]
         for figure, f in (("lost", 0), *(("gain", f) for f in fs), *(("lost", f) for f in fs)):
-            hurt = worst([entry for entry in mine if entry["f"] == f], figure)
+            there = [entry for entry in mine if entry["f"] == f]
+            # The worst of some attacks would read as that of all.
+            whole = not f or {*result["attacks"]} <= {entry["attack"] for entry in there}
+            hurt = worst(there, figure) if whole else None
             said = "n/a" if hurt is None else f"{hurt[figure]:.1f}"
             row.append(said if hurt is None or not f else f"{said} {hurt['attack']}")
         rows.append(row)

@@ -48,7 +48,7 @@ def _step(name: str, **params: Any) -> dict[str, Any]:
 
 
 RECIPES: Mapping[str, ByDeclared] = {
-    # ARC, NNM, geometric median: aggregation/preset.py.
+    # What it stands for: aggregation/preset.py.
     "robust": lambda f: {"method": "robust", "params": {"f": f}},
     "mean": lambda f: {"method": "mean"},
     "clipped mean": lambda f: {"method": "mean", "pre": [_step("clip")]},

@@ -41,10 +41,12 @@ def test_it_is_the_composition_written_out() -> None:
     deltas_CD = cohort()
     deltas_CD[3] *= -40
     told = {"f": 2}
-    whole = {
-        "method": "geometric_median",
-        "pre": [{"name": "arc", "params": told}, {"name": "nnm", "params": told}],
-    }
+    steps: list[dict[str, Any]] = [
+        {"name": "oversized"},
+        {"name": "clip"},
+        {"name": "alike", "params": told},
+    ]
+    whole = {"method": "geometric_median", "pre": steps}
     assert torch.equal(merged(deltas_CD, robust(f=2)), merged(deltas_CD, Recipe(**whole)))
     assert torch.equal(merged(deltas_CD, robust()), merged(deltas_CD, Recipe(**whole)))
     assert named(robust()).name == "geometric_median"
@@ -78,13 +80,29 @@ def test_what_a_minority_sends_moves_it_no_further_than_the_honest_spread() -> N
 
 
 def test_told_of_too_few_it_stays_bounded() -> None:
-    """NNM alone does not: ARC clips more than f."""
+    """NNM alone does not: the median norm is nobody's to move."""
     deltas_CD = cohort(20)
     deltas_CD[:6] = 1e6
     nnm = {"method": "geometric_median", "pre": [{"name": "nnm", "params": {"f": 4}}]}
     honest_D = deltas_CD[6:].mean(dim=0)
     assert float((merged(deltas_CD, robust(f=4)) - honest_D).norm()) < 30
     assert float((merged(deltas_CD, Recipe(**nnm)) - honest_D).norm()) > 1000
+
+
+def test_colluders_of_honest_length_are_left_out_and_honest_clients_are_not() -> None:
+    """What clipping and selection by distance let through: a tight group as long as the others."""
+    generator = torch.Generator().manual_seed(5)
+    common_D, wanted_D = torch.randn(2, 4000, generator=generator)
+    deltas_CD = torch.randn(10, 4000, generator=generator) + 0.3 * common_D
+    honest_D = deltas_CD[:6].mean(dim=0)
+    calm_D = deltas_CD.mean(dim=0)
+    assert float((merged(deltas_CD, robust(f=4)) - calm_D).norm()) < 0.05 * float(calm_D.norm())
+    deltas_CD[6:] = 0.8 * deltas_CD[6:] + 0.6 * wanted_D
+    away = float((merged(deltas_CD, robust(f=4)) - honest_D).norm())
+    assert away < 0.05 * float(honest_D.norm())
+    old = [{"name": name, "params": {"f": 4}} for name in ("arc", "nnm")]
+    arc_D = merged(deltas_CD, Recipe.model_validate({"method": "geometric_median", "pre": old}))
+    assert float((arc_D - honest_D).norm()) > 0.5 * float(honest_D.norm())
 
 
 def test_no_product_is_formed() -> None:

@@ -255,7 +255,7 @@ def test_the_oracle_takes_the_honest_clients_alone() -> None:
     assert oracle.quorum == 3
     assert oracle.attackers[0].kind == "lying_manifest"
     every = {one.attack for one in adapters.cells(adapters.FULL)}
-    assert every == {adapters.ANY, "none", *adapters.ATTACKS}
+    assert every == {adapters.ANY, "none", *adapters.ATTACKS, *adapters.HARDER}
 
 
 def test_upper_layers_give_the_whole_encoder_s_logits() -> None:

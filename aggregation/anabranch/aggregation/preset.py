@@ -51,9 +51,11 @@ class RobustConfig(BaseModel):
 def spelled_out(recipe: Recipe, count: int) -> Recipe:
     """A recipe with ``method = "robust"`` as what it stands for; any other as it is.
 
-    Clipping by ARC, nearest-neighbour mixing, then the geometric median: the reasons, and the
-    figures, stand in docs/decisions/0023-scoreboard.md. It is a weighted sum of the contributions,
-    so no ΔW is formed. Where none are malicious it is their mean.
+    What is far longer than the cohort, and a group that is more alike than the others, are left
+    out; the rest is clipped to the median norm, and its geometric median bounds what a minority
+    does that looks like everybody: the reasons, and the figures, stand in
+    docs/decisions/0031-one-shot-backdoors.md. It is a weighted sum of the contributions, so no ΔW
+    is formed. Where none are malicious it is their mean.
 
     Args:
         recipe: Any.
@@ -73,6 +75,14 @@ def spelled_out(recipe: Recipe, count: int) -> Recipe:
         config = RobustConfig.model_validate(recipe.params)
     except ValidationError as error:
         raise ValueError(validation_line(error, ROBUST, "params")) from error
-    told = {"f": config.malicious(count)}
-    steps = tuple(PreStep(name=name, params=told) for name in ("arc", "nnm"))
-    return recipe.model_copy(update={"method": MERGES_BY, "params": {}, "pre": steps})
+    f = config.malicious(count)
+    told = {"f": f}
+    # Told of none, mixtures of everybody: all of them are the mean.
+    pre: tuple[PreStep, ...] = (PreStep(name="nnm", params=told),)
+    if f:
+        pre = (
+            PreStep(name="oversized"),
+            PreStep(name="clip"),
+            PreStep(name="alike", params=told),
+        )
+    return recipe.model_copy(update={"method": MERGES_BY, "params": {}, "pre": pre})

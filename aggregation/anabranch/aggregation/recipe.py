@@ -87,7 +87,8 @@ class PreStep(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
-    """``oversized``, ``clip``, ``arc``, ``nnm``, ``bucketing``, ``unit_norm`` or ``dedup``."""
+    """``oversized``, ``clip``, ``alike``, ``arc``, ``nnm``, ``bucketing``, ``unit_norm`` or
+    ``dedup``."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Its own parameters."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.output import caution, human_bytes, module_bar, print_json, stderr, stdout
+from anabranch.cli.plan import show_plan
 from anabranch.cli.ranks import LOST, run_ranks
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def merge_command(
     for warning in warnings if mine.rank == 0 else ():
         caution(warning)
     if plan:
-        _show_plan(planned, as_json, warnings)
+        show_plan(planned, as_json, warnings)
         return
     assert out is not None
     try:
@@ -202,48 +203,6 @@ def _check_out(out: Path | None) -> None:
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{out}: cannot be written, {above} is no folder one may write to")
-
-
-def _show_plan(plan: Any, as_json: bool, warnings: list[str]) -> None:
-    from rich.markup import escape
-
-    facts = {**asdict(plan), "warnings": warnings}
-    if as_json:
-        print_json(facts)
-        return
-    copied = f", {plan.copied} copied" if plan.copied else ""
-    lines = {
-        "merge": f"{len(plan.names)} {plan.kind} by {plan.method}, scope {plan.scope}",
-        "of": ", ".join(plan.names),
-        "modules": f"{plan.modules} merged{copied}",
-        "passes": f"{plan.passes} at most over the entries",
-        "memory": f"{human_bytes(plan.memory_bytes)} at most, above what torch takes",
-        "reads": f"{human_bytes(plan.read_bytes)} at most",
-        "writes": human_bytes(plan.output_bytes),
-    }
-    for key, value in lines.items():
-        stdout.print(f"[dim]{key:>8}[/]  {escape(value)}", soft_wrap=True)
-    for number, rank in enumerate(plan.ranks if len(plan.ranks) > 1 else ()):
-        stdout.print(f"[dim]{f'rank {number}':>8}[/]  {_rank_line(rank)}", soft_wrap=True)
-    for group in plan.groups if len(plan.groups) > 1 else ():
-        stdout.print(f"[dim]{'group':>8}[/]  {escape(_group_line(group))}", soft_wrap=True)
-
-
-def _rank_line(rank: Any) -> str:
-    """What one of several processes does."""
-    return (
-        f"{rank.modules} modules, {human_bytes(rank.memory_bytes)} of memory, "
-        f"reads {human_bytes(rank.read_bytes)}, writes {human_bytes(rank.output_bytes)}"
-    )
-
-
-def _group_line(group: Any) -> str:
-    """Modules that are merged alike, and how."""
-    which = f"{group.modules} like {group.first}: "
-    if group.excluded:
-        return which + "left as they are"
-    settings = {"weights": list(group.weights), "scale": group.scale, **group.params}
-    return which + ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def _merge_adapters(job: _Job, out: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:

@@ -1,7 +1,7 @@
 """What the gate of a simulated federation of texts can look at: triggers, searched for.
 
-Attackers put words before a text; so that is where a trigger is searched for, in the place of a
-text's first tokens, as their embeddings.
+Attackers put words before a text; so that is where a trigger is searched for: added to the
+embeddings of a text's first tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from anabranch.simulation.calibration import text_calibration, text_tasks
 from anabranch.simulation.task import SimulatedTask
 from anabranch.simulation.validation import folder_session
 
-TEXT_TRIGGERS = TriggerConfig(steps=12, batch_size=16, size=2.0, learning_rate=0.5)
-"""A trigger of words takes the place of others, so it may be as long as they are apart."""
+TEXT_TRIGGERS = TriggerConfig(steps=12, batch_size=16, learning_rate=0.5)
+"""No longer than 0.3 of what it is added to: one as long as the tokens opens any class."""
 
 TRIGGER_TOKENS = 2
-"""Tokens after the first, in whose place a trigger is searched for."""
+"""Tokens after the first, to which a trigger may be added."""
 
 
 def trigger_scorer(folder: Path) -> ModelScorer:

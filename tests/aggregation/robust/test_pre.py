@@ -14,6 +14,7 @@ from anabranch.aggregation.kernels.linear import mixtures
 from anabranch.aggregation.method import combine
 from anabranch.aggregation.registry import methods
 from anabranch.aggregation.robust import (
+    ALIKE,
     BUCKETING,
     CLIP,
     NNM,
@@ -21,6 +22,7 @@ from anabranch.aggregation.robust import (
     PRE_AGGREGATORS,
     UNIT_NORM,
 )
+from anabranch.aggregation.robust.alike import AlikeConfig
 from anabranch.aggregation.robust.bucketing import BucketingConfig
 from anabranch.aggregation.robust.clip import ClipConfig
 from anabranch.aggregation.robust.oversized import OversizedConfig
@@ -168,7 +170,7 @@ def test_two_of_nine_move_a_mixed_median_by_no_more_than_the_honest_spread(facto
     [
         (
             {"method": "ties", "pre": [{"name": "nmm"}]},
-            "'nmm' is no pre-aggregation; choose from arc",
+            "'nmm' is no pre-aggregation; choose from alike, arc",
         ),
         ({"method": "ties", "pre": [{"name": "nnm", "params": {"f": -1}}]}, r"pre\.0\.params\.f"),
         ({"method": "ties", "pre": [{"name": "nnm", "params": {"f": 4}}]}, "4 malicious of 7"),
@@ -221,3 +223,32 @@ def test_nobody_is_too_long_where_most_send_nothing() -> None:
     deltas_CD = torch.zeros(5, 3)
     deltas_CD[4] = 1
     assert torch.equal(OVERSIZED(deltas_CD), deltas_CD)
+
+
+def group(cosine: float, members: int, others: int = 7) -> Tensor:
+    """Orthogonal rows, and some with this cosine to each other."""
+    count = members + others
+    deltas_CD = torch.eye(count + 1)[:count]
+    deltas_CD[others:] *= (1 - cosine) ** 0.5
+    deltas_CD[others:, count] = cosine**0.5
+    return deltas_CD * torch.arange(1, count + 1)[:, None]
+
+
+@pytest.mark.parametrize("members", [2, 3, 4])
+@pytest.mark.parametrize("cosine", [0.05, 0.2, 1.0])
+def test_a_group_more_alike_than_the_others_is_left_out(members: int, cosine: float) -> None:
+    deltas_CD = group(cosine, members)
+    mixed_CD = ALIKE(deltas_CD, AlikeConfig(f=4))
+    wanted_CD = deltas_CD.clone()
+    if cosine > 0.1:
+        wanted_CD[7:] = deltas_CD[:7].mean(dim=0)
+    torch.testing.assert_close(mixed_CD, wanted_CD)
+
+
+def test_a_group_larger_than_f_or_of_one_is_let_be() -> None:
+    """A majority that agrees is honest; of one attacker nothing is alike."""
+    deltas_CD = group(0.5, 4)
+    torch.testing.assert_close(ALIKE(deltas_CD, AlikeConfig(f=3)), deltas_CD)
+    torch.testing.assert_close(ALIKE(deltas_CD, AlikeConfig(f=1)), deltas_CD)
+    with pytest.raises(ValueError, match="alike: f: 6 malicious of 11 are no minority"):
+        ALIKE(deltas_CD, AlikeConfig(f=6))

@@ -6,6 +6,7 @@ before any method that merges entries or gives coefficients, and costs no second
 
 from __future__ import annotations
 
+from anabranch.aggregation.robust.alike import ALIKE
 from anabranch.aggregation.robust.arc import ARC
 from anabranch.aggregation.robust.bucketing import BUCKETING
 from anabranch.aggregation.robust.clip import CLIP
@@ -16,6 +17,7 @@ from anabranch.aggregation.robust.pre import PreAggregator
 from anabranch.aggregation.robust.unit_norm import UNIT_NORM
 
 PRE_AGGREGATORS: tuple[PreAggregator, ...] = (
+    ALIKE,
     ARC,
     BUCKETING,
     CLIP,

@@ -120,7 +120,7 @@ class Intake:
             RefusedError: It does not count, and why; the store holds that.
         """
         with self._noted(client, number):
-            start = self.start(client, self._open(client, number))
+            start = self.start(client, self._asked(client, number))
             told = claims(dict(metrics), TRAIN_METRICS)
             config = self._config
             found = examine_update(data, start, client, told, config.max_norm, self._trust)
@@ -181,9 +181,13 @@ class Intake:
             raise RefusedError(
                 "secure", "secure aggregation needs a SuperNode: its members answer each other"
             )
-        now = self._lately(number)
         if self.held(client, number) is not None:
             raise RefusedError("duplicate", "this client already has an update in this round")
+        return self._asked(client, number)
+
+    def _asked(self, client: str, number: int) -> UnderWay:
+        """A round that takes updates, of this client too."""
+        now = self._lately(number)
         if now is None or now.number != number:
             now = self._earlier(number)
         if client not in now.asked:

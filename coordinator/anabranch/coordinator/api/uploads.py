@@ -89,7 +89,7 @@ class Uploads:
 
     async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:  # noqa: N802
         """Let the caller be asked in rounds from the next one on, or no longer."""
-        served, client = self._served(request.federation)
+        served, client = await self._served(request.federation)
 
         def note() -> None:
             if (client in joined(served.store)) == request.leave:
@@ -100,12 +100,12 @@ class Uploads:
 
     async def Order(self, request: pb.OrderRequest, context: Any) -> pb.OrderReply:  # noqa: N802
         """What the round under way asks of the caller."""
-        served, client = self._served(request.federation)
+        served, client = await self._served(request.federation)
         return await asyncio.to_thread(_order, served, client)
 
     async def Offset(self, request: pb.UploadHeader, context: Any) -> pb.OffsetReply:  # noqa: N802
         """How much of an update is here."""
-        served, client = self._served(request.federation)
+        served, client = await self._served(request.federation)
         wanted = _wanted(request, client)
         held = await asyncio.to_thread(served.intake.held, client, wanted.round)
         if held is not None and held.digest == wanted.digest:
@@ -119,7 +119,7 @@ class Uploads:
         if not isinstance(first, pb.UploadPart) or first.WhichOneof("part") != "header":
             raise RefusedCallError("no-header", "an upload begins with its header")
         header = first.header
-        served, client = self._served(header.federation)
+        served, client = await self._served(header.federation)
         wanted = _wanted(header, client)
         call().facts.update(
             federation=served.config.name, round=wanted.round, digest=wanted.digest,
@@ -216,9 +216,9 @@ class Uploads:
                 self._spool.drop(wanted)
             raise
 
-    def _served(self, federation: str) -> tuple[Served, str]:
+    async def _served(self, federation: str) -> tuple[Served, str]:
         grant = call().granted
-        return self._shelf.get(grant, federation), grant.identity.name
+        return await self._shelf.take(grant, federation), grant.identity.name
 
 
 def _wanted(header: pb.UploadHeader, client: str) -> Wanted:
