@@ -23,7 +23,10 @@ class Told:
 
     def outcome(self, fault: str, outcome: str, runs: int = 1) -> None:
         """The run is over, and all that must be true of it is."""
-        seconds = time.monotonic() - self._began_s
+        self.seen(fault, outcome, time.monotonic() - self._began_s, runs)
+
+    def seen(self, fault: str, outcome: str, seconds: float, runs: int = 1) -> None:
+        """The same of a fault that was timed elsewhere."""
         before = _SEEN.get(fault)
         _SEEN[fault] = Fault(
             fault=fault,

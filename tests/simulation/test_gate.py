@@ -78,6 +78,27 @@ def test_an_attacked_merge_is_kept_back_and_the_page_says_why(tmp_path: Path) ->
     assert len(again["rounds"]) == 1
 
 
+def test_who_stood_out_in_a_merge_that_was_kept_back_is_told(tmp_path: Path) -> None:
+    """The gate keeps the attacked round back; suspicion had found the attacker all the same."""
+    band = {"kind": "gaussian", "count": 1, "from_round": 2}
+    summary = simulate(
+        scenario(
+            rounds=2,
+            attackers=[band],
+            gate={},
+            recipe={"method": "mean", "suspicion": {"action": "note"}},
+        ),
+        tmp_path,
+    )
+    last = summary["rounds"][-1]
+    assert last["status"] == "abandoned"
+    assert last["suspicion"]["scores"]["client-0005"] > 6
+    assert {(row["round"], row["client"]) for row in summary["suspicions"]} == {(2, "client-0005")}
+    (told,) = [row for row in summary["defence"]["clients"] if row["attacks"]]
+    assert told["done"] == {"note": 1}
+    assert told["signals"]["energy"]["round"] == 2
+
+
 class Failing:
     """A scorer whose data is gone."""
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from anabranch.cli.coordinator import Form, LogFormat
 from anabranch.cli.output import print_json, stdout
 
 Config = Annotated[Path, typer.Argument(help="The API's configuration, api.toml.")]
@@ -15,6 +16,7 @@ Config = Annotated[Path, typer.Argument(help="The API's configuration, api.toml.
 def api_command(
     config: Config,
     json: Annotated[bool, typer.Option("--json", help="Print the ports as JSON.")] = False,
+    log_format: LogFormat = Form.TEXT,
 ) -> None:
     """Serve the coordinator's gRPC API until SIGTERM or an interruption.
 
@@ -24,8 +26,11 @@ def api_command(
     import asyncio
     import signal
 
+    from anabranch.coordinator import logs
     from anabranch.coordinator.api.config import load_api
     from anabranch.coordinator.api.server import ApiServer
+
+    logs.configure(log_format.value)
 
     async def serve() -> None:
         server, stopped = ApiServer(load_api(config)), asyncio.Event()

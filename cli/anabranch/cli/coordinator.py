@@ -23,12 +23,15 @@ class Form(StrEnum):
     JSON = "json"
 
 
+LogFormat = Annotated[
+    Form, typer.Option("--log-format", help="Log on stderr for people, or as JSON lines.")
+]
+
+
 @coordinator_app.command("up")
 def up_command(
     config: Annotated[Path, typer.Argument(help="coordinator.toml, or the folder that holds it.")],
-    log_format: Annotated[
-        Form, typer.Option("--log-format", help="Log on stderr for people, or as JSON lines.")
-    ] = Form.TEXT,
+    log_format: LogFormat = Form.TEXT,
     json: Annotated[
         bool, typer.Option("--json", help="Changes of state as JSON lines on stdout.")
     ] = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anabranch.cli.coordinator import Form, LogFormat
 from anabranch.cli.output import print_json, stdout
 from anabranch.cli.remote import Api, MayCert, remote_ask, remote_standing
 
@@ -112,10 +113,16 @@ def watch_command(
     folder: Folder,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 9464,
+    log_format: LogFormat = Form.TEXT,
 ) -> None:
     """Serve /metrics for Prometheus, /healthz, /readyz and /status until interrupted; read only."""
+    from anabranch.coordinator import logs
+    from anabranch.coordinator.federation import load_federation
     from anabranch.coordinator.web.watch import server
 
+    config = load_federation(folder)
+    about = {"federation": config.name, "run": config.run}
+    logs.configure(log_format.value, about=about, also=("uvicorn",))
     serving = server(folder, host, port)
     stdout.print(f"http://{host}:{port}/metrics  /healthz  /readyz  /status", markup=False)
     serving.run()

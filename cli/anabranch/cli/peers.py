@@ -52,7 +52,7 @@ def list_command(cert: Cert, api: Api = None, as_json: Json = False) -> None:
     from anabranch.wire.v1 import coordinator_pb2 as pb
 
     with connected(cert, api) as caller:
-        found = caller.call("Peers.ListPeers", pb.ListPeersRequest()).peers
+        found = list(caller.stream("Peers.ListPeers", pb.ListPeersRequest()))
     if as_json:
         names = ("organisation", "name", "serial", "not_after_s", "revoked")
         print_json(

@@ -72,14 +72,13 @@ def rounds_command(federation: Name, cert: Cert, api: Api = None, as_json: Json 
     from anabranch.wire.v1 import coordinator_pb2 as pb
 
     with connected(cert, api) as caller:
-        found = caller.call("Federations.ListRounds", pb.ListRoundsRequest(federation=federation))
+        request = pb.ListRoundsRequest(federation=federation)
+        found = list(caller.stream("Federations.ListRounds", request))
     if as_json:
         names = ("round", "status", "admitted", "refused", "bytes_up", "bytes_down", "seconds")
-        print_json(
-            [{name: getattr(one, name) for name in (*names, "reason")} for one in found.rounds]
-        )
+        print_json([{name: getattr(one, name) for name in (*names, "reason")} for one in found])
         return
-    for one in found.rounds:
+    for one in found:
         line = f"{one.round:>4}  {one.status:<11}  {one.admitted} admitted, {one.refused} refused"
         stdout.print(f"{line}  {one.reason}".rstrip(), markup=False, soft_wrap=True)
 
@@ -108,7 +107,7 @@ def published_command(federation: Name, cert: Cert, api: Api = None, as_json: Js
 
     with connected(cert, api) as caller:
         request = pb.ListAdaptersRequest(federation=federation)
-        found = caller.call("Adapters.ListAdapters", request).adapters
+        found = list(caller.stream("Adapters.ListAdapters", request))
     rows = [
         {
             "round": one.round, "kind": one.kind, "adapter_hash": one.adapter_hash,

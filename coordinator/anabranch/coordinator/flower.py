@@ -160,16 +160,24 @@ def wait_for_port(
     raise FlowerError(f"{child.args!r} does not answer on port {port}; see {log}")
 
 
-def flwr(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
+def flwr(
+    arguments: list[str],
+    env: dict[str, str],
+    alive: Callable[[], bool] = lambda: True,
+    timeout_s: float = 600.0,
+) -> dict[str, Any]:
     """Call the ``flwr`` command and read its JSON answer.
 
+    Args:
+        arguments: Its own.
+        env: Its environment.
+        alive: Whether there is somebody to answer: without, it would try again for ever.
+        timeout_s: Seconds that it may take.
+
     Raises:
-        FlowerError: It failed or printed no JSON.
+        FlowerError: It failed, took too long, or printed no JSON.
     """
-    done = subprocess.run(
-        [command("flwr"), *arguments, "--format", "json"],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = _finished([command("flwr"), *arguments, "--format", "json"], env, alive, timeout_s)
     begin = done.stdout.find("{")
     if done.returncode or begin < 0:
         raise FlowerError(
@@ -179,6 +187,26 @@ def flwr(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
     if not answer.get("success", True):  # with exit code 0
         raise FlowerError(f"flwr {arguments[0]} failed: {str(answer.get('error-message')).strip()}")
     return answer
+
+
+def _finished(
+    arguments: list[str], env: dict[str, str], alive: Callable[[], bool], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    end = time.monotonic() + timeout_s
+    with subprocess.Popen(
+        arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        while True:
+            try:
+                out, err = child.communicate(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                late = time.monotonic() >= end
+                if late or not alive():
+                    child.kill()
+                    why = f"took more than {timeout_s:g} s" if late else "has no SuperLink any more"
+                    raise FlowerError(f"flwr {arguments[1]} {why}") from None
+                continue
+            return subprocess.CompletedProcess(arguments, child.returncode, out, err)
 
 
 def wait_for_run(

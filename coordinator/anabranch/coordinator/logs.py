@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -64,6 +65,7 @@ def configure(
     about: dict[str, Any] | None = None,
     stream: TextIO | None = None,
     level: int = logging.INFO,
+    also: Sequence[str] = (),
 ) -> None:
     """Let our loggers write to a stream; called again, it replaces what it set up before.
 
@@ -72,6 +74,7 @@ def configure(
         about: Fields of every line.
         stream: Where to; None is the standard error stream.
         level: Least level.
+        also: Loggers of others that write alike, such as ``uvicorn``.
 
     Raises:
         ValueError: The environment names no format.
@@ -84,14 +87,14 @@ def configure(
         handler.setFormatter(JsonLines(about))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger(ROOT)
-    for old in list(logger.handlers):
-        if getattr(old, "set_up_here", False):
-            logger.removeHandler(old)
     handler.set_up_here = True  # type: ignore[attr-defined]
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
+    for logger in map(logging.getLogger, (ROOT, *also)):
+        for old in list(logger.handlers):
+            if getattr(old, "set_up_here", False):
+                logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 def tell_changes(stream: TextIO, about: dict[str, Any] | None = None) -> None:

@@ -40,19 +40,15 @@ def defence(
     suspicion = scenario.recipe.suspicion
     if suspicion is None and scenario.gate is None and not plot.bands:
         return None
-    published = store.publications()
+    published, looked = store.publications(), looks(store)
     refused = Counter(client for client, _ in {(row.client, row.round) for row in store.refusals()})
     clients = []
     for partition, name in enumerate(names):
         client, band = client_name(partition), plot.band_of(partition)
         done: Counter[str] = Counter()
         masked: Counter[str] = Counter()
-        for row in published:
-            found = [
-                one
-                for one in (row.report.get("suspicion") or {}).get("findings", ())
-                if one["client"] == client
-            ]
+        for _, report in looked:
+            found = [one for one in report["findings"] if one["client"] == client]
             done.update({one["action"] for one in found})
             masked.update(
                 {
@@ -63,7 +59,7 @@ def defence(
             )
         if refused[client]:
             done["refused"] = refused[client]
-        signals = _signals(published, client)
+        signals = _signals(looked, client)
         clients.append(
             {
                 "client": name,
@@ -94,14 +90,20 @@ def defence(
     }
 
 
-def _signals(published: Sequence[Publication], client: str) -> dict[str, dict[str, Any]]:
+def looks(store: Store) -> list[tuple[int, dict[str, Any]]]:
+    """What suspicion said in each round, whether its merge was published or kept back."""
+    said = {row.round: row.report.get("suspicion") for row in store.publications()}
+    said |= {row["round"]: row["suspicion"] for row in store.notes("round") if "suspicion" in row}
+    return [(number, report) for number, report in sorted(said.items()) if report is not None]
+
+
+def _signals(looked: Sequence[tuple[int, Any]], client: str) -> dict[str, dict[str, Any]]:
     """By signal, where and when the client stood out most."""
     found: dict[str, dict[str, Any]] = {}
-    for row in published:
-        strongest = (row.report.get("suspicion") or {}).get("strongest", {})
-        for signal, one in strongest.get(client, {}).items():
+    for number, report in looked:
+        for signal, one in report.get("strongest", {}).get(client, {}).items():
             if signal not in found or one["score"] > found[signal]["score"]:
-                found[signal] = {**one, "round": row.round}
+                found[signal] = {**one, "round": number}
     return dict(sorted(found.items()))
 
 

@@ -16,7 +16,7 @@ from anabranch.coordinator.privacy.ledger import read_ledger
 from anabranch.coordinator.store import Store
 from anabranch.simulation.attacks.outcome import outcome
 from anabranch.simulation.baselines import Scores
-from anabranch.simulation.defence import defence
+from anabranch.simulation.defence import defence, looks
 from anabranch.simulation.scenario import Scenario
 from anabranch.simulation.task import display_names
 from anabranch.vectors import Adapter
@@ -162,14 +162,10 @@ def _rounds(store: Store) -> list[dict[str, Any]]:
 
 def _suspicions(store: Store) -> list[dict[str, Any]] | None:
     """Who stood out in which round, by what, and what was done; None where nobody looked."""
-    looked = [row for row in store.publications() if row.report.get("suspicion") is not None]
+    looked = looks(store)
     if not looked:
         return None
-    return [
-        {"round": row.round, **finding}
-        for row in looked
-        for finding in row.report["suspicion"]["findings"]
-    ]
+    return [{"round": number, **one} for number, report in looked for one in report["findings"]]
 
 
 def _privacy(scenario: Scenario, store: Store) -> dict[str, Any] | None:

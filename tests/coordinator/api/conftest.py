@@ -64,6 +64,7 @@ class World:
     server: ApiServer
     callers: list[Caller] = field(default_factory=list)
     signed: bool = False
+    restart: Callable[[], None] = lambda: None
 
     @property
     def address(self) -> str:
@@ -118,8 +119,9 @@ class World:
 
     def code(self, name: str, request: Any, caller: Caller) -> str:
         """The code with which a call is refused."""
+        streams = name.split(".")[1] in ("ListPeers", "ListRounds", "ListAdapters")
         with pytest.raises(CallError) as error:
-            caller.call(name, request)
+            list(caller.stream(name, request)) if streams else caller.call(name, request)
         return error.value.code
 
     def audit(self) -> list[dict[str, Any]]:
@@ -158,8 +160,16 @@ def start_world(tmp_path: Path, flower_identity: None) -> Iterator[Callable[...,
             }
         )  # fmt: skip
         running.append(serving(config))
-        worlds.append(World(tmp_path, running[-1].__enter__(), signed=bool(changes.get("signed"))))
-        return worlds[-1]
+        world = World(tmp_path, running[-1].__enter__(), signed=bool(changes.get("signed")))
+
+        def restart() -> None:
+            running.pop().__exit__(None, None, None)
+            running.append(serving(config))
+            world.server = running[-1].__enter__()
+
+        world.restart = restart
+        worlds.append(world)
+        return world
 
     yield begin
     for world in worlds:

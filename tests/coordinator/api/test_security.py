@@ -154,10 +154,8 @@ def test_roles_and_other_organisations_federations(start_world: Start) -> None:
         )
         assert world.code("Peers.Invite", invited, admin) == "federation"
     assert world.code("Peers.Revoke", pb.RevokeRequest(name="b"), admin) == "peer"
-    assert list(admin.call("Peers.ListPeers", pb.ListPeersRequest()).peers)
-    assert "b" not in [
-        one.name for one in admin.call("Peers.ListPeers", pb.ListPeersRequest()).peers
-    ]
+    assert list(admin.stream("Peers.ListPeers", pb.ListPeersRequest()))
+    assert "b" not in [one.name for one in admin.stream("Peers.ListPeers", pb.ListPeersRequest())]
     with pytest.raises(CallError, match="of all federations"):
         list(admin.stream("Peers.Audit", pb.AuditRequest()))
 
@@ -198,8 +196,9 @@ def test_replay_oversize_and_paths(start_world: Start) -> None:
     big = iter([pb.UploadPart(header=small), pb.UploadPart(data=bytes(2 << 20))])
     with pytest.raises(CallError) as error:
         a.call("Uploads.Upload", big, wait=True)
-    soon(lambda: not list((world.folder / "api" / "uploads").iterdir()))
-    assert len(world.refused("too-large")) == 2
+    # Of a part over the transport's limit no byte arrives; its upload may be gone on with.
+    soon(lambda: len(world.refused("too-large")) == 2)
+    assert sum(path.stat().st_size for path in (world.folder / "api" / "uploads").iterdir()) == 0
     # Paths where names belong.
     before = sorted(path for path in world.folder.rglob("*"))
     for name in ("../f", "..", "f/../../etc", "/etc/passwd", "f\0", ".", "f/", "a" * 300):
@@ -301,7 +300,7 @@ def test_rotation_and_the_log(start_world: Start) -> None:
     assert (held.folder / "peer.pem").read_bytes() != first
     assert (about["name"], about["role"]) == ("a", "client")
     world.caller(held).call("Federations.Status", STATUS)
-    assert len([p for p in admin.call("Peers.ListPeers", pb.ListPeersRequest()).peers
+    assert len([p for p in admin.stream("Peers.ListPeers", pb.ListPeersRequest())
                 if p.name == "a"]) == 2  # fmt: skip
     lines = [entry.line for entry in admin.stream("Peers.Audit", pb.AuditRequest())]
     count, last = check_audit(iter(lines))

@@ -95,16 +95,16 @@ def test_a_run_is_read_downloaded_and_withdrawn_from(
     folder = run_federation(world.folder / "federations" / "run", name="run", rounds=2)
     assert folder.name == "run"
     admin = world.peer("root", "admin", "*")
-    rows = admin.call("Federations.ListRounds", pb.ListRoundsRequest(federation="run")).rounds
+    rows = list(admin.stream("Federations.ListRounds", pb.ListRoundsRequest(federation="run")))
     assert [(one.round, one.status, one.admitted) for one in rows] == [
         (1, "published", 3), (2, "published", 3),
     ]  # fmt: skip
-    adapters = admin.call("Adapters.ListAdapters", pb.ListAdaptersRequest(federation="run"))
-    assert [one.round for one in adapters.adapters if one.in_service] == [2]
+    adapters = list(admin.stream("Adapters.ListAdapters", pb.ListAdaptersRequest(federation="run")))
+    assert [one.round for one in adapters if one.in_service] == [2]
     # A download goes on where it was cut off.
     whole = world.folder / "whole"
     size, digest = download(admin, "run", "latest", whole)
-    assert digest == adapters.adapters[1].digest == hashlib.sha256(whole.read_bytes()).hexdigest()
+    assert digest == adapters[1].digest == hashlib.sha256(whole.read_bytes()).hexdigest()
     again = world.folder / "again"
     (world.folder / "again.partial").write_bytes(whole.read_bytes()[: size - 7])
     request = pb.DownloadRequest(federation="run", which="2", offset=size - 7)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 
 from anabranch.client.api.caller import CallError
 from anabranch.client.api.transfer import upload
+from anabranch.coordinator.api.audit import check_audit
 from anabranch.wire.keys import seeded_key
 from anabranch.wire.sealing import seal
 from anabranch.wire.v1 import coordinator_pb2 as pb
 
 Start = Callable[..., Any]
+
+
+def soon(holds: Callable[[], Any]) -> None:
+    """Wait for what becomes true within some seconds."""
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def header(data: bytes, number: int = 1, **changes: Any) -> pb.UploadHeader:
@@ -74,6 +86,36 @@ def test_an_upload_goes_on_where_it_was_cut_off(start_world: Start) -> None:
     assert error.value.code == "wrong-offset"
     upload(a, "f", 1, data)
     assert [row.client for row in world.store().contributions(1)] == ["a"]
+
+
+def test_an_upload_outlives_its_connection_and_the_api(start_world: Start) -> None:
+    world = start_world(limits={"stall_s": 60})
+    credentials = world.enrol("a", "client", "f")
+    a = world.caller(credentials)
+    world.plan(1, "a")
+    data = world.made(world.order(a), "a")
+    ended = threading.Event()
+
+    def hanging() -> Iterator[bytes]:
+        for part in parts(header(data), data[:500]):
+            yield part.SerializeToString()
+        ended.wait()
+
+    with grpc.secure_channel(world.address, credentials.channel()) as channel:
+        upload_call = channel.stream_unary("/anabranch.wire.v1.Uploads/Upload")
+        future = upload_call.future(hanging(), timeout=60)
+        soon(lambda: a.call("Uploads.Offset", header(data)).offset == 500)
+        future.cancel()
+        ended.set()
+    # Cancelled while it waits, or told that no more comes: either is written down.
+    ends = ("cut", "cut-off")
+    soon(lambda: [row for row in world.audit() if row["outcome"] in ends or row["code"] in ends])
+    world.restart()
+    a = world.caller(credentials, world.address)
+    assert a.call("Uploads.Offset", header(data)).offset == 500
+    upload(a, "f", 1, data)
+    assert [row.client for row in world.store().contributions(1)] == ["a"]
+    check_audit(line for _, line in world.server.audit.entries())
 
 
 def test_admission_refuses_alike(start_world: Start) -> None:

@@ -337,6 +337,37 @@ def test_an_operator_ends_a_run(tmp_path: Path, want: Want, status: str, reason:
     assert [row["round"] for row in store.notes("round")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("silent", "asked_again", "merged"), [(11, [(1, 12), (1, 13)], "0123"), (12, [], "012")]
+)
+def test_a_stop_keeps_a_round_below_its_quorum_and_closes_another(
+    tmp_path: Path, silent: int, asked_again: list[tuple[int, int]], merged: str
+) -> None:
+    """Nodes above ``silent`` are at work when the coordinator is told to stop."""
+    cfg, store = config(rounds=1, quorum=3, deadline_s=60), FolderStore(tmp_path)
+
+    def holds(number: int, node: int) -> bool:
+        if node > silent and not store.notes("control"):
+            ask(store, Want.STOP)
+        return node > silent
+
+    strategy = MergeStrategy(cfg, template(), store)
+    strategy._here.control._clock = iter(range(10**6)).__next__  # a second goes by with each look
+    strategy.start(SlowGrid(holds))
+    suspended = bool(asked_again)
+    assert bool(store.notes("suspended")) == suspended
+    assert bool(store.notes("round")) != suspended
+    assert [row.code for row in store.refusals()] == ([] if suspended else ["closed"])
+    assert clients(store, 1) == ("01" if suspended else "012")
+    # The next run asks those whose update is missing; a node's name was met before.
+    _, store, grid = run(tmp_path, cfg)
+    assert grid.asked == asked_again
+    assert clients(store, 1) == merged
+    (row,) = store.notes("round")
+    assert (row["status"], row["admitted"]) == ("published", len(merged))
+    assert len(store.notes("met")) == 4
+
+
 def test_a_pause_outlasts_a_restart_and_ends(tmp_path: Path, monkeypatch: Any) -> None:
     store = FolderStore(tmp_path)
     ask(store, Want.PAUSE)

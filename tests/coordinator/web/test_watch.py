@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import json
+import logging
 import socket
 import threading
 import time
@@ -9,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from anabranch.coordinator import logs
 from anabranch.coordinator.federation import FederationConfig, write_federation
 from anabranch.coordinator.rounds.control import Want, ask
 from anabranch.coordinator.store import Contribution, Publication, Refusal, Store, open_store
@@ -91,3 +95,21 @@ def test_a_store_that_is_gone_is_not_ready(
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"federation\.toml"):
         watching(tmp_path / "none")
+
+
+@pytest.mark.usefixtures("address")
+def test_its_server_logs_as_the_rest_does() -> None:
+    stream = io.StringIO()
+    try:
+        logs.configure("json", about={"federation": "demo"}, stream=stream, also=("uvicorn",))
+        for name in ("uvicorn.error", "anabranch.coordinator"):
+            logging.getLogger(name).warning("full", extra={"round": 3})
+    finally:
+        for name in ("uvicorn", logs.ROOT):
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = True
+    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(row["logger"], row["federation"], row["round"]) for row in rows] == [
+        ("uvicorn.error", "demo", 3), ("anabranch.coordinator", "demo", 3),
+    ]  # fmt: skip

@@ -34,20 +34,15 @@ class Adapters:
 
     async def ListAdapters(  # noqa: N802
         self, request: pb.ListAdaptersRequest, context: Any
-    ) -> pb.ListAdaptersReply:
+    ) -> AsyncIterator[pb.AdapterRow]:
         """Every published adapter, oldest first."""
         served = await self._served(request.federation)
-        rows = await asyncio.to_thread(published, served.store)
-        return pb.ListAdaptersReply(
-            adapters=[
-                pb.AdapterRow(
-                    round=row.publication.round, kind=row.kind or "",
-                    adapter_hash=row.publication.adapter_hash, digest=row.publication.digest,
-                    tags=row.tags, in_service=row.in_service,
-                )
-                for row in rows
-            ]
-        )  # fmt: skip
+        for row in await asyncio.to_thread(published, served.store):
+            yield pb.AdapterRow(
+                round=row.publication.round, kind=row.kind or "",
+                adapter_hash=row.publication.adapter_hash, digest=row.publication.digest,
+                tags=row.tags, in_service=row.in_service,
+            )  # fmt: skip
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Any

@@ -123,11 +123,13 @@ class Enrolment:
 
     async def ListPeers(  # noqa: N802
         self, request: pb.ListPeersRequest, context: Any
-    ) -> pb.ListPeersReply:
+    ) -> AsyncIterator[pb.Peer]:
         """The peers that take part in what the caller takes part in."""
         own = call().granted
         rows = await asyncio.to_thread(self._peers.every)
-        return pb.ListPeersReply(peers=[_peer(row) for row in rows if _within(row.grant, own)])
+        for row in rows:
+            if _within(row.grant, own):
+                yield _peer(row)
 
     async def Audit(  # noqa: N802
         self, request: pb.AuditRequest, context: Any

@@ -118,22 +118,17 @@ class Federations:
 
     async def ListRounds(  # noqa: N802
         self, request: pb.ListRoundsRequest, context: Any
-    ) -> pb.ListRoundsReply:
+    ) -> AsyncIterator[pb.RoundRow]:
         """Rounds that are over."""
         served = await self._served(request.federation)
-        rows = await asyncio.to_thread(served.store.notes, "round")
-        return pb.ListRoundsReply(
-            rounds=[
-                pb.RoundRow(
+        for row in await asyncio.to_thread(served.store.notes, "round"):
+            if row["round"] > request.after:
+                yield pb.RoundRow(
                     round=row["round"], status=row.get("status", ""),
                     admitted=row.get("admitted", 0), refused=row.get("refused", 0),
                     bytes_up=row.get("bytes_up", 0), bytes_down=row.get("bytes_down", 0),
                     seconds=row.get("seconds", 0.0), reason=row.get("reason", ""),
-                )
-                for row in rows
-                if row["round"] > request.after
-            ]
-        )  # fmt: skip
+                )  # fmt: skip
 
     async def Receipts(  # noqa: N802
         self, request: pb.ReceiptsRequest, context: Any

@@ -93,6 +93,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     ) -> None:
         self._peers, self._audit, self._stall_s = peers, audit, stall_s
         self._quotas, self._handshakes = quotas, handshakes
+        self._writing: set[asyncio.Future[None]] = set()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -267,7 +268,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             "reason": reason[:500], "serial": now.serial, **who, "facts": now.facts,
         }  # fmt: skip
         try:
-            await asyncio.to_thread(self._audit.append, **entry)
+            # A call that its caller has ended is cancelled, and this must not be.
+            writing = asyncio.ensure_future(asyncio.to_thread(self._audit.append, **entry))
+            self._writing.add(writing)
+            writing.add_done_callback(self._writing.discard)
+            await asyncio.shield(writing)
         # What was done is done, and what was refused stays so.
         except (OSError, ValueError) as error:
             log.error("the audit log could not be written (%s): %s", error, entry)

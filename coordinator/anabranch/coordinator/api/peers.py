@@ -95,17 +95,16 @@ class Peers:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Nobody else may read who is invited.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self._lock = threading.Lock()
-        self._base = sqlite3.connect(
-            path, timeout=30, isolation_level=None, check_same_thread=False
-        )
-        self._base.row_factory = sqlite3.Row
+        # Every call reads, and is not to wait for a writer's flush to the disk.
+        self._lock, self._reads = threading.Lock(), threading.Lock()
+        self._base, self._look = _connect(path), _connect(path)
         self._base.execute("pragma journal_mode=wal")
         self._base.execute("pragma synchronous=full")
         self._base.executescript(SCHEMA)
 
     def close(self) -> None:
         """Close the file."""
+        self._look.close()
         self._base.close()
 
     def invite(self, grant: Grant, valid_s: float) -> tuple[str, float]:
@@ -137,8 +136,8 @@ class Peers:
         Raises:
             NotEnrolledError: ``token``: there is none such, it was used, or it has ended.
         """
-        with self._lock:
-            row = self._base.execute(
+        with self._reads:
+            row = self._look.execute(
                 "select * from tokens where hash = ?", (token_hash(token).hex(),)
             ).fetchone()
         if row is None:
@@ -193,8 +192,8 @@ class Peers:
 
     def find(self, serial: str) -> Issued | None:
         """A certificate that was issued here."""
-        with self._lock:
-            row = self._base.execute(
+        with self._reads:
+            row = self._look.execute(
                 "select * from certificates where serial = ?", (serial,)
             ).fetchone()
         return None if row is None else _issued(row)
@@ -208,8 +207,8 @@ class Peers:
         return self._list("order by name, issued_s")
 
     def _list(self, rest: str, *values: str) -> list[Issued]:
-        with self._lock:
-            rows = self._base.execute(f"select * from certificates {rest}", values).fetchall()
+        with self._reads:
+            rows = self._look.execute(f"select * from certificates {rest}", values).fetchall()
         return [_issued(row) for row in rows]
 
     def _check(self, base: sqlite3.Connection, grant: Grant) -> None:
@@ -249,6 +248,12 @@ class Peers:
                 self._base.execute("rollback")
                 raise
             self._base.execute("commit")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    base = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    base.row_factory = sqlite3.Row
+    return base
 
 
 def token_hash(token: str) -> bytes:

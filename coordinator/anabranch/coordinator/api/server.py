@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -26,13 +25,17 @@ from anabranch.coordinator.api.peers import Peers
 from anabranch.coordinator.api.quotas import Quotas
 from anabranch.coordinator.api.shelf import Shelf
 from anabranch.coordinator.api.spool import Spool
+from anabranch.coordinator.api.transport import credentials, handlers, listen, new_server
 from anabranch.coordinator.api.uploads import Uploads
+from anabranch.coordinator.memory import give_back
 from anabranch.wire.service import methods
 
 log = logging.getLogger("anabranch.coordinator.api")
 
 LOOK_S = 1.0
-"""Seconds between two looks after handshakes, health and stale uploads."""
+"""Seconds between two looks after handshakes and health."""
+SWEEP_S = 60.0
+"""Seconds between two looks for uploads that nobody went on with."""
 GRACE_S = 5.0
 """Seconds that calls get to end when the server stops."""
 THREADS = 16
@@ -74,28 +77,11 @@ class ApiServer:
             OSError: A port is taken.
         """
         config, limits = self._config, self._config.limits
+        give_back()
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
         guard = Guard(self.peers, self.audit, self._quotas, self._handshakes, limits.stall_s)
-        self._server = grpc.aio.server(
-            interceptors=[guard],
-            maximum_concurrent_rpcs=limits.calls,
-            options=[
-                ("grpc.max_receive_message_length", limits.message_kb << 10),
-                ("grpc.max_send_message_length", limits.message_kb << 10),
-                ("grpc.max_concurrent_streams", limits.streams),
-                ("grpc.max_metadata_size", 16 << 10),
-                ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
-                # Whoever is gone without a word is noticed.
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                # So may callers look; more often than this is an attack.
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                # A slow reader of the disk holds the sender back, not its bytes in memory.
-                ("grpc.http2.lookahead_bytes", 256 << 10),
-                ("grpc.http2.bdp_probe", 0),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
+        self._server = new_server(guard, limits, anonymous=False)
+        self._door = new_server(guard, limits, anonymous=True)
         enrolment = Enrolment(config, self.authority, self.peers, self.audit, self._shelf)
         services = {
             "Enrolment": enrolment,
@@ -105,22 +91,19 @@ class ApiServer:
             "Uploads": Uploads(self._shelf, self._spool, self._quotas, limits),
         }
         self._server.add_generic_rpc_handlers(handlers(services))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._door.add_generic_rpc_handlers(handlers({"Enrolment": enrolment}))
+        for server in (self._server, self._door):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [handler.service_name() for handler in handlers(services)]
         reflection.enable_server_reflection(
             [*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._server
         )
-        key, certificate = self.authority.server_pair(config.names)
-        pair = grpc.ssl_server_certificate_configuration([(key, certificate)], self.authority.pem)
-
-        def begun() -> None:
-            self._handshakes.begin()
-
-        mutual = grpc.dynamic_ssl_server_credentials(pair, begun, True)
-        plain = grpc.ssl_server_credentials([(key, certificate)])
-        self.port = self._listen(config.port, mutual)
-        self.enrol_port = self._listen(config.enrol_port, plain)
+        mutual = credentials(self.authority, config.names, True, self._handshakes.begin)
+        plain = credentials(self.authority, config.names, False, lambda: None)
+        self.port = listen(self._server, f"{config.host}:{config.port}", mutual)
+        self.enrol_port = listen(self._door, f"{config.host}:{config.enrol_port}", plain)
         await self._server.start()
+        await self._door.start()
         await self._tell(await asyncio.to_thread(self._sound))
         self._watching = asyncio.create_task(self._watch())
 
@@ -130,7 +113,7 @@ class ApiServer:
         self._watching.cancel()
         with suppress(asyncio.CancelledError):
             await self._watching
-        await self._server.stop(GRACE_S)
+        await asyncio.gather(self._server.stop(GRACE_S), self._door.stop(GRACE_S))
         await asyncio.to_thread(self._count_handshakes)
         self._shelf.close()
         self.peers.close()
@@ -138,15 +121,6 @@ class ApiServer:
     async def wait(self) -> None:
         """Until it is stopped."""
         await self._server.wait_for_termination()
-
-    def _listen(self, port: int, credentials: Any) -> int:
-        address = f"{self._config.host}:{port}"
-        try:
-            return int(self._server.add_secure_port(address, credentials))
-        except RuntimeError as error:
-            raise OSError(
-                f"{address} cannot be listened on: {error}; choose another port"
-            ) from error
 
     def _sound(self) -> bool:
         """Whether the register answers and the folder of federations is there."""
@@ -160,11 +134,14 @@ class ApiServer:
             await self._health.set(name, state)
 
     async def _watch(self) -> None:
+        swept_s = float("-inf")
         while True:
             await asyncio.sleep(LOOK_S)
             try:
                 await asyncio.to_thread(self._count_handshakes)
-                await asyncio.to_thread(self._spool.sweep, self._config.limits.partial_s)
+                if time.monotonic() - swept_s >= SWEEP_S:
+                    swept_s = time.monotonic()
+                    await asyncio.to_thread(self._spool.sweep, self._config.limits.partial_s)
                 await self._tell(await asyncio.to_thread(self._sound))
             # A look that failed is no reason to look no more.
             except Exception:
@@ -179,32 +156,6 @@ class ApiServer:
                 "did not issue or that has ended, or a handshake left hanging",
                 facts={"connections": count},
             )  # fmt: skip
-
-
-def handlers(services: dict[str, Any]) -> tuple[Any, ...]:
-    """GRPC's handlers of the services given, one per method of the .proto file.
-
-    Args:
-        services: By name; each has a coroutine or an asynchronous generator per method.
-    """
-    makers = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    by_service: dict[str, dict[str, Any]] = {}
-    for path, one in methods().items():
-        if one.service in services:
-            make = makers[one.streams_up, one.streams_down]
-            serve = getattr(services[one.service], one.name)
-            full = path.split("/")[1]
-            by_service.setdefault(full, {})[one.name] = make(
-                serve, one.request.FromString, one.reply.SerializeToString
-            )
-    return tuple(
-        grpc.method_handlers_generic_handler(name, rows) for name, rows in by_service.items()
-    )
 
 
 @contextmanager

@@ -213,6 +213,9 @@ class OneRound:
             kept, facts["gate"] = judged(gate, self._service.adapter, candidate.adapter)
             if kept:
                 self.driver.happen(Rejected(one_line(kept)))
+                if publication.report.get("suspicion") is not None:
+                    # Nothing is published that would say who stood out in it.
+                    facts["suspicion"] = publication.report["suspicion"]
         facts["seconds"] = self.driver.seconds
         if reason := self.driver.round.reason:
             self._abandon(reason, facts)

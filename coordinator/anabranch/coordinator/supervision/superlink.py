@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from typing import Any
 
 import tomli_w
 
@@ -118,7 +119,7 @@ class SuperLink:
             if digest in known:
                 continue
             try:
-                flwr(["supernode", "register", str(path), LINK], self.env)
+                self._flwr("supernode", "register", str(path), LINK)
             except FlowerError as error:
                 # Killed between the two, it is in Flower's database and not in this list.
                 if "already" not in str(error):
@@ -144,12 +145,12 @@ class SuperLink:
             },
             client_app=config.client_app,
         )
-        return str(flwr(["run", str(bundle), LINK], self.env)["run-id"])
+        return str(self._flwr("run", str(bundle), LINK)["run-id"])
 
     def fate(self, run: str) -> str:
         """What Flower says became of a run."""
         try:
-            rows = flwr(["list", LINK], self.env)["runs"]
+            rows = self._flwr("list", LINK)["runs"]
         except FlowerError as error:
             return one_line(str(error))
         for row in rows:
@@ -165,6 +166,9 @@ class SuperLink:
         return processes.start(
             [command("flwr"), "stop", run, LINK], self._config.home / "stopped.log", self.env
         )
+
+    def _flwr(self, *arguments: str) -> dict[str, Any]:
+        return flwr(list(arguments), self.env, lambda: self.died() is None, self._config.start_s)
 
     def _arguments(self) -> list[str]:
         config = self._config

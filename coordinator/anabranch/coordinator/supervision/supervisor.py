@@ -12,7 +12,7 @@ import logging
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -39,6 +39,8 @@ LOOK_S = 0.5
 """Seconds between two looks at the store."""
 TELL_S = 30.0
 """Seconds without news after which it says what it waits for."""
+FATE_S = 15.0
+"""Seconds between two questions to Flower, what became of a run that does not begin."""
 HEED_S = 15.0
 """Seconds that a run which merges nothing has to end, after SIGTERM."""
 
@@ -68,13 +70,19 @@ class Supervisor:
     Args:
         config: What to run.
         log_format: How its processes log.
+        link: Makes the SuperLink, of a configuration and further environment.
     """
 
-    def __init__(self, config: CoordinatorConfig, log_format: logs.LogFormat = "text") -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        log_format: logs.LogFormat = "text",
+        link: Callable[[CoordinatorConfig, dict[str, str]], SuperLink] = SuperLink,
+    ) -> None:
         self._config = config
         self._mark = str(config.federation.resolve())
         environ = {processes.MARK: self._mark, logs.VARIABLE: log_format}
-        self._link = SuperLink(config, environ)
+        self._link = link(config, environ)
         self._run: str | None = None
         self._stops = 0
         self._helpers: list[subprocess.Popen[bytes]] = []
@@ -117,7 +125,8 @@ class Supervisor:
                 if isinstance(error, _DiedError):
                     event = error.event
                     if not error.known:
-                        told += f"; {self._link.log} ends: {self._link.last_words()}"
+                        words = self._link.last_words() or "with nothing"
+                        told += f"; {self._link.log} ends: {words}"
                 if self._stops:
                     self._tell("stopped", f"stopped: {told}")
                     return Exit.STOPPED
@@ -136,6 +145,7 @@ class Supervisor:
         if (why := self._link.died()) is not None:
             if self._link.pid is not None:
                 self._tell("superlink-starting", f"the SuperLink {why}; it is started again")
+                processes.kill_marked(self._mark)  # what it left: they talk to nobody
             began = time.monotonic()
             self._link.start()
             self._timed("superlink", f"the SuperLink answers at {self._link.address}", began)
@@ -149,12 +159,25 @@ class Supervisor:
         self._timed("submitted", f"Flower run {self._run} is submitted", began)
         if before is not None:
             self._helpers.append(self._link.forget(before))
-        began = time.monotonic()
+        self._await_serverapp(self._run)
+
+    def _await_serverapp(self, run: str) -> None:
+        """Wait until a run's ServerApp is at work.
+
+        Raises:
+            _DiedError: It does not come, or the SuperLink is gone.
+        """
+        began = asked = time.monotonic()
         while self._lease() is None:
             self._check_link()
-            if time.monotonic() - began > self._config.start_s:
-                fate = self._link.fate(self._run)
-                raise _DiedError("serverapp-died", f"the ServerApp did not begin ({fate})")
+            now = time.monotonic()
+            if now - asked > FATE_S:
+                # Flower gives up a ServerApp whose process takes long to load.
+                fate, asked = self._link.fate(run), now
+                if self._lease() is None and fate.startswith("finished"):
+                    raise _DiedError("serverapp-died", f"the ServerApp did not begin ({fate})")
+            if now - began > self._config.start_s:
+                raise _DiedError("serverapp-died", "the ServerApp did not begin in time")
             if self._stops:
                 return
             time.sleep(TICK_S)

@@ -71,12 +71,14 @@ def watching(folder: Path) -> FastAPI:
 
 
 def server(folder: Path, host: str = "127.0.0.1", port: int = 0) -> uvicorn.Server:
-    """What serves it; its ``run`` returns when it is interrupted.
+    """What serves it; its ``run`` returns when it is interrupted. It logs as ``logs`` was set up.
 
     Raises:
         ValueError: As ``watching``.
     """
     # Nothing here is a web socket, and uvicorn would load a library of them.
     return uvicorn.Server(
-        uvicorn.Config(watching(folder), host=host, port=port, log_level="warning", ws="none")
+        uvicorn.Config(
+            watching(folder), host=host, port=port, log_level="warning", log_config=None, ws="none"
+        )
     )

@@ -291,26 +291,6 @@ class Peer(_message.Message):
 Global___Peer: _TypeAlias = Peer  # noqa: Y015
 
 @_typing.final
-class ListPeersReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PEERS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]: ...
-    def __init__(
-        self,
-        *,
-        peers: _abc.Iterable[Global___Peer] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListPeersReply: _TypeAlias = ListPeersReply  # noqa: Y015
-
-@_typing.final
 class AuditRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -726,26 +706,6 @@ class RoundRow(_message.Message):
 Global___RoundRow: _TypeAlias = RoundRow  # noqa: Y015
 
 @_typing.final
-class ListRoundsReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ROUNDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def rounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundRow]: ...
-    def __init__(
-        self,
-        *,
-        rounds: _abc.Iterable[Global___RoundRow] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rounds", b"rounds"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListRoundsReply: _TypeAlias = ListRoundsReply  # noqa: Y015
-
-@_typing.final
 class ReceiptsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -892,26 +852,6 @@ class AdapterRow(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdapterRow: _TypeAlias = AdapterRow  # noqa: Y015
-
-@_typing.final
-class ListAdaptersReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTERS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRow]: ...
-    def __init__(
-        self,
-        *,
-        adapters: _abc.Iterable[Global___AdapterRow] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListAdaptersReply: _TypeAlias = ListAdaptersReply  # noqa: Y015
 
 @_typing.final
 class DownloadRequest(_message.Message):

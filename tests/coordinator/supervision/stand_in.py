@@ -1,0 +1,118 @@
+"""What stands in for Flower and for training, as processes that start in a second.
+
+``up FOLDER`` is the real supervisor with a SuperLink that is ``link``; that one starts ``app`` in a
+session of its own when it is asked to, as Flower's does. The app keeps the real lease and the real
+store, and admits an update of each of four clients to each of its rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from anabranch.coordinator import logs
+from anabranch.coordinator.federation import load_federation
+from anabranch.coordinator.rounds.control import Control, Want
+from anabranch.coordinator.rounds.standing import standing
+from anabranch.coordinator.store import Contribution, open_store
+from anabranch.coordinator.supervision.config import CoordinatorConfig, load_coordinator
+from anabranch.coordinator.supervision.lease import held
+from anabranch.coordinator.supervision.superlink import SuperLink
+from anabranch.coordinator.supervision.supervisor import Supervisor
+
+STEP_S = 0.1
+
+
+class StandIn(SuperLink):
+    """Its process is ``link``, and ``flwr`` is a line sent to it."""
+
+    def _arguments(self) -> list[str]:
+        port, folder = str(self._config.port), str(self._config.federation)
+        return [sys.executable, __file__, "link", port, folder]
+
+    def register(self) -> list[str]:
+        """Everybody may join."""
+        return []
+
+    def submit(self) -> str:
+        """Ask for an app; its run's number is the time."""
+        run = str(time.time_ns())
+        with socket.create_connection(("127.0.0.1", self._config.port), timeout=10) as line:
+            line.sendall(run.encode())
+        return run
+
+    def fate(self, run: str) -> str:
+        """Nobody knows."""
+        return "unknown"
+
+    def forget(self, run: str) -> subprocess.Popen[bytes]:
+        """Nothing waits for it."""
+        return subprocess.Popen(["true"])
+
+
+def up(folder: Path) -> int:
+    """The supervisor."""
+    logs.configure("json")
+    config: CoordinatorConfig = load_coordinator(folder)
+    return int(Supervisor(config, "json", StandIn).run())
+
+
+def link(port: int, folder: Path) -> None:
+    """Start an app whenever it is asked to."""
+    with socket.create_server(("127.0.0.1", port)) as server:
+        while True:
+            line, _ = server.accept()
+            with line:
+                run = line.recv(64).decode()
+            if run:
+                arguments = [sys.executable, __file__, "app", str(folder), run]
+                subprocess.Popen(arguments, start_new_session=True)
+
+
+def app(folder: Path, run: str) -> None:
+    """Rounds in which nobody trains."""
+    with held(folder, run):
+        config = load_federation(folder)
+        if (folder / "broken").exists():
+            raise ValueError("the folder is broken")
+        store = open_store(
+            config.store, folder, federation=config.name, run=config.run, durable=False
+        )
+        control = Control(store)
+        control.begin()
+        while (number := standing(config, store).done + 1) <= config.rounds:
+            done = {row.client for row in store.contributions(number)}
+            asked = [f"site-{index}" for index in range(4) if f"site-{index}" not in done]
+            store.note("planned", {"round": number, "asked": asked, "by": run})
+            store.note("state", {"round": number, "state": "collecting"})
+            for client in asked:
+                time.sleep(STEP_S)
+                # The last round waits for the test.
+                waits = number == config.rounds
+                while control.want() is not Want.STOP and waits:
+                    time.sleep(STEP_S)
+                    waits = not (folder / "finish").exists()
+                if control.want() is Want.STOP:
+                    return
+                digest = store.put(f"{number} {client}".encode())
+                store.admit(
+                    Contribution(
+                        round=number, client=client, digest=digest, size_bytes=8,
+                        nonce=f"{number:02x}{client[-1]}0",
+                    )
+                )  # fmt: skip
+            store.note("round", {"round": number, "status": "published"})
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "up":
+        sys.exit(up(Path(sys.argv[2])))
+    if sys.argv[1] == "link":
+        link(int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        app(Path(sys.argv[2]), sys.argv[3])
