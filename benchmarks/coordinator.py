@@ -54,9 +54,11 @@ def uploads(quick: bool) -> Iterator[Row]:
     megabytes = few.size_bytes / 1e6
     scenario = f"{clients} clients, {megabytes:.2g} MB, {load.at_once} at once"
     yield Row(
-        "updates/s", few.updates_per_s, reached, FLOWER, scenario,
+        "updates/s", few.updates_per_s, reached.updates_per_s, FLOWER, scenario,
         "until admitted; the rival's until its ServerApp has them",
-        detail={"rival_superlink_updates_per_s": rival.updates_per_s},
+        detail={
+            "rival_superlink_updates_per_s": rival.updates_per_s, "rival_lost": reached.lost
+        },
         least={"ratio": LEAST_RATIO},
     )  # fmt: skip
     yield Row(

@@ -27,11 +27,14 @@ def main(grid: Grid, context: Context) -> None:
             for node in nodes
         ]
     )
-    waiting, took_bytes = set(asked), 0
+    waiting, took_bytes, lost = set(asked), 0, 0
     while waiting:
         for reply in grid.pull_messages(waiting):
             waiting.discard(reply.metadata.reply_to_message_id)
-            took_bytes += len(reply.content.array_records["update"]["update"].data)
+            if reply.has_error():
+                lost += 1
+            else:
+                took_bytes += len(reply.content.array_records["update"]["update"].data)
         time.sleep(LOOK_S)
-    told = {"ended": time.time(), "bytes": took_bytes}
+    told = {"ended": time.time(), "bytes": took_bytes, "lost": lost}
     Path(str(context.run_config["told"])).write_text(json.dumps(told))

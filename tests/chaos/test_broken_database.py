@@ -18,7 +18,7 @@ from tests.chaos.line import Line, State
 from tests.chaos.postgres import Postgres
 
 from anabranch.coordinator.flower import free_port
-from anabranch.coordinator.store import patience
+from anabranch.coordinator.store import database, patience
 
 RUNS = int(os.environ.get("CHAOS_RUNS", "1"))
 SAME = "the same round goes on; nothing lost, nothing counted twice"
@@ -82,7 +82,9 @@ def test_a_line_to_the_database_that_is_cut(
     told: Told,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Half a minute each in service.
     monkeypatch.setattr(patience, "ANSWER_S", 0.5)
+    monkeypatch.setitem(database.SERVED, "idle_in_transaction_session_timeout", "1s")
     with Line(server.port) as line:
 
         def breaks() -> None:

@@ -62,6 +62,18 @@ def test_a_large_budget_keeps_what_helps_and_a_small_one_is_refused(meta: Update
         encode_update(tensors, meta, CodecConfig(budget="100 B"))
 
 
+def test_small_budgets_are_used_as_far_as_the_grid_of_densities_goes(meta: UpdateMeta) -> None:
+    """Also where a first guess is over the budget, and the next one of the same densities."""
+    tensors = {"a": torch.randn(24, 384, generator=torch.Generator().manual_seed(1))}
+    sizes = []
+    for budget in range(400, 1960, 40):
+        codec = CodecConfig(budget=f"{budget} B")
+        sizes.append(len(encode_update(tensors, meta, codec).blob) / budget)
+    assert max(sizes) <= 1
+    # Densities are 8% apart; with 1,930 bytes all is kept that helps.
+    assert min(sizes) > 0.9, min(sizes)
+
+
 def test_a_message_is_not_made_again_where_more_bytes_help_no_more(meta: UpdateMeta) -> None:
     tensors = {"a": torch.randn(5000, generator=torch.Generator().manual_seed(1))}
     made: list[Encoded] = []

@@ -1,27 +1,22 @@
-"""Memory that a process of many threads gives back. Loads no torch."""
+"""How much memory a process of many threads holds on to. Loads no torch."""
 
 from __future__ import annotations
 
 import ctypes
 
-M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
-"""Names of settings, of glibc's ``malloc.h``."""
-ARENAS = 2
-LARGE_BYTES = 128 << 10
-"""From here on a buffer is the system's own, and goes back to it when it is freed."""
+M_ARENA_MAX = -8
+"""Name of a setting, of glibc's ``malloc.h``."""
+HEAPS = 2
 
 
-def give_back() -> bool:
-    """Let glibc keep few heaps, and no large buffer that was freed.
+def few_heaps() -> bool:
+    """Let all threads share a few heaps; called before they begin.
 
-    Each thread has a heap of its own otherwise, and freed messages stay in it: under 1,000 uploads
-    that is hundreds of megabytes which nobody uses.
+    Each has one of its own otherwise, and freed messages stay in it: under 1,000 uploads that is
+    hundreds of megabytes which nobody uses.
 
     Returns:
-        Whether the C library took it; others than glibc have no such settings.
+        Whether the C library took it; others than glibc have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    settings = ((M_ARENA_MAX, ARENAS), (M_MMAP_THRESHOLD, LARGE_BYTES))
-    return all(mallopt(name, value) == 1 for name, value in settings)
+    return mallopt is not None and mallopt(M_ARENA_MAX, HEAPS) == 1

@@ -8,6 +8,7 @@ Shape legend: n entries of a tensor, t tensors, d densities of the grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +28,8 @@ _CUTS = 16
 """Shares of the kept entries at which two magnitudes are tried to be parted."""
 
 _TRIES = 5
+_MOST_TRIES = 20
+"""Where none of the first ones fits."""
 _CLOSE = 0.98
 """Share of the budget that is enough."""
 
@@ -61,13 +64,17 @@ def within(
         ValueError: The budget is too small for a single entry of each tensor.
     """
     tables = {name: _table(tensor, codec) for name, tensor in tensors.items()}
-    aim = float(budget_bytes)
+    fewest, most = _choose(tables, 0.0), _choose(tables, math.inf)
+    aim, size = float(budget_bytes), 0
     best: Message | None = None
     before: dict[str, float] | None = None
-    for _ in range(_TRIES):
+    for attempt in range(_MOST_TRIES):
         densities = _choose(tables, 8 * aim)
-        # More bytes would not lower the error, or fewer are not to be had: a same message says so.
-        if densities == before:
+        # Densities are of a grid: where a step of the aim leaves them, it has to be a longer one.
+        while densities == before != (fewest if size > budget_bytes else most):
+            aim *= 0.98 if size > budget_bytes else 1.02
+            densities = _choose(tables, 8 * aim)
+        if densities == before or (best is not None and attempt >= _TRIES):
             break
         message, before = encode(densities), densities
         size = len(message.blob)

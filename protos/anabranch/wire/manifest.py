@@ -78,7 +78,7 @@ class TensorInfo:
     nonzeros: int | None = None
     scale: float | None = None
 
-    @cached_property
+    @property
     def entries(self) -> int:
         """Product of the shape."""
         return math.prod(self.shape)
@@ -105,7 +105,7 @@ class FrameInfo:
     @cached_property
     def entries(self) -> int:
         """Entries of all its tensors."""
-        return sum(tensor.entries for tensor in self.tensors)
+        return sum([math.prod(tensor.shape) for tensor in self.tensors])
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import zstandard
 
 from anabranch.wire.errors import WireError
+
+_KEPT_WINDOW = 1 << 20
+"""Largest window of a decompressor that is kept for the next frame."""
+
+_threads = threading.local()
 
 
 def compress_text(raw: bytes) -> bytes:
@@ -59,8 +66,24 @@ def decompress(frame: bytes | memoryview, least_bytes: int, most_bytes: int, cod
                 f"a compressed frame declares {declared} bytes, "
                 f"not between {least_bytes} and {most_bytes}",
             )
-        reader = zstandard.ZstdDecompressor(max_window_size=max(most_bytes, 1 << 10))
-        raw = reader.decompress(frame, max_output_size=declared, allow_extra_data=False)
+        raw = _reader(most_bytes).decompress(
+            frame, max_output_size=declared, allow_extra_data=False
+        )
     except zstandard.ZstdError as error:
         raise WireError(code, f"a compressed frame is damaged: {error}") from None
     return raw
+
+
+def _reader(most_bytes: int) -> zstandard.ZstdDecompressor:
+    """A decompressor that takes no window larger than this, or than the next power of two.
+
+    Making one costs half of what a frame of run bytes takes, so each thread keeps small ones.
+    """
+    window = 1 << max(10, (most_bytes - 1).bit_length())
+    if window > _KEPT_WINDOW:
+        return zstandard.ZstdDecompressor(max_window_size=window)
+    name = f"window_{window}"
+    if not hasattr(_threads, name):
+        setattr(_threads, name, zstandard.ZstdDecompressor(max_window_size=window))
+    reader: zstandard.ZstdDecompressor = getattr(_threads, name)
+    return reader

@@ -12,10 +12,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
+from tests.chaos.line import Line
 from tests.chaos.postgres import Postgres
 
+from anabranch.coordinator.flower import free_port
 from anabranch.coordinator.store import (
     Contribution,
     LostError,
@@ -23,6 +27,7 @@ from anabranch.coordinator.store import (
     Refusal,
     Store,
     StoreConfig,
+    database,
     open_store,
 )
 from anabranch.coordinator.store import patience as patience_module
@@ -31,7 +36,7 @@ from anabranch.coordinator.store.sql import SqlStore
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Postgres]:
-    with Postgres() as running:
+    with Postgres(free_port()) as running:
         yield running
 
 
@@ -124,6 +129,44 @@ def test_a_server_that_hangs_is_cut_off_and_waited_for(
             threading.Timer(1.0, server.go_on).start()
             store.note("x", {})
         assert len(store.notes("x")) == 2
+
+
+def test_a_line_that_dies_in_a_transaction_leaves_no_lock_behind(
+    server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has done the work, and waits for a word that never comes."""
+    monkeypatch.setattr(patience_module, "ANSWER_S", 0.5)
+    monkeypatch.setitem(database.SERVED, "idle_in_transaction_session_timeout", "1s")
+    name = server.database().removeprefix("postgresql:///").partition("?")[0]
+    with Line(server.port) as line:
+        url = f"postgresql://postgres@127.0.0.1:{line.port}/{name}"
+        with closing(store_of(url, tmp_path, patience_s=30)) as store:
+            died: list[str] = []
+
+            @event.listens_for(store.engine, "before_cursor_execute")
+            def _die(_: Any, __: Any, statement: str, *___: Any) -> None:
+                if "INSERT INTO notes" in statement and not died:
+                    died.append(statement)
+                    line.set("dumb")
+                    threading.Timer(0.3, line.renew).start()
+
+            store.note("x", {})
+            assert (len(died), len(store.notes("x"))) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        (psycopg.errors.ConnectionTimeout(), True),
+        (psycopg.OperationalError(), True),
+        (psycopg.errors.AdminShutdown(), True),
+        (psycopg.errors.DeadlockDetected(), True),
+        (psycopg.errors.UniqueViolation(), False),
+        (psycopg.errors.DiskFull(), False),
+    ],
+)
+def test_what_another_try_may_do_without(error: Exception, gone: bool) -> None:
+    assert patience_module.is_gone(DBAPIError("", {}, error)) is gone
 
 
 def test_sqlite_that_another_process_locks_is_waited_for(

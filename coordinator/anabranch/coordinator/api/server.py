@@ -27,7 +27,7 @@ from anabranch.coordinator.api.shelf import Shelf
 from anabranch.coordinator.api.spool import Spool
 from anabranch.coordinator.api.transport import credentials, handlers, listen, new_server
 from anabranch.coordinator.api.uploads import Uploads
-from anabranch.coordinator.memory import give_back
+from anabranch.coordinator.memory import few_heaps
 from anabranch.wire.service import methods
 
 log = logging.getLogger("anabranch.coordinator.api")
@@ -77,7 +77,7 @@ class ApiServer:
             OSError: A port is taken.
         """
         config, limits = self._config, self._config.limits
-        give_back()
+        few_heaps()
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
         guard = Guard(self.peers, self.audit, self._quotas, self._handshakes, limits.stall_s)
         self._server = new_server(guard, limits, anonymous=False)

@@ -31,6 +31,13 @@ ALIVE = {
     "tcp_user_timeout": 25_000,
 }  # fmt: skip
 """How the system finds out that a line to PostgreSQL is cut: after 25 s."""
+SERVED = {
+    "idle_in_transaction_session_timeout": "30s",
+    "tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "25s",
+}  # fmt: skip
+"""How PostgreSQL finds out that it serves nobody: until then it would hold the locks of whoever is
+gone, for two hours."""
 FULL_STATES = ("53100", "53200")
 """PostgreSQL's states of a disk or a memory that is full."""
 
@@ -79,7 +86,8 @@ def create(url: str, *, durable: bool = True) -> Engine:
                 "a store in PostgreSQL needs psycopg, which is not installed; "
                 "pip install 'anabranch[postgres]'"
             ) from error
-        options = "" if durable else "-c synchronous_commit=off"
+        settings = SERVED if durable else {**SERVED, "synchronous_commit": "off"}
+        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
         return create_engine(
             address.set(drivername="postgresql+psycopg"),
             # A database that was restarted is not this coordinator's end.

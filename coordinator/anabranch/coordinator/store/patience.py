@@ -51,6 +51,8 @@ class Patience:
         self._served = engine.dialect.name != "sqlite"
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         if self._served:
+            # Those that were opened before are not known here, and could not be cut.
+            engine.dispose()
             event.listen(engine, "connect", lambda connection, _: self._open.add(connection))
 
     def __call__(self, work: Callable[[bool], T]) -> T:
@@ -124,5 +126,5 @@ def is_gone(error: DBAPIError) -> bool:
     state = getattr(original, "sqlstate", None)
     if state is None:
         # It never came as far as the server.
-        return type(original).__name__ == "OperationalError"
+        return any(kind.__name__ == "OperationalError" for kind in type(original).__mro__)
     return str(state).startswith(GONE_STATES)

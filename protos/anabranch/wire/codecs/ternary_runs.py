@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,30 +33,38 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class RunFrame:
-    """The run bytes of a frame that was found sound.
+    """The tensors of a frame that was found sound: what is known of each is a list, by row.
 
     Attributes:
-        packed: As they travelled: a part of the message, which must not change.
+        packed: Run bytes as they travelled: a part of the message, which must not change.
         raw_bytes: Their length unpacked.
-        nonzeros: Of the frame.
-        entries: Of the frame.
         support: How they are packed.
+        signs: uint8, packed bits of the non-zeros.
+        info: The frame's row of the manifest.
+        rows: Non-zeros and scales.
+        cuts: Before which run byte each tensor's first run begins, and the end.
+        firsts: Which bit of the signs is each tensor's first, and the end.
+        befores: Where each tensor's first run starts, counted from its first entry: 0 or less,
+            since a run may start in an earlier tensor.
     """
 
     packed: memoryview
     raw_bytes: int
-    nonzeros: int
-    entries: int
     support: Support
-
-    def read(self) -> Array:
-        """Run bytes uint8 [r]."""
-        return self.support.read(self.packed, self.raw_bytes, self.nonzeros, self.entries)
+    signs: Array
+    info: FrameInfo
+    rows: sparse.Rows
+    cuts: list[int]
+    firsts: list[int]
+    befores: list[int]
 
     @cached_property
     def runs_r(self) -> Array:
-        """``read``, once for all tensors of the frame."""
-        return self.read()
+        """Run bytes uint8 [r], unpacked again, once for all tensors of the frame."""
+        count, entries = self.rows.total, self.info.entries
+        if not count:
+            return np.zeros(0, np.uint8)
+        return self.support.read(self.packed, self.raw_bytes, count, entries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,38 +72,40 @@ class TernaryRuns:
     """A tensor whose entries are 0, +scale or -scale; one that ``unpack`` made is sound.
 
     Attributes:
-        frame: Where its run bytes are; None where it has no non-zeros.
-        cut: Which of them are its own: those that end with its last non-zero.
-        before: Where the first run starts, counted from the tensor's first entry: 0 or less, since
-            a run may start in an earlier tensor.
-        signs: uint8, packed bits of the frame's non-zeros.
-        first_sign: Which of those bits is the tensor's first.
-        nonzeros: Entries that are not 0.
-        scale: What each of them weighs; 0 exactly when there are none.
-        shape: Shape of the dense tensor.
+        frame: The frame it travelled in.
+        row: Which of its tensors it is.
     """
 
-    frame: RunFrame | None
-    cut: slice
-    before: int
-    signs: Array
-    first_sign: int
-    nonzeros: int
-    scale: float
-    shape: torch.Size
+    frame: RunFrame
+    row: int
+
+    @property
+    def nonzeros(self) -> int:
+        """Entries that are not 0."""
+        return self.frame.rows.nonzeros[self.row]
+
+    @property
+    def scale(self) -> float:
+        """What each of them weighs; 0 exactly when there are none."""
+        return self.frame.rows.scales[self.row]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the dense tensor."""
+        return torch.Size(self.frame.info.tensors[self.row].shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes it takes: its share of the frame's."""
-        if self.frame is None:
+        if not self.nonzeros:
             return 0
-        share = self.nonzeros / self.frame.nonzeros
+        share = self.nonzeros / self.frame.rows.total
         return math.ceil(len(self.frame.packed) * share) + sparse.bits_bytes(self.nonzeros)
 
     @property
     def runs_r(self) -> Array:
-        """Its run bytes uint8 [r]."""
-        return np.zeros(0, np.uint8) if self.frame is None else self.frame.runs_r[self.cut]
+        """Its run bytes uint8 [r]: those that end with its last non-zero."""
+        return self.frame.runs_r[self.frame.cuts[self.row] : self.frame.cuts[self.row + 1]]
 
     def norm(self) -> float:
         """‖·‖₂ in fp64, from the count of non-zeros."""
@@ -105,10 +115,11 @@ class TernaryRuns:
         """The same as positions and signs, for what merges those."""
         steps_r, ending_r = steps_of(self.runs_r)
         ends_r = np.cumsum(steps_r, dtype=np.int64)
-        ends_r += self.before - 1  # a step leads past its non-zero
+        ends_r += self.frame.befores[self.row] - 1  # a step leads past its non-zero
         positions_k = ends_r if ends_r.size == self.nonzeros else ends_r[ending_r]
-        first, skipped = divmod(self.first_sign, 8)
-        bits = np.unpackbits(self.signs[first:], count=skipped + self.nonzeros, bitorder="little")
+        first, skipped = divmod(self.frame.firsts[self.row], 8)
+        signs, count = self.frame.signs[first:], skipped + self.nonzeros
+        bits = np.unpackbits(signs, count=count, bitorder="little")
         negative_k = torch.from_numpy(bits[skipped:].view(np.bool_))
         return SparseTernary(torch.from_numpy(positions_k), negative_k, self.scale, self.shape)
 
@@ -124,13 +135,15 @@ class TernaryRuns:
         out_n.zero_()
         if not self.nonzeros:
             return
-        first, skipped = divmod(self.first_sign, 8)
-        last = sparse.bits_bytes(self.first_sign + self.nonzeros)
+        start = self.frame.firsts[self.row]
+        first, skipped = divmod(start, 8)
+        last = sparse.bits_bytes(start + self.nonzeros)
         # Copies: what zstd gave is read-only, which torch has no word for.
         runs_r = torch.from_numpy(self.runs_r.copy()).to(out_n.device)
-        signs = torch.from_numpy(self.signs[first:last].copy()).to(out_n.device)
+        signs = torch.from_numpy(self.frame.signs[first:last].copy()).to(out_n.device)
         ending_r = runs_r != ESCAPE
-        positions_k = torch.cumsum(runs_r.long() + ending_r, 0) + (self.before - 1)
+        positions_k = torch.cumsum(runs_r.long() + ending_r, 0)
+        positions_k += self.frame.befores[self.row] - 1
         if len(runs_r) > self.nonzeros:
             positions_k = positions_k[ending_r]
         shifts = torch.arange(8, dtype=torch.uint8, device=out_n.device)
@@ -145,21 +158,15 @@ def unpack(
     rows = sparse.read_rows(frame)
     packed, rest = sparse.split(support, payload, frame, rows, sparse.bits_bytes(rows.total))
     sparse.check_last_bits(rest, rows.total)
+    raw_bytes, firsts = frame.raw_bytes - len(rest), [0, *accumulate(rows.nonzeros)]
+    cuts, befores = firsts, [0] * len(firsts)
+    if rows.total:
+        runs_r = support.read(packed, raw_bytes, rows.total, frame.entries)
+        cuts = _cuts(runs_r, firsts)
+        befores = _befores(runs_r, frame, rows.nonzeros, cuts)
     signs = np.frombuffer(rest, np.uint8)
-    shapes = [torch.Size(tensor.shape) for tensor in frame.tensors]
-    if not rows.total:
-        return [TernaryRuns(None, slice(0), 0, signs, 0, 0, 0.0, shape) for shape in shapes]
-    held = RunFrame(packed, frame.raw_bytes - len(rest), rows.total, frame.entries, support)
-    runs_r = held.read()
-    firsts = [0, *accumulate(rows.nonzeros)]
-    cuts = _cuts(runs_r, firsts)
-    befores = _befores(runs_r, frame, rows.nonzeros, cuts)
-    return [
-        TernaryRuns(held, slice(cut, end), before, signs, first, count, scale, shape)
-        for (cut, end), before, first, count, scale, shape in zip(
-            pairwise(cuts), befores, firsts, rows.nonzeros, rows.scales, shapes, strict=False
-        )
-    ]
+    held = RunFrame(packed, raw_bytes, support, signs, frame, rows, cuts, firsts, befores)
+    return [TernaryRuns(held, row) for row in range(len(frame.tensors))]
 
 
 def _cuts(runs_r: Array, firsts: list[int]) -> list[int]:
@@ -173,27 +180,31 @@ def _cuts(runs_r: Array, firsts: list[int]) -> list[int]:
 def _befores(
     runs_r: Array, frame: FrameInfo, nonzeros: tuple[int, ...], cuts: list[int]
 ) -> list[int]:
-    """``TernaryRuns.before`` of each tensor, all of whose non-zeros lie within it.
+    """``RunFrame.befores``, where all non-zeros of each tensor lie within it.
 
     A run byte leads over so many entries, and one that is no escape over its non-zero too.
     """
-    kept = [row for row, count in enumerate(nonzeros) if count]
-    lengths = np.add.reduceat(runs_r, [cuts[row] for row in kept], dtype=np.int64).tolist()
-    befores, place, start, steps = [], 0, 0, dict(zip(kept, lengths, strict=True))
-    for row, (tensor, count) in enumerate(zip(frame.tensors, nonzeros, strict=True)):
+    kept = [cut for cut, count in zip(cuts, nonzeros, strict=False) if count]
+    steps = iter(np.add.reduceat(runs_r, kept, dtype=np.int64).tolist())
+    heads = iter(runs_r[kept].tolist())
+    befores, place, start = [], 0, 0
+    for tensor, count, cut in zip(frame.tensors, nonzeros, cuts, strict=False):
         befores.append(place - start)
+        end = start + tensor.entries
         if count:
-            first = place + _first_run(runs_r, cuts[row])
-            place += steps[row] + count
-            if first < start or place > start + tensor.entries:
-                if place > frame.entries:
-                    raise WireError(
-                        "counts",
-                        f"position {place - 1} is beyond the frame's {frame.entries} entries",
-                    )
-                raise WireError("counts", "non-zeros lie in other tensors than announced")
-        start += tensor.entries
+            head = next(heads)
+            first = place + (head if head != ESCAPE else _first_run(runs_r, cut))
+            place += next(steps) + count
+            if first < start or place > end:
+                _refuse(place, frame.entries)
+        start = end
     return befores
+
+
+def _refuse(place: int, entries: int) -> NoReturn:
+    if place > entries:
+        raise WireError("counts", f"position {place - 1} is beyond the frame's {entries} entries")
+    raise WireError("counts", "non-zeros lie in other tensors than announced")
 
 
 def _first_run(runs_r: Array, cut: int) -> int:
