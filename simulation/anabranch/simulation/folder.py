@@ -12,6 +12,7 @@ from anabranch.coordinator.federation import FEDERATION_FILE, START_FOLDER
 from anabranch.coordinator.registry import KEYS_FOLDER
 from anabranch.coordinator.store import FolderStore
 from anabranch.coordinator.store.folder import ARTIFACTS, JOURNAL
+from anabranch.coordinator.supervision.lease import LEASE_FILE, LOCK_FILE
 from anabranch.simulation.scenario import Scenario, load_scenario, write_scenario
 from anabranch.simulation.validation import TASK_FILE
 
@@ -26,7 +27,7 @@ RUN_NAMES = frozenset(
     {
         CONFIG_FILE, SUMMARY_FILE, REPORT_FILE, SCORES_FILE, FEDAVG_FOLDER, ADAPTER_FOLDER,
         UNATTACKED_FOLDER, UNDEFENDED_FOLDER, START_FOLDER, FEDERATION_FILE, KEYS_FOLDER, JOURNAL,
-        ARTIFACTS, TASK_FILE, "flower",
+        ARTIFACTS, TASK_FILE, LEASE_FILE, LOCK_FILE, "flower",
         f"{ADAPTER_FOLDER}.new", f"{ADAPTER_FOLDER}.old", "scores.partial",
     }
 )  # fmt: skip
