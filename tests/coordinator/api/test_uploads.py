@@ -177,3 +177,12 @@ def test_who_was_not_asked_or_comes_late(start_world: Start) -> None:
     with pytest.raises(CallError) as error:
         upload(a, "f", 7, late)
     assert error.value.code == "closed"
+
+
+def test_an_upload_of_which_nothing_came_leaves_nothing(start_world: Start) -> None:
+    world = start_world()
+    a = world.peer("a", "client", "f")
+    world.plan(1, "a")
+    data = world.made(world.order(a), "a")
+    assert world.code("Uploads.Upload", parts(header(data)), a) == "cut-off"
+    assert list((world.folder / "api" / "uploads").iterdir()) == []

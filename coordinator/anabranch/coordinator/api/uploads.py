@@ -163,6 +163,8 @@ class Uploads:
             await self._read(wanted, arrival, context)
         finally:
             arrival.close()
+            if arrival.offset == 0:
+                self._spool.drop(wanted)
         return arrival
 
     async def _read(self, wanted: Wanted, arrival: Arrival, context: Any) -> None:
