@@ -178,6 +178,8 @@ class Supervisor:
                     raise _DiedError("serverapp-died", f"the ServerApp did not begin ({fate})")
             if now - began > self._config.start_s:
                 raise _DiedError("serverapp-died", "the ServerApp did not begin in time")
+            if now - self._told_s >= TELL_S:
+                self._tell("waits", f"Flower run {run} waits for its ServerApp to load")
             if self._stops:
                 return
             time.sleep(TICK_S)
