@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,7 +126,7 @@ def run(point: Point, seed: int, base: Scenario) -> tuple[float, float]:
         }  # fmt: skip
         beside = KEPT.with_suffix(".partial")
         beside.write_text(json.dumps(kept, indent=1) + "\n")
-        os.replace(beside, KEPT)
+        beside.replace(KEPT)
     return kept[key]["accuracy"], kept[key]["bytes"]
 
 
