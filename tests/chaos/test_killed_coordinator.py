@@ -40,8 +40,8 @@ def test_a_killed_coordinator_goes_on_with_the_same_round(
     lives = [json.loads(line) for line in done.stdout.splitlines()][1:]
     assert [row["signal"] for row in lives][-1] == 0
     assert sum(row["signal"] == 9 for row in lives) >= 1
-    told = runpy.run_path(str(SCRIPT))
-    cfg, rounds = told["config"](), told["ROUNDS"]
+    script = runpy.run_path(str(SCRIPT))
+    cfg, rounds = script["config"](), script["ROUNDS"]
     killed, whole = (
         open_store(cfg.store, tmp_path / name, federation=cfg.name, run=cfg.run)
         for name in ("killed", "whole")

@@ -65,7 +65,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         seconds.append(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime)
     assert done.stderr.strip() == "False"
     assert "simulate" in done.stdout
-    assert min(seconds) < 1.0
+    assert min(seconds) < 1.5  # torch alone takes twice as long
 
 
 def test_methods_are_listed_with_their_parameters(run: Any) -> None:

@@ -123,8 +123,8 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
         rounds=2,
         clients=NODES,
         quorum=NODES,
-        deadline_s=240,
-        join_timeout_s=120,
+        deadline_s=600,
+        join_timeout_s=300,
         evaluate_every=2,
         signed=True,
         sealed=True,
@@ -203,7 +203,7 @@ def test_a_deployed_federation_beats_the_base(tmp_path: Path) -> None:
         )
         answer = flwr(["run", str(bundle), "link"], env)
         try:
-            row = wait_for_run(str(answer["run-id"]), "link", env, tmp_path / "run.log", 420)
+            row = wait_for_run(str(answer["run-id"]), "link", env, tmp_path / "run.log", 1200)
         except FlowerError as error:
             logs = "\n".join(
                 f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
