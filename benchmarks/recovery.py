@@ -79,6 +79,10 @@ def campaign(
     store = loop.store()
     try:
         loop.start()
+        # Flower's node ends where its key is not registered yet.
+        loop.wait(
+            lambda: any(row["event"] == "submitted" for row in loop.changes()), patience_s, "a run"
+        )
         for index in range(loop.nodes):
             loop.start_node(index)
         for number, fault in enumerate(faults, start=1):
