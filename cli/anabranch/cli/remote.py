@@ -46,7 +46,7 @@ def remote_standing(name: str, cert: Path, api: str | None) -> Standing:
         done=found.done, published=found.published, abandoned=found.abandoned,
         round=found.round or None, state=found.state or None, asked=tuple(found.asked),
         admitted=tuple(found.admitted), refused=dict(found.refused),
-        adapter_hash=found.adapter_hash or None, last=found.last,
+        adapter_hash=found.adapter_hash or None, last=found.last, over=found.over,
     )  # fmt: skip
 
 

@@ -517,6 +517,7 @@ class StatusReply(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     ADAPTER_HASH_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     run: _builtins.str
     want: _builtins.str
@@ -530,6 +531,8 @@ class StatusReply(_message.Message):
     state: _builtins.str
     adapter_hash: _builtins.str
     last: _builtins.str
+    over: _builtins.bool
+    """No further round begins, unless an operator asks for something else."""
     @_builtins.property
     def asked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names; a client sees its own alone."""
@@ -555,10 +558,11 @@ class StatusReply(_message.Message):
         refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         adapter_hash: _builtins.str = ...,
         last: _builtins.str = ...,
+        over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "adapter_hash", b"adapter_hash", "admitted", b"admitted", "asked", b"asked", "done", b"done", "federation", b"federation", "last", b"last", "published", b"published", "refused", b"refused", "round", b"round", "rounds", b"rounds", "run", b"run", "state", b"state", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "adapter_hash", b"adapter_hash", "admitted", b"admitted", "asked", b"asked", "done", b"done", "federation", b"federation", "last", b"last", "over", b"over", "published", b"published", "refused", b"refused", "round", b"round", "rounds", b"rounds", "run", b"run", "state", b"state", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
