@@ -23,7 +23,7 @@ from flwr.app import Context, RecordDict
 
 from anabranch.cli.main import main
 from anabranch.client.api.caller import CallError
-from anabranch.client.api.credentials import CERTIFICATE_FILE
+from anabranch.client.api.credentials import CERTIFICATE_FILE, Credentials
 from anabranch.client.api.line import Line, Waiting
 from anabranch.client.api.taking_part import Ended, Manner, TakingPart
 from anabranch.client.app import app as client_app
@@ -102,6 +102,14 @@ def until(holds: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
+def taking_part(world: Any, cert: Path, node: LoneNode, tell: Any, once: bool = False) -> Ended:
+    """A site's part, of which every event is told."""
+    name, manner = str(Credentials(cert).about["name"]), Manner(every_s=0.05, once=once)
+    with Line(Credentials(cert), world.address) as line:
+        stop = threading.Event()
+        return TakingPart(line, "f", name, node, world.folder, tell, manner, stop).run()
+
+
 def rounds(folder: Path, nodes: int, store: Any) -> MergeStrategy:
     """Every round of a federation, with the first so many clients on nodes."""
     config = load_federation(folder)
@@ -176,12 +184,12 @@ def test_killed_after_training_it_uploads_the_same_bytes_once_the_coordinator_is
     blob = kept.read_bytes().partition(b"\n")[2]
     monkeypatch.chdir(world.folder)
     monkeypatch.syspath_prepend(str(world.folder))
-    gated = ("--task", "gated:Gated")
-    code, events, told = run(cert, "--once", *gated)
+    code, _, told = run(cert, "--once", "--task", "gated:Gated")
     assert (code, "does not answer" in told) == (6, True)
+    events: list[tuple[str, str, dict[str, Any]]] = []
 
     def back() -> None:
-        time.sleep(0.5)
+        until(lambda: events)
         world.resume()
         with closing(world.store()) as store:
             until(lambda: store.contributions(1))
@@ -189,13 +197,15 @@ def test_killed_after_training_it_uploads_the_same_bytes_once_the_coordinator_is
             facts = {"round": 2, "reason": "the operator asked to drain", "want": "run"}
             store.note("stopped", facts)
 
+    config = {"task": "gated:Gated", "task-params": PARAMS, "client": "client-0001"}
+    node = LoneNode({**config, "state": str(cert / "state")})
     with beside(back):
-        code, events, _ = run(cert, *gated)
-    assert code == 0
-    assert kinds(events)[0] == "away"
-    assert kinds(events).count("away") == 1
-    assert [one["again"] for one in events if one["event"] == "made"] == [True]
-    assert events[-1]["told"].endswith("(the operator asked to drain)")
+        assert taking_part(world, cert, node, lambda *one: events.append(one)) is Ended.OVER
+    names = [event for event, _, _ in events]
+    assert names[:2] == ["away", "back"]
+    assert names.count("away") == 1
+    assert [facts["again"] for event, _, facts in events if event == "made"] == [True]
+    assert events[-1][1] == "f is over: 1 of 3 rounds (the operator asked to drain)"
     (row,) = world.store().contributions(1)
     assert row.digest == hashlib.sha256(blob).hexdigest()
     assert len((world.folder / "trained.txt").read_text().splitlines()) == 1
@@ -304,12 +314,10 @@ def test_an_order_that_stands_no_more_is_let_go(start_world: Start) -> None:
 
     events: list[str] = []
     node = Slow({"task": TASK, "task-params": PARAMS, "client": "a"})
-    with Line(credentials, world.address) as line:
-        part = TakingPart(
-            line, "f", "a", node, world.folder, lambda event, told, facts: events.append(event),
-            Manner(every_s=0.05, once=True), threading.Event(),
-        )  # fmt: skip
-        assert part.run() is Ended.ONCE
+    ended = taking_part(
+        world, credentials.folder, node, lambda event, *_: events.append(event), once=True
+    )
+    assert ended is Ended.ONCE
     assert node.rounds == [1, 2]
     assert events == ["joined", "training", "outdated", "training", "made", "uploading", "admitted"]
     assert [row.client for row in world.store().contributions(2)] == ["a"]
