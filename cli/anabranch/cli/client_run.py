@@ -145,6 +145,7 @@ def _stopping() -> Iterator[threading.Event]:
     from anabranch.client.api.taking_part import StoppedError
 
     stop = threading.Event()
+    before: dict[int, Any] = {}
 
     def heed(number: int, frame: FrameType | None) -> None:
         # A second one ends the process: something does not let go.
@@ -153,11 +154,10 @@ def _stopping() -> Iterator[threading.Event]:
         stop.set()
         raise StoppedError
 
-    if threading.current_thread() is not threading.main_thread():
-        before: dict[int, Any] = {}
-        yield stop
-        return
-    before = {one: signal.signal(one, heed) for one in (signal.SIGTERM, signal.SIGINT)}
+    # A caller in another thread has signals of its own.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, heed)
     try:
         yield stop
     finally:

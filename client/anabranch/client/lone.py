@@ -132,8 +132,9 @@ class LoneNode:
             reply = app(message, context)
         # As Flower's own client process does: whatever a task raises, its round fails.
         except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise NodeRefusedError(
-                f"round {order.plan.round}: {type(error).__name__}: {one_line(str(error))}"
+                f"round {order.plan.round}: {kind}{one_line(str(error))}"
             ) from error
         if reply.has_error():
             raise NodeRefusedError(f"round {order.plan.round}: {reply.error.reason}")
@@ -165,4 +166,5 @@ def _message(order: Order, start: bytes | None) -> Message:
         ttl=DEFAULT_TTL, message_type=MessageType.TRAIN,
     )  # fmt: skip
     # With its metadata given, a message asks no process of Flower's who it is.
-    return Message(content=content, metadata=metadata)  # type: ignore[call-overload]
+    message: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
+    return message
