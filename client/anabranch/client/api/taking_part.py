@@ -101,6 +101,7 @@ class TakingPart:
         self._waits_for = ""
         self._joined = self._away = False
         self._refused = ""  # the text of a plan whose update was refused: it is not tried again
+        self._uploads = ""  # the text of the plan whose update is on its way
         self._made: tuple[str, Answer] | None = None  # by its plan's text: it may be sealed
 
     def run(self) -> Ended:
@@ -167,7 +168,9 @@ class TakingPart:
             self._say("outdated", f"round {order.plan.round} ended before it was done", **about)
             return None
         size = len(answer.blob)
-        self._wait_for("uploading", f"round {order.plan.round}: uploads {size} bytes", about)
+        if self._uploads != order.text:  # told once, however often it is cut off
+            self._uploads = order.text
+            self._say("uploading", f"round {order.plan.round}: uploads {size} bytes", **about)
         metrics = dict(list(answer.metrics.items())[:METRICS])
         try:
             digest = upload(
@@ -179,7 +182,8 @@ class TakingPart:
             self._refused = order.text
             told = f"round {order.plan.round}: the update is refused: {error}"
             self._say("refused", told, code=error.code, **about)
-            return Ended.REFUSED
+            # Whoever has a node as well has answered by it.
+            return Ended.ONCE if error.code == "duplicate" else Ended.REFUSED
         self._back()
         told = f"round {order.plan.round}: admitted as {digest[:16]}"
         self._say("admitted", told, artifact=digest, bytes=size, **about)
@@ -256,10 +260,13 @@ class TakingPart:
 
     def _lost(self, error: CallError) -> None:
         self._line.drop()
-        self._away = True
-        told = f"waits for the coordinator, and tries again: {error}"
         # Of one absence the reasons differ with each try.
-        self._wait_for("away", told, {"code": error.code}, key="away")
+        key = error.code if error.refused else "away"
+        self._away = self._away or not error.refused
+        event, who = (
+            ("held-up", "") if error.refused else ("away", "waits for the coordinator, and ")
+        )
+        self._wait_for(event, f"{who}tries again: {error}", {"code": error.code}, key=key)
 
     def _back(self) -> None:
         if self._away:
