@@ -263,10 +263,9 @@ class TakingPart:
         # Of one absence the reasons differ with each try.
         key = error.code if error.refused else "away"
         self._away = self._away or not error.refused
-        event, who = (
-            ("held-up", "") if error.refused else ("away", "waits for the coordinator, and ")
-        )
-        self._wait_for(event, f"{who}tries again: {error}", {"code": error.code}, key=key)
+        event, whom = ("held-up", "") if error.refused else ("away", "for the coordinator ")
+        told = f"waits {whom}and tries again: {error}"
+        self._wait_for(event, told, {"code": error.code}, key=key)
 
     def _back(self) -> None:
         if self._away:
