@@ -76,7 +76,7 @@ def lives(grid: Grid) -> dict[int, str]:
     """
     if not reaches_out(grid):
         return {}
-    nodes: Iterable[Any] = grid.get_nodes()  # type: ignore[attr-defined]
+    nodes: Iterable[Any] = grid.get_nodes()
     return {int(node.node_id): str(node.last_activated_at) for node in nodes}
 
 
