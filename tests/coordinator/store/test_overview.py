@@ -78,7 +78,7 @@ def test_all_stand_where_each_does(
 
 
 def test_many_federations_are_one_look(engine: Engine) -> None:
-    """100 federations of 100 clients each: a look takes four queries, none of all there ever was."""
+    """100 federations of 100 clients each: a look is four queries, none of all there ever was."""
     clients = [f"client-{number:04}" for number in range(CLIENTS)]
     with engine.begin() as connection:
         keys = range(1, FEDERATIONS + 1)
