@@ -242,7 +242,7 @@ def merged_by(rule: str, declared: int, cohort: Cohort, replies: Sequence[Change
     names = sorted(replies[0])
     deltas_CD = torch.stack([torch.cat([one[n].flatten() for n in names]) for one in replies])
     merged_D = vectors.rules()[rule].merge(deltas_CD, declared)
-    parts = merged_D.split([replies[0][n].numel() for n in names])
+    parts = torch.split(merged_D, [replies[0][n].numel() for n in names])
     change = {n: part.view_as(replies[0][n]) for n, part in zip(names, parts, strict=True)}
     return cohort.end(start, change)
 
