@@ -18,6 +18,8 @@ from typing import IO
 
 LOCK_FILE = "serverapp.lock"
 LEASE_FILE = "serverapp.json"
+UP_LOCK = "up.lock"
+"""Held by who supervises: a federation, or a folder of them."""
 
 PATIENCE_S = 5.0
 """Seconds to wait for a holder that is about to end."""
@@ -77,6 +79,32 @@ def look(folder: Path) -> tuple[Lease | None, bool]:
     except FileNotFoundError:
         return None, False
     return lease, alive
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only one that supervises a folder.
+
+    Raises:
+        ValueError: Another one does.
+    """
+    with (folder / UP_LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another `coordinator up` works on it; stop that one first"
+            ) from None
+        yield
+
+
+def supervised(folder: Path) -> bool:
+    """Whether somebody supervises a folder right now."""
+    try:
+        with (folder / UP_LOCK).open() as file:
+            return not _free(file)
+    except FileNotFoundError:
+        return False
 
 
 def _free(file: IO[str]) -> bool:
