@@ -147,7 +147,7 @@ def check(
             assert (row["status"], ended.get(number, "") in row.get("reason", "")) == (status, True)
         # Every admitted update counts once, by the rows and by the receipts.
         rows = Counter((row.round, row.client) for row in store.contributions())
-        every = {(n, f"client-000{c}") for n in rounds for c in range(CLIENTS)}
+        every = {(n, f"client-000{c}") for n in rounds for c in range(cfg.clients)}
         missing_rows = every - rows.keys() if refused is None else set(refused)
         assert rows == Counter(every - missing_rows)
         receipts = check_chain(store.receipts(), None)

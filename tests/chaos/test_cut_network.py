@@ -33,12 +33,19 @@ from anabranch.vectors.peft_folder import write_adapter
 LONG = int(os.environ.get("CHAOS_RUNS", "1")) > 1
 STATES: tuple[State, ...] = ("cut", "dead", "deaf", "dumb")
 CUT_S = 8.0
+NODES = int(os.environ.get("CHAOS_NODES", CLIENTS))
 
 
 @pytest.mark.skipif(not LONG, reason="minutes of real processes; make chaos")
 def test_lines_between_nodes_and_their_superlink_that_are_cut(tmp_path: Path, told: Told) -> None:
     cfg = config(
-        rounds=len(STATES), poll_s=0.2, deadline_s=240, join_timeout_s=240, train={"steps": 20}
+        rounds=len(STATES),
+        clients=NODES,
+        quorum=NODES,
+        poll_s=0.2,
+        deadline_s=240,
+        join_timeout_s=240,
+        train={"steps": 20},
     )
     federation = tmp_path / "federation"
     write_federation(cfg, federation)
@@ -60,7 +67,7 @@ def test_lines_between_nodes_and_their_superlink_that_are_cut(tmp_path: Path, to
             )
         )  # fmt: skip
         wait_for_port(port, superlink, log, 120)
-        lines = [running.enter_context(Line(port)) for _ in range(CLIENTS)]
+        lines = [running.enter_context(Line(port)) for _ in range(NODES)]
         for index, line in enumerate(lines):
             running.enter_context(
                 process(
