@@ -38,6 +38,8 @@ TICK_S = 0.1
 """Seconds between two looks at the processes."""
 LOOK_S = 1.0
 """Seconds between two looks for federations that were started."""
+RETRY_S = 30.0
+"""Seconds until a store that could not be opened is tried again."""
 LOG_FILE = "up.log"
 """What a federation's supervisor says, in its folder; JSON lines."""
 LASTED_S = 60.0
@@ -46,10 +48,17 @@ LASTED_S = 60.0
 
 @dataclass
 class _Known:
-    """A federation, as its configuration was at a moment."""
+    """A federation, as its configuration was at a moment.
+
+    Attributes:
+        stamp: When it was changed.
+        store: Its store; None where it could not be opened.
+        again_s: When that is tried again, in monotonic seconds.
+    """
 
     stamp: int
     store: Store | None = None
+    again_s: float = 0.0
 
 
 @dataclass
@@ -137,7 +146,10 @@ class Fleet:
         for name, one in list(self._work.items()):
             if one.child is None:
                 if time.monotonic() >= one.since_s:
-                    self._start(name, one)
+                    try:
+                        self._start(name, one)
+                    except OSError as error:  # no room, or its folder is gone
+                        self._again(name, one, f"{name} cannot be started: {error}")
                 continue
             code = one.child.poll()
             self._pass_on(name, one)
@@ -171,8 +183,11 @@ class Fleet:
         # Killed, or told to stop by somebody who does not know of us.
         if time.monotonic() - one.since_s > LASTED_S:
             one.backoff = Backoff(self._config.restart)
+        self._again(name, one, f"{name}: its supervisor {processes.how(code)}")
+
+    def _again(self, name: str, one: _AtWork, told: str) -> None:
+        """Start it again, later and later, and then not at all."""
         one.backoff = one.backoff.after(one.backoff.gained)
-        told = f"{name}: its supervisor {processes.how(code)}"
         if one.backoff.gives_up:
             self._end(name, one, f"{told}; it did so {one.backoff.failures} times in a row")
             return
@@ -204,7 +219,10 @@ class Fleet:
 
     def _pass_on(self, name: str, one: _AtWork) -> None:
         """Tell what a supervisor told since."""
-        with (self._folder / name / LOG_FILE).open("rb") as file:
+        path = self._folder / name / LOG_FILE
+        if not path.exists():  # its folder was taken away
+            return
+        with path.open("rb") as file:
             file.seek(one.read)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -222,12 +240,15 @@ class Fleet:
 
     def _store(self, path: Path) -> Store | None:
         """A federation's store, opened once; None where it cannot be, and the log says why."""
+        if not path.exists():
+            return None
         name, stamp = path.parent.name, path.stat().st_mtime_ns
         known = self._known.get(name)
-        if known is None or known.stamp != stamp:
+        failed = known is not None and known.store is None and time.monotonic() >= known.again_s
+        if known is None or known.stamp != stamp or failed:
             if known is not None and known.store is not None:
                 known.store.close()
-            self._known[name] = known = _Known(stamp)
+            self._known[name] = known = _Known(stamp, again_s=time.monotonic() + RETRY_S)
             try:
                 config = load_federation(path.parent)
                 if config.store.url != JOURNAL_URL:
