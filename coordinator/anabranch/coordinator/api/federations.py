@@ -195,7 +195,7 @@ class Federations:
             round=found.round or 0, state=found.state or "", asked=seen(found.asked),
             admitted=seen(found.admitted), refused=found.refused,
             adapter_hash=found.adapter_hash or "", last=found.last,
-            service=said and pb.Service(**asdict(said)),
+            service=pb.Service(**asdict(said)) if said else None,
             running=await asyncio.to_thread(supervised, served.folder),
         )  # fmt: skip
 

@@ -77,7 +77,8 @@ class Starting:
 
     def _port(self, fleet: FleetConfig, before: Service | None) -> int:
         """The one it had, else one that none had, else one that is free."""
-        held, had = set(), set()
+        held: set[int] = set()
+        had: set[int] = set()
         for name in self._shelf.names(HOST):
             try:
                 now = service(self._shelf.get(HOST, name).store)
