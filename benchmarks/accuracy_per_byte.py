@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,6 +37,12 @@ RUNS = ROOT / "runs" / "accuracy_per_byte"
 KEPT = RESULTS / "accuracy_per_byte_runs.json"
 PLOT = ROOT / "docs" / "accuracy_per_byte.png"
 SEEDS = (1, 2, 3)
+
+Found = dict[str, Any]
+"""What a run found: codec, seed, accuracy, bytes."""
+
+Cell = tuple[str, int]
+"""A codec's name and a seed."""
 
 DENSITIES = (0.2, 0.1, 0.05, 0.02)
 BARS = {0.1: 0.99, 0.05: 0.98}
@@ -101,33 +110,55 @@ def _flasc() -> Iterator[None]:
         registry.CODECS = before
 
 
-def run(point: Point, seed: int, base: Scenario) -> tuple[float, float]:
-    """Accuracy and bytes of an update, of one run or as it was kept."""
+def scenario_of(point: Point, seed: int, base: Scenario) -> tuple[str, Scenario]:
+    """The run's key among those that are kept, and what it simulates."""
     scenario = base.model_copy(update={"name": "bytes", "seed": seed, "codec": point.codec})
     # Defaults left out: a scenario that learns a new key is the same one.
     words = f"{point.name} {scenario.model_dump_json(exclude_defaults=True)}"
-    key = hashlib.sha256(words.encode()).hexdigest()[:16]
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    if key not in kept:
-        print(f"{point.name}, seed {seed}", file=sys.stderr, flush=True)
-        folder = RUNS / key
-        if point.name == FLASC:
-            with _flasc():
-                simulate(scenario, folder, resume=folder.exists())
-        else:
-            simulate(scenario, folder, resume=folder.exists())
-        summary = json.loads((folder / "summary.json").read_text())
-        size = summary["update_bytes"]["ours"]
-        if point.name == FLASC:
-            entries = summary["update_bytes"]["fp16"] / 2
-            size = FLASC_DENSITY * entries * (16 + 17) / 8
-        kept[key] = {
-            "codec": point.name, "seed": seed, "accuracy": summary["mean"]["merged"], "bytes": size,
-        }  # fmt: skip
-        beside = KEPT.with_suffix(".partial")
-        beside.write_text(json.dumps(kept, indent=1) + "\n")
-        beside.replace(KEPT)
-    return kept[key]["accuracy"], kept[key]["bytes"]
+    return hashlib.sha256(words.encode()).hexdigest()[:16], scenario
+
+
+def run(point: Point, key: str, scenario: Scenario) -> Found:
+    """Simulate one federation, or go on where it was stopped."""
+    folder = RUNS / key
+    with _flasc() if point.name == FLASC else nullcontext():
+        simulate(scenario, folder, resume=folder.exists())
+    summary = json.loads((folder / "summary.json").read_text())
+    size = summary["update_bytes"]["ours"]
+    if point.name == FLASC:
+        entries = summary["update_bytes"]["fp16"] / 2
+        size = FLASC_DENSITY * entries * (16 + 17) / 8
+    accuracy = summary["mean"]["merged"]
+    return {"codec": point.name, "seed": scenario.seed, "accuracy": accuracy, "bytes": size}
+
+
+def run_all(wanted: Sequence[Point], seeds: Sequence[int], base: Scenario) -> dict[Cell, Found]:
+    """All runs, a process to a core, a whole curve of one seed first: what stops early says much.
+
+    Returns:
+        What each found or had found before, by the codec's name and the seed.
+    """
+    cells = [(point, seed, *scenario_of(point, seed, base)) for seed in seeds for point in wanted]
+    kept: dict[str, Found] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    # Not forked: a copy of a process that has used torch's threads may hang.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _one_thread) as pool:
+        begun = {
+            pool.submit(run, point, key, scenario): key
+            for point, _, key, scenario in cells
+            if key not in kept
+        }
+        for done in as_completed(begun):
+            kept[begun[done]] = done.result()
+            beside = KEPT.with_suffix(".partial")
+            beside.write_text(json.dumps(kept, indent=1) + "\n")
+            beside.replace(KEPT)
+            there = sum(key in kept for _, _, key, _ in cells)
+            print(f"{there} of {len(cells)} federations", file=sys.stderr, flush=True)
+    return {(point.name, seed): kept[key] for point, seed, key, _ in cells}
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def measure(quick: bool, only: str | None) -> Iterator[Row]:
@@ -141,12 +172,12 @@ def measure(quick: bool, only: str | None) -> Iterator[Row]:
         if not only or not index or only in point.name
     ]
     seeds = SEEDS[: 1 if quick else None]
-    # A whole curve of one seed first: what is stopped early has something to say.
-    runs = {(seed, point.name): run(point, seed, base) for seed in seeds for point in wanted}
+    runs = run_all(wanted, seeds, base)
     dense = 0.0
     for point in wanted:
-        found = [runs[seed, point.name] for seed in seeds]
-        accuracies, size = [one[0] for one in found], fmean(one[1] for one in found)
+        found = [runs[point.name, seed] for seed in seeds]
+        accuracies = [one["accuracy"] for one in found]
+        size = fmean(one["bytes"] for one in found)
         dense = dense or fmean(accuracies)
         bar = BARS.get(point.codec.density) if point.kind == "ternary" else None
         yield Row(

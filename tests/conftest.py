@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.disks import SmallDisk, mounted
 
 from anabranch.simulation.engine.identity import server_identity
 from anabranch.wire import zstd
@@ -50,6 +51,15 @@ def forge() -> Forge:
         return len(header).to_bytes(LENGTH_BYTES, "little") + header + b"".join(payloads)
 
     return forged
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that is soon full."""
+    with mounted(tmp_path / "disk") as disk:
+        if disk is None:
+            pytest.skip("a small file system cannot be mounted here")
+        yield disk
 
 
 @pytest.fixture

@@ -18,13 +18,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from anabranch.aggregation import merge
 from anabranch.client.session import open_session
 from anabranch.client.task import HeldOut
 from anabranch.simulation.attackers import Attackers
 from anabranch.simulation.attacks.kinds import resolve_kind
 from anabranch.simulation.attacks.poison import Poison
-from anabranch.simulation.attacks.turn import poisoned
+from anabranch.simulation.attacks.turn import Changes, poisoned
+from anabranch.vectors import Adapter
+from benchmarks.scoreboard import vectors
 from benchmarks.scoreboard.cells import Cell, Found
 from benchmarks.scoreboard.replies import Cohort, Shelf
 from benchmarks.scoreboard.rules import recipe
@@ -41,6 +45,13 @@ RULES = (
     "robust", "mean", "clipped mean", "median", "trimmed mean", "geometric median", "Multi-Krum",
     "ARC, NNM, geometric median", "TIES", "FLAME", "rank vote",
 )  # fmt: skip
+
+RIVALS = (
+    "Flower: FedMedian", "Flower: FedTrimmedAvg", "Flower: MultiKrum", "Flower: Bulyan",
+    "byzfl: GeometricMedian", "byzfl: MultiKrum", "byzfl: CAF", "byzfl: NNM, TrMean",
+)  # fmt: skip
+"""As they are called, on the same replies as one vector each. Of ByzFL's, those that need no
+threshold from us and are not Flower's under another name."""
 
 ATTACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "backdoor": ("backdoor", {"target": 1, "scale": 3.0}),
@@ -147,7 +158,9 @@ QUICK = Setting(
 
 
 def cells(
-    setting: Setting, rules: Sequence[str] = RULES, attacks: Sequence[str] = tuple(ATTACKS)
+    setting: Setting,
+    rules: Sequence[str] = (*RULES, *RIVALS),
+    attacks: Sequence[str] = tuple(ATTACKS),
 ) -> list[Cell]:
     """All cells, seed after seed; of each number of attackers the oracle's first."""
     found = []
@@ -204,9 +217,7 @@ def measure(setting: Setting, runs: Path, cell: Cell) -> Found:
     if cell.rule != ORACLE and cell.f:
         alone = cell.attack in ALONE
         replies += cohort.colluding(cell.attack, band(cell.attack, cell.f), alone=alone)
-    how = recipe("mean" if cell.rule == ORACLE else cell.rule, cell.declared)
-    start = cohort.start(cohort.measured)
-    merged = merge(cohort.adapters(replies), how, start=start).adapter
+    merged = merged_by(cell.rule, cell.declared, cohort, replies)
     found: Found = {"acc": scorer.accuracy(merged, cohort.session.task, "clean")}
 
     def success(name: str) -> float:
@@ -216,6 +227,24 @@ def measure(setting: Setting, runs: Path, cell: Cell) -> Found:
     if cell.rule != ORACLE:
         return {**found, "asr": success(cell.attack)}
     return found | {name: success(name) for name in (NONE, *ATTACKS)}
+
+
+def merged_by(rule: str, declared: int, cohort: Cohort, replies: Sequence[Changes]) -> Adapter:
+    """What a rule makes of the replies: a recipe of ours by the engine, a rival's of vectors.
+
+    Raises:
+        ValueError: The rule cannot merge so many with so many malicious.
+    """
+    start = cohort.start(cohort.measured)
+    if rule not in RIVALS:
+        how = recipe("mean" if rule == ORACLE else rule, declared)
+        return merge(cohort.adapters(replies), how, start=start).adapter
+    names = sorted(replies[0])
+    deltas_CD = torch.stack([torch.cat([one[n].flatten() for n in names]) for one in replies])
+    merged_D = vectors.rules()[rule].merge(deltas_CD, declared)
+    parts = torch.split(merged_D, [replies[0][n].numel() for n in names])
+    change = {n: part.view_as(replies[0][n]) for n, part in zip(names, parts, strict=True)}
+    return cohort.end(start, change)
 
 
 def band(name: str, f: int) -> Attackers:

@@ -157,7 +157,9 @@ def run_adapters(options: Options) -> Result:
     if options.rounds is not None:
         setting = replace(setting, rounds=options.rounds, attackers=(2,), seeds=setting.seeds[:1])
         measure = partial(federations.measure_rounds, setting)
-    wanted = adapters.cells(setting)
+    # Rivals merge replies, and have no federation of ours.
+    rivals = adapters.RIVALS if options.rounds is None else ()
+    wanted = adapters.cells(setting, (*adapters.RULES, *rivals))
     if options.quick:
         wanted = adapters.cells(setting, ("mean",), ("backdoor",))
     if options.rounds is not None and options.only is not None:

@@ -241,6 +241,20 @@ def test_one_shot_replies_are_a_federation_s(tmp_path: Path) -> None:
     )
 
 
+def test_rivals_merge_block_c_s_replies(tmp_path: Path) -> None:
+    """Flower's median is that of each entry, head and adapter alike."""
+    cohort, _ = adapters.opened(adapters.QUICK, 0, tmp_path / "runs")
+    replies = [cohort.honest(partition) for partition in range(3)]
+    merged = adapters.merged_by("Flower: FedMedian", 1, cohort, replies).tensors()
+    start = cohort.start(cohort.measured).tensors()
+    assert set(replies[0]) == set(start)
+    for name, before in start.items():
+        middle = torch.stack([one[name] for one in replies]).median(dim=0).values
+        assert torch.equal(merged[name], before + middle)
+    with pytest.raises(ValueError, match="Bulyan: 1 malicious need 7"):
+        adapters.merged_by("Flower: Bulyan", 1, cohort, replies)
+
+
 def test_block_c_s_federations_in_short(tmp_path: Path) -> None:
     result = BLOCKS["C"].run(Options(tmp_path, quick=True, rounds=2, only="backdoor"))
     one = next(one for one in result["cells"] if one["attack"] == "backdoor")

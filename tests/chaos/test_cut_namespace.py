@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from tests.chaos.conftest import Told
 from tests.chaos.federation import CLIENTS, check, config, run
+from tests.chaos.namespaces import ip, why_not
 from tests.chaos.postgres import Postgres
 
 from anabranch.coordinator.store import database
@@ -25,17 +25,13 @@ NAME = f"chaos{os.getpid()}"[:12]
 HERE, THERE, PORT = "10.231.77.1", "10.231.77.2", 5432
 
 
-def ip(*words: str) -> bool:
-    """Whether the system did it."""
-    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Postgres]:
     if RUNS < 2:
         pytest.skip("a network of its own; make chaos")
-    if os.geteuid() != 0 or not ip("netns", "add", NAME):
-        pytest.skip("no network namespace can be made here")
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    assert ip("netns", "add", NAME)
     try:
         inside = ("netns", "exec", NAME, "ip")
         assert ip("link", "add", f"{NAME}a", "type", "veth", "peer", "name", f"{NAME}b")

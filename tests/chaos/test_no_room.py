@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from tests.chaos.conftest import Told
 from tests.chaos.federation import CLIENTS, check, config, opened, run
+from tests.disks import SmallDisk
 
 from anabranch.coordinator.store import Contribution, FullError
 from anabranch.coordinator.store.sql import SqlStore
@@ -23,45 +22,24 @@ OUTCOME = (
 )
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Leave no block free."""
-    with path.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * 4096):
-                pass
-        except OSError:
-            pass
-
-
 @pytest.mark.parametrize("seed", range(RUNS))
-def test_a_disk_that_is_full(seed: int, small_disk: Path, told: Told) -> None:
-    at, ballast = random.Random(seed).randrange(1, 3 * CLIENTS), small_disk / "ballast"
+def test_a_disk_that_is_full(seed: int, small_disk: SmallDisk, told: Told) -> None:
+    at = random.Random(seed).randrange(1, 3 * CLIENTS)
 
     def moment(count: int) -> None:
         if count == at:
-            fill(ballast)
+            small_disk.fill()
 
-    cfg = config()
+    cfg, folder = config(), small_disk.folder
     with pytest.raises(FullError, match=r"has no room: .*; free some, and go on"):
-        run(cfg, small_disk, moment)
+        run(cfg, folder, moment)
     # And again, while there is none.
     with pytest.raises(FullError, match="has no room"):
-        run(cfg, small_disk)
+        run(cfg, folder)
     told.broke()
-    ballast.unlink()
-    run(cfg, small_disk)
-    check(cfg, small_disk)
+    small_disk.free()
+    run(cfg, folder)
+    check(cfg, folder)
     told.outcome("disk full in a round", OUTCOME)
 
 

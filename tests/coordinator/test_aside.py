@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 import httpx
 import pytest
 from flwr.app import Message, MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from anabranch.coordinator import collect
 from anabranch.coordinator.aside import AT_ONCE, Aside, reaches_out
 from anabranch.coordinator.collect import Closed, Mail
 from anabranch.simulation.engine.inprocess import InProcessGrid
@@ -91,6 +93,12 @@ class Stalled(HttpGrid):
 
     def __init__(self) -> None:
         self.restored = threading.Event()
+        self.activated = {1: "monday", 2: "monday"}
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(node_id=node, last_activated_at=when) for node, when in self.activated.items()
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return [str(one.metadata.dst_node_id) for one in messages]
@@ -120,6 +128,27 @@ def test_a_reply_that_stalls_keeps_neither_others_nor_the_deadline() -> None:
         assert list(arrivals) == []
         assert [(one.node, one.code) for one in mail.give_up(late)] == [(1, "deadline")]
         assert mail.owed() == []
+    finally:
+        grid.restored.set()
+
+
+@pytest.mark.usefixtures("flower_identity")
+def test_an_order_is_lost_with_the_life_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "LIVES_S", 0.0)
+    grid = Stalled()
+    try:
+        mail = Mail(grid, 0.01)
+        mail.send([message(1), message(2)])
+        arrivals = mail.arrivals(lambda: None)
+        assert next(arrivals).node == 2
+        # Who leaves the list may be back, with the order; who is there anew has it no more.
+        grid.activated = {2: "monday"}
+        ticks = iter(range(3))
+        late = Closed("deadline", "no reply")
+        assert list(mail.arrivals(lambda: late if next(ticks, 2) == 2 else None)) == []
+        grid.activated = {1: "tuesday", 2: "monday"}
+        (reply,) = mail.arrivals(lambda: None)
+        assert (reply.node, reply.code, mail.owed()) == (1, "gone", [])
     finally:
         grid.restored.set()
 

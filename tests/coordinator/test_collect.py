@@ -94,7 +94,7 @@ def test_one_poisoned_reply_takes_no_other_with_it() -> None:
     contexts = {node: Context(1, node, {}, RecordDict(), {}) for node in (1, 2, 3)}
     got = list(replies(Poisoned(echo_app(), contexts), orders(3), deadline_s=60, poll_s=0))
     assert [(reply.node, reply.code) for reply in got] == [
-        (1, "unreadable"), (2, "client-error"), (3, ""),
+        (1, "unreadable"), (2, "gone"), (3, ""),
     ]  # fmt: skip
     assert "\n" not in got[0].reason
     assert "\x1b" not in got[0].reason

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -66,6 +67,17 @@ class Aside:
             under_way.set_result(list(self._fetch(identifier)))
         except BaseException as error:
             under_way.set_exception(error)
+
+
+def lives(grid: Grid) -> dict[int, str]:
+    """What changes about each node when it was gone for a while, or starts anew under its number.
+
+    Empty where Flower does not tell.
+    """
+    if not reaches_out(grid):
+        return {}
+    nodes: Iterable[Any] = grid.get_nodes()
+    return {int(node.node_id): str(node.last_activated_at) for node in nodes}
 
 
 def reaches_out(grid: Grid) -> bool:

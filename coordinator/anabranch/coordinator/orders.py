@@ -93,6 +93,14 @@ class Orders:
         self._rounds[self._now].clients = asked
         return self._messages(asked, lambda name: self.start(name, self._now), MessageType.TRAIN)
 
+    def train_again(self, asked: Mapping[int, str]) -> list[Message]:
+        """The same for clients whose orders were lost, at the nodes where they are now."""
+        before, this_round = self.bytes_down, self._rounds[self._now]
+        this_round.clients = {**this_round.clients, **asked}
+        orders = self._messages(asked, lambda name: self.start(name, self._now), MessageType.TRAIN)
+        self.bytes_down += before
+        return orders
+
     def evaluate(self, asked: Mapping[int, str], whole: Start) -> list[Message]:
         """Orders for the clients of these nodes to score an adapter."""
         self._scoring = asked

@@ -59,11 +59,14 @@ class Roster:
         if self._mail is None:
             self._mail = Mail(grid, self._poll_s)
         present, now = set(grid.get_node_ids()), time.monotonic()
+        asked = {node for node, _ in self._mail.owed()}
+        if any(node >= 0 for node in self._names.keys() - present):
+            # Its name is free: who was refused for it need not wait.
+            self._retry_at = {node: at for node, at in self._retry_at.items() if node in asked}
         self._names = {node: name for node, name in self._names.items() if node in present}
         for node in sorted(present & self._met.keys() - self._names.keys()):
             if self._met[node] not in self._names.values():
                 self._names[node] = self._met[node]
-        asked = {node for node, _ in self._mail.owed()}
         new = [
             node
             for node in sorted(present - self._names.keys() - asked)

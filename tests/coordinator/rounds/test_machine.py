@@ -14,9 +14,11 @@ from anabranch.coordinator.rounds.machine import (
     Abort,
     Admitted,
     Asked,
+    Back,
     Drain,
     Event,
     Failed,
+    Gone,
     Lost,
     Merged,
     NotAllowedError,
@@ -53,6 +55,14 @@ def test_a_round_goes_from_plan_to_publication() -> None:
     ("terms", "events", "state", "reason"),
     [
         (TERMS, [Asked(0, 2), Admitted(1), Lost()], "abandoned", "1 admitted, the quorum is 2"),
+        # A quorum does not wait for who is gone; a round without one does, to its deadline.
+        (TERMS, [Asked(0, 3), Admitted(1), Gone(), Admitted(2)], "merging", ""),
+        (TERMS, [Asked(0, 3), Admitted(1), Admitted(2), Gone()], "merging", ""),
+        (TERMS, [Asked(0, 3), Admitted(1), Gone(), Back(), Admitted(2)], "collecting", ""),
+        (TERMS, [Asked(0, 2), Admitted(1), Gone()], "collecting", ""),
+        (TERMS, [Asked(0, 2), Admitted(1), Gone(), Back(), Admitted(2)], "merging", ""),
+        (TERMS, [Asked(0, 2), Admitted(1), Gone(), Tick(10)], "abandoned",
+         "1 admitted, the quorum is 2"),
         (TERMS, [Asked(0, 3), Admitted(1), Admitted(2), Tick(9.9)], "collecting", ""),
         (TERMS, [Asked(0, 3), Admitted(1), Admitted(2), Tick(10)], "merging", ""),
         (TERMS, [Asked(0, 3), Admitted(1), Tick(10)], "abandoned", "1 admitted, the quorum is 2"),
@@ -117,7 +127,8 @@ def test_a_pause_stops_the_clock_and_not_the_updates() -> None:
 
 
 EVENTS: tuple[Event, ...] = (
-    Asked(0, 2), Admitted(1), Lost(), Tick(1), Pause(1), Resume(1), Drain(), Abort("x"),
+    Asked(0, 2), Admitted(1), Lost(), Gone(), Back(), Tick(1), Pause(1), Resume(1), Drain(),
+    Abort("x"),
     Merged(), Failed("x"), Passed(), Rejected("x"),
 )  # fmt: skip
 
@@ -142,7 +153,9 @@ def test_every_state_is_reached_and_left() -> None:
 @given(
     st.integers(0, 6), st.integers(0, 3), st.integers(0, 2), st.integers(1, 4),
     st.lists(
-        st.sampled_from(["admit", "late", "lose", "lose late", "tick", "pause", "resume"]),
+        st.sampled_from(
+            ["admit", "late", "lose", "lose late", "gone", "back", "tick", "pause", "resume"]
+        ),
         max_size=20,
     ),
 )  # fmt: skip
@@ -150,25 +163,28 @@ def test_a_round_never_merges_below_its_quorum_and_never_hangs(
     waiting: int, held: int, owed: int, quorum: int, what: list[str]
 ) -> None:
     now, answered, at_s = after(Asked(0, waiting, held, owed), terms=Terms(quorum, 10)), 0, 0.0
-    admitted = held
+    admitted, gone = held, 0
     for word in what:
         if now.state is not State.COLLECTING:
             break
         at_s += 1
-        if word in ("admit", "lose") and answered == waiting:
+        if word in ("admit", "lose", "gone") and answered == waiting:
             continue
-        answered += word in ("admit", "lose")
+        if word == "back" and not gone:
+            continue
+        gone += (word == "gone") - (word == "back")
+        answered += (word in ("admit", "lose", "gone")) - (word == "back")
         owed -= word in ("late", "lose late")
         admitted += word in ("admit", "late")
         made: dict[str, Event] = {
             "admit": Admitted(at_s), "late": Admitted(at_s, late=True), "lose": Lost(),
-            "lose late": Lost(late=True),
+            "lose late": Lost(late=True), "gone": Gone(), "back": Back(),
             "tick": Tick(at_s), "pause": Pause(at_s), "resume": Resume(at_s),
         }  # fmt: skip
         now = step(now, made[word])
     assert now.admitted == admitted
     if now.state is State.COLLECTING:
-        assert answered < waiting or owed > 0
+        assert answered < waiting or owed > 0 or gone
         if now.paused_s is not None:
             now = step(now, Resume(at_s))
         now = step(now, Tick(math.inf))

@@ -1,38 +1,13 @@
-"""No room: real file systems of a megabyte, filled."""
+"""No room: real file systems of two megabytes, filled."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from tests.disks import SmallDisk
 
 from anabranch.coordinator.store import Contribution, FullError, Store, StoreConfig, open_store
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """Leave no block free."""
-    path = folder / "ballast"
-    with path.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * 4096):
-                pass
-        except OSError:
-            pass
-    return path
 
 
 def admit(store: Store, client: str, data: bytes) -> bool:
@@ -52,24 +27,24 @@ def admit_until_full(store: Store) -> int:
 
 
 @pytest.mark.parametrize("url", ["journal", "sqlite:///rounds.db"])
-def test_a_full_disk_refuses_and_what_was_admitted_stays(small_disk: Path, url: str) -> None:
+def test_a_full_disk_refuses_and_what_was_admitted_stays(small_disk: SmallDisk, url: str) -> None:
     def open_again() -> Store:
-        return open_store(StoreConfig(url=url), small_disk, federation="f", run="r")
+        return open_store(StoreConfig(url=url), small_disk.folder, federation="f", run="r")
 
     store = open_again()
     assert admit(store, "a", b"first")
-    ballast = fill(small_disk)
+    small_disk.fill()
     with pytest.raises(FullError, match=r"has no room: .*; free some, and go on"):
         store.put(os.urandom(100_000))
     admitted = admit_until_full(store)
     # Nothing of what was refused is there, all of the rest is, now and after a restart.
     expected = ["a", *(f"late-{number}" for number in range(admitted))]
-    ballast.unlink()
+    small_disk.free()
     second = open_again()
     for again in (store, second):
         assert sorted(row.client for row in again.contributions(1)) == sorted(expected)
         assert again.get(again.contributions(1)[0].digest) == b"first"
-        assert [name.name for name in small_disk.rglob("*.partial")] == []
+        assert [name.name for name in small_disk.folder.rglob("*.partial")] == []
     assert admit(store, "b", b"second")
     for one in (store, second, open_again()):
         assert one is second or len(one.contributions(1)) == len(expected) + 1

@@ -13,8 +13,10 @@ from anabranch.coordinator.rounds.machine import (
     Abort,
     Admitted,
     Asked,
+    Back,
     Drain,
     Event,
+    Gone,
     Lost,
     Pause,
     Resume,
@@ -92,6 +94,16 @@ class Driver:
         """A client will not contribute what it was asked for, in an earlier round if late."""
         if self.round.state is State.COLLECTING:
             self.happen(Lost(late))
+
+    def gone(self) -> None:
+        """A client's order or reply was lost on its way; it may be asked again."""
+        if self.round.state is State.COLLECTING:
+            self.happen(Gone())
+
+    def back(self) -> None:
+        """One that was gone has an order again, or its update is here."""
+        if self.round.state is State.COLLECTING:
+            self.happen(Back())
 
     def closed(self) -> Closed | None:
         """Why nothing more is waited for; None while the round collects.

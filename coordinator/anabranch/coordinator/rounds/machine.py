@@ -63,7 +63,8 @@ class Round:
         state: Where it stands.
         asked: Clients whose update it waits for or holds.
         admitted: Updates it holds.
-        lost: Clients that will not answer in it: refused, failed or gone.
+        lost: Clients that will not answer in it: refused or failed.
+        gone: Clients whose order was lost with their node, or on its way: they may be back.
         owed: Updates of earlier rounds that are still to come, and would count in it.
         began_s: When it was asked for.
         ends_s: Its deadline, as it stands.
@@ -77,6 +78,7 @@ class Round:
     asked: int = 0
     admitted: int = 0
     lost: int = 0
+    gone: int = 0
     owed: int = 0
     began_s: float = 0.0
     ends_s: float = math.inf
@@ -126,6 +128,16 @@ class Lost:
     """A client will not contribute, to an earlier round if late: refused, or no reply will come."""
 
     late: bool = False
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A client's order, or its reply, was lost on its way: a quorum does not wait for it."""
+
+
+@dataclass(frozen=True)
+class Back:
+    """A client that was gone has an order again, or its update came otherwise."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ class Rejected:
 
 
 Event = (
-    Asked | Admitted | Lost | Tick | Pause | Resume | Drain | Abort
+    Asked | Admitted | Lost | Gone | Back | Tick | Pause | Resume | Drain | Abort
     | Merged | Failed | Passed | Rejected
 )  # fmt: skip
 
@@ -209,11 +221,11 @@ def _quorate(now: Round, event: Event) -> bool:
 def _complete(now: Round, event: Event) -> bool:
     """All have answered, or as many as it closes at."""
     enough = now.terms.close_at is not None and now.admitted >= now.terms.close_at
-    return enough or now.admitted + now.lost >= now.asked
+    return enough or now.admitted + now.lost + now.gone >= now.asked
 
 
 def _hopeless(now: Round, event: Event) -> bool:
-    """Nothing is to come any more, of no round."""
+    """Nothing is to come any more, of no round; who is gone may be back before the deadline."""
     return now.admitted + now.lost >= now.asked and not now.owed
 
 
@@ -246,6 +258,9 @@ TABLE = (
     Row(State.COLLECTING, Lost, _both(_complete, _quorate), State.MERGING),
     Row(State.COLLECTING, Lost, _hopeless, State.ABANDONED),
     Row(State.COLLECTING, Lost, _always, State.COLLECTING),
+    Row(State.COLLECTING, Gone, _both(_complete, _quorate), State.MERGING),
+    Row(State.COLLECTING, Gone, _always, State.COLLECTING),
+    Row(State.COLLECTING, Back, _always, State.COLLECTING),
     Row(State.COLLECTING, Tick, _both(_overdue, _quorate), State.MERGING),
     Row(State.COLLECTING, Tick, _overdue, State.ABANDONED),
     Row(State.COLLECTING, Tick, _always, State.COLLECTING),
@@ -305,6 +320,10 @@ def _counted(now: Round, event: Event) -> Round:
             return replace(now, owed=max(0, now.owed - 1))
         case Lost():
             return replace(now, lost=now.lost + 1)
+        case Gone():
+            return replace(now, gone=now.gone + 1)
+        case Back():
+            return replace(now, gone=max(0, now.gone - 1))
         case Pause() if now.paused_s is None:
             return replace(now, paused_s=event.at_s)
         case Resume() if now.paused_s is not None:

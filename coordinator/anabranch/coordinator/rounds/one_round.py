@@ -14,12 +14,13 @@ from flwr.serverapp import Grid
 from anabranch.coordinator.admission import RefusedError
 from anabranch.coordinator.candidate import merged_candidate
 from anabranch.coordinator.cohort import NO_ROOM, Cohort, update_bytes
-from anabranch.coordinator.collect import Closed, Mail, Reply
+from anabranch.coordinator.collect import GONE, Closed, Mail, Reply
 from anabranch.coordinator.coordination import Coordination
 from anabranch.coordinator.gate import judged
 from anabranch.coordinator.in_service import InService, in_service
 from anabranch.coordinator.privacy.budget import spent_with
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
+from anabranch.coordinator.rounds.again import Again
 from anabranch.coordinator.rounds.control import LOOK_S, Want
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
 from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
@@ -82,6 +83,8 @@ class OneRound:
         self._heard: set[str] = set()  # clients of which an update counts
         self._uploaders: list[str] = []  # asked, and without a node
         self._arrivals = Arrivals(number, here.store, LOOK_S)
+        self._again = Again(here.roster)
+        self._grid: Grid | None = None  # where who is gone may be again
         self._unusable: set[tuple[str, int]] = set()  # carried no further, by client and round
         self.driver = Driver(number, terms_of(here.config, deadline_s), here.store, here.control)
         self.counted = Counted()
@@ -94,6 +97,7 @@ class OneRound:
             owed: Nodes whose reply is still to come, and since which round.
         """
         here = self._here
+        self._grid = grid
         late = {int(group) for _, group in owed}
         here.orders.begin(self._service.start(self.plan, here.key), late)
         done = {row.client for row in here.store.contributions(self._number)}
@@ -129,7 +133,7 @@ class OneRound:
         stale = Closed("closed", "too many rounds were published before it came")
         yield from mail.give_up(stale, self._is_too_late)
         yield from mail.send(orders)
-        yield from mail.arrivals(self._closed, self._arrivals.waits)
+        yield from mail.arrivals(lambda: self._closed(mail), self._arrivals.waits)
         closed = self.driver.closed()
         assert closed is not None  # every order has its reply
         yield from mail.give_up(closed, self._is_too_late)
@@ -152,9 +156,11 @@ class OneRound:
                 self._refused += 1
                 self._refused_bytes += update_bytes(reply)
                 self.refuse(number, client, error)
-                if error.code not in WAITED_FOR:
+                if error.code not in (*WAITED_FOR, GONE):
                     self._here.roster.doubt(reply.node)
-                if number != self._number:
+                if number == self._number and self._is_gone(client, error):
+                    self.driver.gone()
+                elif number != self._number:
                     self.driver.lost(late=True)
                 elif client is not None:
                     self._arrivals.lost(client)
@@ -163,6 +169,7 @@ class OneRound:
                 assert client is not None
                 if number == self._number:
                     self._arrivals.answered(client)
+                    self._came_back(client)
                 self.driver.admitted(number != self._number, client in self._heard)
                 self._heard.add(client)
         # Replies that Flower's own loop did not bring will not come.
@@ -332,10 +339,38 @@ class OneRound:
             facts["carried"] = told(self.counted.late)
         return facts
 
-    def _closed(self) -> Closed | None:
+    def _is_gone(self, client: str | None, error: RefusedError) -> bool:
+        """Whether a client may be asked again, since no word of its own says that it failed."""
+        if error.code != GONE or client is None or self._secure is not None:
+            return False
+        return self._again.lose(client)
+
+    def _came_back(self, client: str) -> None:
+        if self._again.found(client):
+            self.driver.back()
+
+    def _ask_again(self, mail: Mail) -> None:
+        """Ask clients once more whose order was lost, and whose node is there again."""
+        assert self._grid is not None
+        if self.driver.round.state is not State.COLLECTING:
+            return
+        if not (there := self._again.there(self._grid)):
+            return
+        lost = {reply.node for reply in mail.send(self._here.orders.train_again(there))}
+        clients = sorted(name for node, name in there.items() if node not in lost)
+        self._again.asked(clients)
+        for _ in clients:
+            self.driver.back()
+        if clients:
+            log.info("round %d: asked again: %s", self._number, ", ".join(clients))
+            self._here.store.note("asked-again", {"round": self._number, "clients": clients})
+
+    def _closed(self, mail: Mail) -> Closed | None:
         """Why nothing more is waited for, once what was uploaded meanwhile is counted."""
         if self._secure is None:
+            self._ask_again(mail)
             for client, expected in self._arrivals.new():
+                self._came_back(client)
                 self.driver.admitted(False, client in self._heard, beside=not expected)
                 self._heard.add(client)
         return self.driver.closed()

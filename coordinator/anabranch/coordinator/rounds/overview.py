@@ -9,7 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, ScalarSelect, Select, Table, func, select, tuple_
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Engine,
+    Integer,
+    ScalarSelect,
+    Select,
+    Table,
+    cast,
+    func,
+    literal,
+    select,
+)
 
 from anabranch.coordinator.rounds import control
 from anabranch.coordinator.store.schema import (
@@ -64,8 +76,7 @@ def overview(engine: Engine) -> list[Overview]:
     """Every federation's run, sorted by name; runs of one in the order they began."""
     with engine.connect() as connection:
         heads = [dict(row._mapping) for row in connection.execute(_heads())]
-        done = {head["id"]: _done(head) for head in heads}
-        planned = _planned(connection, done)
+        planned = _planned(connection, {head["id"]: _done(head) for head in heads})
         rounds = {key: rows[-1]["round"] for key, rows in planned.items()}
         admitted = _counted(connection, contributions, rounds)
         refused = _counted(connection, refusals, rounds)
@@ -125,29 +136,34 @@ def _planned(connection: Connection, done: Mapping[int, int]) -> dict[int, list[
     last = (
         select(func.coalesce(func.max(over.c.id), 0))
         .where(over.c.federation == federations.c.id, over.c.event == "round")
+        .correlate(federations)
         .scalar_subquery()
     )
+    own = (notes.c.federation == federations.c.id) & (notes.c.event == "planned")
     query = (
-        select(notes.c.federation, notes.c.facts)
-        .join(federations)
-        .where(notes.c.event == "planned", notes.c.id > last)
-        .order_by(notes.c.id)
+        select(federations.c.id, notes.c.facts)
+        .select_from(federations)
+        # Of an inner join SQLite reads the notes of all federations first.
+        .outerjoin(notes, own & (notes.c.id > last))
+        .order_by(federations.c.id, notes.c.id)
     )
     found: dict[int, list[dict[str, Any]]] = {}
     for key, facts in connection.execute(query):
-        if facts["round"] > done[key]:
+        if facts is not None and facts["round"] > done[key]:
             found.setdefault(key, []).append(facts)
     return found
 
 
 def _counted(connection: Connection, table: Table, rounds: Mapping[int, int]) -> dict[int, int]:
     """How many rows each federation has of its round under way."""
-    query = (
-        select(table.c.federation, func.count())
-        .where(tuple_(table.c.federation, table.c.round).in_(list(rounds.items())))
-        .group_by(table.c.federation)
-    )
-    return {row[0]: row[1] for row in connection.execute(query)} if rounds else {}
+    # Of `(federation, round) IN …` SQLite reads the index whole, with all rounds there ever were;
+    # and a statement with a parameter for each federation is costly to write.
+    each = func.json_each if connection.dialect.name == "sqlite" else func.json_each_text
+    here = each(literal(dict(rounds), JSON)).table_valued("key", "value").alias("here")
+    key, number = (cast(one, Integer) for one in (here.c.key, here.c.value))
+    own = (table.c.federation == key) & (table.c.round == number)
+    count = _number(select(func.count()).select_from(table).where(own))
+    return {row[0]: row[1] for row in connection.execute(select(key, count))}
 
 
 def _one(
