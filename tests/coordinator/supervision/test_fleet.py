@@ -25,7 +25,7 @@ from anabranch.coordinator.supervision import processes
 from anabranch.coordinator.supervision.lease import supervised
 
 SCRIPT = Path(__file__).with_name("stand_in.py")
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 class Running:
