@@ -33,6 +33,8 @@ TOLD = frozenset(
     }
 )  # fmt: skip
 """Kinds of what the event stream tells. Others may be secrets, as what opens a receipt."""
+TOLD_IN_PRIVATE = {"admitted": {"round", "client"}, "refused": {"round", "client", "code"}}
+"""What is told of one update where a federation is private: nothing that depends on its content."""
 LOOK_S = 0.5
 """Seconds between two looks for new events."""
 BATCH = 500
@@ -126,9 +128,12 @@ class Federations:
                 for one in found:
                     after = one.cursor
                     if one.event in TOLD:
+                        facts, only = one.facts, TOLD_IN_PRIVATE.get(one.event)
+                        if only is not None and served.config.privacy is not None:
+                            facts = {name: facts[name] for name in facts.keys() & only}
                         yield pb.Event(
                             cursor=one.cursor, time_s=one.time_s, kind=one.event,
-                            facts=json.dumps(one.facts),
+                            facts=json.dumps(facts),
                         )  # fmt: skip
                 if len(found) < BATCH:
                     if request.once:
