@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.rounds.control import Want, latest
+from anabranch.coordinator.rounds.service import Service, service
 from anabranch.coordinator.store import Store
 
 
@@ -29,6 +30,8 @@ class Standing:
         adapter_hash: The adapter in service; None before the first.
         last: Why the last round was abandoned, or the run stopped; empty where neither is so.
         over: Whether no further round begins, unless an operator asks for something else.
+        service: Whether it was started by way of the API, and on which port.
+        running: Whether a coordinator keeps it at work; None where who asks cannot tell.
     """
 
     federation: str
@@ -46,6 +49,8 @@ class Standing:
     adapter_hash: str | None
     last: str
     over: bool = False
+    service: Service | None = None
+    running: bool | None = None
 
 
 def standing(config: FederationConfig, store: Store) -> Standing:
@@ -80,4 +85,5 @@ def standing(config: FederationConfig, store: Store) -> Standing:
         adapter_hash=publication.adapter_hash if publication else None,
         last=reasons[-1] if reasons else "",
         over=done >= config.rounds or (number is None and bool(stopped)),
+        service=service(store),
     )
