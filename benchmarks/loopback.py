@@ -35,7 +35,8 @@ from anabranch.vectors.peft_folder import write_adapter
 
 LIGHT_APP = "benchmarks.light_client:app"
 TASK = "anabranch.simulation.synthetic:SyntheticTask"
-
+RESTART_S = 5.0
+"""Fewest seconds between two starts of a node."""
 
 PYTHON_PATH = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
 """So that Flower's processes find this package."""
@@ -153,6 +154,7 @@ class Loopback:
         (folder / CONFIG_FILE).write_text(tomli_w.dumps(settings))
         self.up: subprocess.Popen[bytes] | None = None
         self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self._started_s: dict[int, float] = {}
 
     def start(self) -> None:
         """Start the coordinator, as an operator or systemd does."""
@@ -191,6 +193,17 @@ class Loopback:
         }
         env[processes.MARK] = f"{home}"
         self.running[index] = processes.start(arguments, self.folder / f"node-{index}.log", env)
+        self._started_s[index] = time.monotonic()
+
+    def tend(self) -> None:
+        """Start nodes again that ended, as systemd does.
+
+        SuperLink turns a node away for a minute after its death, as long as it takes it for alive,
+        and the new one ends.
+        """
+        for index, node in list(self.running.items()):
+            if node.poll() is not None and time.monotonic() - self._started_s[index] > RESTART_S:
+                self.start_node(index)
 
     def kill_node(self, index: int) -> None:
         """Kill a SuperNode and what it started, as a machine that loses power does."""
@@ -234,7 +247,7 @@ class Loopback:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def wait(self, until: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait for something.
+        """Wait for something; nodes that end meanwhile are started again.
 
         Raises:
             RuntimeError: It does not come; shows the ends of all logs.
@@ -243,6 +256,7 @@ class Loopback:
         while not until():
             if time.monotonic() > end:
                 raise RuntimeError(f"{what}: not within {timeout_s:g} s\n{self.logs()}")
+            self.tend()
             time.sleep(0.1)
 
     def logs(self) -> str:

@@ -32,6 +32,24 @@ def test_a_federation_is_backed_up_and_restored(run: Any, tmp_path: Path) -> Non
     store.close()
 
 
+def test_an_apis_state_is_backed_up_and_restored(run: Any, tmp_path: Path) -> None:
+    config = tmp_path / "api.toml"
+    config.write_text('federations = "federations"\nstate = "state"\n')
+    given = ("--organisation", "host", "--role", "admin", "--federation", "*")
+    invitation = ("-o", tmp_path / "root.invite")
+    assert run("coordinator", "invite", config, "root", *given, *invitation)[0] == 0
+    code, out, _ = run("backup", config, "-o", tmp_path / "api.tar")
+    assert (code, "0 certificates, 1 audit entries, the last of hash" in out) == (0, True)
+    code, _, err = run("restore", tmp_path / "api.tar", tmp_path / "new", "--store", "sqlite:///x")
+    assert (code, "which has no store" in err, err.count("\n")) == (2, True, 1)
+    code, _, err = run("restore", tmp_path / "api.tar", tmp_path / "state")
+    assert (code, "exists already" in err, err.count("\n")) == (2, True, 1)
+    assert run("restore", tmp_path / "api.tar", tmp_path / "new")[1].split("  ")[1] in out
+    key = tmp_path / "new" / "ca.key"
+    assert key.read_bytes() == (tmp_path / "state" / "ca.key").read_bytes()
+    assert key.stat().st_mode & 0o777 == 0o600
+
+
 def test_what_cannot_be_is_one_line(run: Any, tmp_path: Path) -> None:
     for arguments, reason in (
         (("backup", tmp_path / "none", "-o", tmp_path / "f.tar"), "federation.toml"),

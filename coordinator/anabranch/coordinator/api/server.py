@@ -25,6 +25,7 @@ from anabranch.coordinator.api.peers import Peers
 from anabranch.coordinator.api.quotas import Quotas
 from anabranch.coordinator.api.shelf import Shelf
 from anabranch.coordinator.api.spool import Spool
+from anabranch.coordinator.api.starting import Starting
 from anabranch.coordinator.api.transport import credentials, handlers, listen, new_server
 from anabranch.coordinator.api.uploads import Uploads
 from anabranch.coordinator.memory import GivingBack, few_heaps
@@ -87,7 +88,9 @@ class ApiServer:
         services = {
             "Enrolment": enrolment,
             "Peers": enrolment,
-            "Federations": Federations(self._shelf, self._quotas, limits, guard.check),
+            "Federations": Federations(
+                self._shelf, self._quotas, limits, Starting(self._shelf, config.flower), guard.check
+            ),
             "Adapters": Adapters(self._shelf, limits.downloads),
             "Uploads": Uploads(self._shelf, self._spool, self._quotas, limits),
         }

@@ -7,10 +7,7 @@ are in it, the coordinator's own is not: who gets hold of a backup cannot sign.
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,8 @@ from anabranch.coordinator.federation import (
     write_federation,
 )
 from anabranch.coordinator.registry import ENROLLED, KEYS_FOLDER, REVOKED
-from anabranch.coordinator.store.artifacts import DIGEST, Artifacts, flush_folder
+from anabranch.coordinator.store.archive import add_bytes, new_archive, new_folder
+from anabranch.coordinator.store.artifacts import DIGEST, Artifacts
 from anabranch.coordinator.store.config import JOURNAL_URL, StoreConfig
 from anabranch.coordinator.store.database import connect, federation_id, place
 from anabranch.coordinator.store.opening import artifacts_of, database_of
@@ -67,24 +65,14 @@ def backup(folder: Path, out: Path) -> Backup:
         ValueError: The file exists, the folder holds no federation or one that keeps a journal, or
             an artifact is damaged or missing.
     """
-    if out.exists():
-        raise ValueError(f"{out}: exists already; name another file")
-    config = load_federation(folder)
-    engine = _database(config, folder)
-    kept = artifacts_of(config.store, folder, durable=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                done = _write(tar, config, folder, engine, kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(out)
-        flush_folder(out.absolute().parent)
-    finally:
-        partial.unlink(missing_ok=True)
-        engine.dispose()
-    return done
+    with new_archive(out) as tar:
+        config = load_federation(folder)
+        engine = _database(config, folder)
+        try:
+            kept = artifacts_of(config.store, folder, durable=True)
+            return _write(tar, config, folder, engine, kept)
+        finally:
+            engine.dispose()
 
 
 def restore(
@@ -94,7 +82,7 @@ def restore(
 
     Args:
         file: What ``backup`` wrote.
-        folder: Made; nothing may be there.
+        folder: Made; where there is one, it is empty.
         url: Database to restore into; None takes the one the federation had.
         artifacts_place: Where artifacts go; None takes where they were.
 
@@ -102,21 +90,13 @@ def restore(
         ValueError: The file is damaged or no backup, something is in the way, or the store cannot
             be used.
     """
-    if folder.exists():
-        raise ValueError(f"{folder}: exists already; name a new folder")
-    partial = folder.with_name(f".{folder.name}.restoring")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        with tarfile.open(file) as tar:
+        with new_folder(folder) as partial, tarfile.open(file) as tar:
             done = _read(tar, partial, url, artifacts_place)
-        partial.rename(folder)
-        flush_folder(folder.absolute().parent)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{file}: is damaged or no backup: {error}") from error
     except (KeyError, ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: is damaged or no backup") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return done
 
 
@@ -138,11 +118,11 @@ def _write(
             if _is_held(engine, row["digest"]):
                 raise ValueError(f"{error.args[0]}: restore an earlier backup") from error
             continue
-        _add(tar, f"{BYTES}/{row['digest']}", data)
+        add_bytes(tar, f"{BYTES}/{row['digest']}", data)
         held.append(row)
         size_bytes += len(data)
     tables[artifacts.name] = held
-    _add(tar, ROWS, json.dumps({"format": FORMAT, "tables": tables}).encode())
+    add_bytes(tar, ROWS, json.dumps({"format": FORMAT, "tables": tables}).encode())
     return _summary(config, tables, size_bytes)
 
 
@@ -261,9 +241,3 @@ def _summary(
 ) -> Backup:
     rows = {table: len(found) for table, found in tables.items() if table != artifacts.name}
     return Backup(config.name, config.run, len(tables[artifacts.name]), size_bytes, rows)
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
