@@ -46,7 +46,9 @@ def configured(folder: Path) -> Path:
     """The configuration of an API on two ports of its own."""
     (folder / "federations").mkdir()
     ports = f"port = {free_port()}\nenrol_port = {free_port()}\n"
-    (folder / "api.toml").write_text(f'federations = "federations"\n{ports}')
+    flower = f"[flower]\nports = [{free_port()}, 65535]\ninsecure = true\n"
+    flower += f"[flower.tasks.numbers]\ntask = '{TASK}'\n"
+    (folder / "api.toml").write_text(f'federations = "federations"\n{ports}{flower}')
     return folder / "api.toml"
 
 
@@ -148,6 +150,18 @@ def test_a_federation_by_way_of_the_api(served: Path, run: Any, tmp_path: Path) 
     later = run("federation", "events", "f", *cert(root), "--after", events[2]["cursor"])[1]
     assert [json.loads(line)["kind"] for line in later.splitlines()] == ["admitted", "control"]
     assert run("federation", "rounds", "f", *cert(root), "--json")[1].strip() == "[]"
+    # It is started from here; who supervises takes it up.
+    code, _, told = run("federation", "start", "f", *cert(root), "--task", "none")
+    assert (code, "give one of numbers (task)" in told) == (5, True)
+    code, told, _ = run("federation", "start", "f", *cert(root), "--json")
+    now = json.loads(told)
+    assert (code, now["federation"], now["started"], now["by"]) == (0, "f", True, "root")
+    found = json.loads(run("federation", "status", "f", *cert(site), "--json")[1])
+    assert (found["running"], found["service"]["port"]) == (False, now["port"])
+    told = run("federation", "status", folder)[1]
+    assert f"not at work; started on port {now['port']}, task numbers, by root" in told
+    code, _, told = run("federation", "start", "f", *cert(root))
+    assert (code, "started already" in told) == (5, True)
     # A new certificate; and none any more.
     assert run("client", "rotate", *cert(site))[0] == 0
     assert run("client", "join", "f", *cert(site), "--leave")[0] == 0
@@ -158,7 +172,7 @@ def test_a_federation_by_way_of_the_api(served: Path, run: Any, tmp_path: Path) 
     assert {row["name"] for row in rows if row["revoked"]} == {"site"}
     audit = [json.loads(line) for line in run("peers", "audit", *cert(root))[1].splitlines()]
     assert [row["code"] for row in audit if row["outcome"] == "refused"] == [
-        "token-used", "exists", "config", "role", "revoked",
+        "token-used", "exists", "config", "role", "task", "started", "revoked",
     ]  # fmt: skip
     # Nobody there.
     code, _, told = run(
@@ -166,3 +180,19 @@ def test_a_federation_by_way_of_the_api(served: Path, run: Any, tmp_path: Path) 
     )
     assert (code, "does not answer" in told) == (6, True)
     assert run("federation", "status", "f", *cert(tmp_path / "none"))[0] == 2
+
+
+def test_what_is_no_fleet_is_one_line(tmp_path: Path, run: Any) -> None:
+    path = tmp_path / "api.toml"
+    path.write_text('federations = "federations"\n')
+    code, _, told = run("coordinator", "up", path)
+    assert (code, "has no [flower]" in told, told.count("\n")) == (2, True, 1)
+    path.write_text(
+        'federations = "none"\n[flower]\nports = [9, 8]\ninsecure = true\n[flower.tasks.a]\n'
+        'task = "a.b:C"\n'
+    )
+    code, _, told = run("coordinator", "up", path)
+    assert (code, "ports are the first and the last" in told, told.count("\n")) == (2, True, 1)
+    path.write_text(path.read_text().replace("[9, 8]", "[8, 9]"))
+    code, _, told = run("coordinator", "up", path)
+    assert (code, "is no folder" in told, told.count("\n")) == (2, True, 1)

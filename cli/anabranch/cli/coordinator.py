@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,7 +30,9 @@ LogFormat = Annotated[
 
 @coordinator_app.command("up")
 def up_command(
-    config: Annotated[Path, typer.Argument(help="coordinator.toml, or the folder that holds it.")],
+    config: Annotated[
+        Path, typer.Argument(help="coordinator.toml or the folder that holds it; or api.toml.")
+    ],
     log_format: LogFormat = Form.TEXT,
     json: Annotated[
         bool, typer.Option("--json", help="Changes of state as JSON lines on stdout.")
@@ -41,13 +43,20 @@ def up_command(
     Looks at ports, certificates, keys and store first. A new run goes on with the round that was
     under way. SIGTERM closes the round if it holds its quorum, keeps it for the next time if not,
     and ends with 4; 0: every round is over; 1: what died was started too often; 2: refused.
+
+    With api.toml: every federation that is started by way of the API, each on a port of its own,
+    until SIGTERM.
     """
+    from anabranch.aggregation.recipe import read_config
     from anabranch.coordinator import logs
     from anabranch.coordinator.federation import load_federation
     from anabranch.coordinator.supervision.config import load_coordinator
     from anabranch.coordinator.supervision.preflight import examine_coordinator
     from anabranch.coordinator.supervision.supervisor import Supervisor
 
+    if config.is_file() and "federations" in read_config(config):
+        _fleet(config, log_format.value, json)
+        return
     loaded = load_coordinator(config)
     failed = [one for one in examine_coordinator(loaded) if not one.ok]
     for one in failed:
@@ -60,3 +69,19 @@ def up_command(
     if json:
         logs.tell_changes(sys.stdout, about)
     raise typer.Exit(int(Supervisor(loaded, log_format.value).run()))
+
+
+def _fleet(path: Path, log_format: Literal["text", "json"], json: bool) -> None:
+    """Keep every federation at work that is started by way of the API."""
+    from anabranch.coordinator import logs
+    from anabranch.coordinator.api.config import load_api
+    from anabranch.coordinator.supervision.fleet import Fleet
+
+    config = load_api(path)
+    if config.flower is None:
+        raise ValueError(f"{path}: has no [flower]; give ports, tasks and [flower.tls]")
+    logs.configure(log_format)
+    if json:
+        logs.tell_changes(sys.stdout)
+    command = [sys.executable, "-m", "anabranch.cli", "coordinator", "up"]
+    raise typer.Exit(int(Fleet(config.federations, config.flower, command).run()))

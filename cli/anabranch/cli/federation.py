@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,12 +37,13 @@ def status_command(
 ) -> None:
     """Say where a federation stands: its round, who has answered, what is in service."""
     from anabranch.coordinator.rounds.standing import standing
+    from anabranch.coordinator.supervision.lease import supervised
 
     if cert is not None:
         found = remote_standing(str(folder), cert, api)
     else:
         with _opened(folder) as (config, store):
-            found = standing(config, store)
+            found = replace(standing(config, store), running=supervised(folder))
     if json:
         print_json(asdict(found))
         return
@@ -164,6 +165,13 @@ def _show(found: Standing) -> None:
         f"{found.federation}, run {found.run}: {over}, {fate}",
         f"asked to {found.want}",
     ]
+    if found.running is not None:
+        now, at_work = found.service, "at work" if found.running else "not at work"
+        if now is not None and now.started:
+            at_work += f"; started on port {now.port}, task {now.task}, by {now.by}"
+        elif now is not None:
+            at_work += f"; it was started, and ended: {now.why}"
+        lines.append(at_work)
     if found.round is not None:
         lines.append(
             f"round {found.round} is {found.state}: {len(found.admitted)} of {len(found.asked)} "

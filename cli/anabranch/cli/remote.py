@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from anabranch.client.api.caller import Caller
     from anabranch.coordinator.rounds.standing import Standing
+    from anabranch.wire.v1.coordinator_pb2 import StatusReply
 
 _CERT = typer.Option("--cert", help="The folder that `anabranch client enrol` wrote.")
 Cert = Annotated[Path, _CERT]
@@ -36,17 +37,34 @@ def connected(cert: Path, api: str | None) -> Caller:
 
 def remote_standing(name: str, cert: Path, api: str | None) -> Standing:
     """Where a federation stands, as its coordinator says."""
-    from anabranch.coordinator.rounds.standing import Standing
     from anabranch.wire.v1 import coordinator_pb2 as pb
 
     with connected(cert, api) as caller:
-        found = caller.call("Federations.Status", pb.StatusRequest(federation=name))
+        return _standing(caller.call("Federations.Status", pb.StatusRequest(federation=name)))
+
+
+def remote_start(name: str, task: str, cert: Path, api: str | None) -> Standing:
+    """Have a federation's rounds run; how it stands now."""
+    from anabranch.wire.v1 import coordinator_pb2 as pb
+
+    with connected(cert, api) as caller:
+        request = pb.StartRequest(federation=name, task=task)
+        return _standing(caller.call("Federations.Start", request, wait=True))
+
+
+def _standing(found: StatusReply) -> Standing:
+    from anabranch.coordinator.rounds.service import Service
+    from anabranch.coordinator.rounds.standing import Standing
+
+    said = found.service
     return Standing(
         federation=found.federation, run=found.run, want=found.want, rounds=found.rounds,
         done=found.done, published=found.published, abandoned=found.abandoned,
         round=found.round or None, state=found.state or None, asked=tuple(found.asked),
         admitted=tuple(found.admitted), refused=dict(found.refused),
         adapter_hash=found.adapter_hash or None, last=found.last,
+        service=Service(said.started, said.port, said.task, said.by, said.why)
+        if found.HasField("service") else None, running=found.running,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.output import print_json, stdout
-from anabranch.cli.remote import Api, Cert, Json, Name, connected
+from anabranch.cli.remote import Api, Cert, Json, Name, connected, remote_start
 
 PART_BYTES = 256 << 10
 
@@ -18,6 +18,7 @@ PART_BYTES = 256 << 10
 def add_remote(app: typer.Typer) -> None:
     """Add the commands to those that also read a folder."""
     app.command("create")(create_command)
+    app.command("start")(start_command)
     app.command("events")(events_command)
     app.command("rounds")(rounds_command)
     app.command("receipts")(receipts_command)
@@ -26,7 +27,10 @@ def add_remote(app: typer.Typer) -> None:
 
 
 def create_command(
-    folder: Annotated[Path, typer.Argument(help="Holds federation.toml and start/.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Holds federation.toml, start/, and nodes/ with a KEY.pub of each."),
+    ],
     cert: Cert,
     api: Api = None,
 ) -> None:
@@ -40,14 +44,42 @@ def create_command(
 
     def parts() -> Iterator[Any]:
         yield pb.CreateRequest(header=pb.CreateHeader(federation=name, config=config))
-        for path in sorted((folder / "start").glob("adapter_*")):
+        files = [(path.name, path) for path in sorted((folder / "start").glob("adapter_*"))]
+        keys = sorted((folder / "nodes").glob("*.pub"))
+        for file_name, path in (*files, *((f"nodes/{path.name}", path) for path in keys)):
             with path.open("rb") as file:
                 while data := file.read(PART_BYTES):
-                    yield pb.CreateRequest(file=pb.StartFile(name=path.name, data=data))
+                    yield pb.CreateRequest(file=pb.StartFile(name=file_name, data=data))
 
     with connected(cert, api) as caller:
         caller.call("Federations.Create", parts(), wait=True)
     stdout.print(f"{name}: created", markup=False)
+
+
+def start_command(
+    federation: Name,
+    cert: Cert,
+    api: Api = None,
+    task: Annotated[
+        str, typer.Option(help="What its nodes train, of the coordinator's; if it has several.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Have a federation's rounds run, until it is drained, aborted, or they are over.
+
+    The coordinator looks at what would not work first, and gives it a port, which its nodes call.
+    """
+    from dataclasses import asdict
+
+    now = remote_start(federation, task, cert, api).service
+    assert now is not None
+    if as_json:
+        print_json({"federation": federation, **asdict(now)})
+        return
+    stdout.print(
+        f"{federation}: started on port {now.port}, task {now.task}; it is taken up within a "
+        "second, if `coordinator up` runs; else when it starts", markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def events_command(

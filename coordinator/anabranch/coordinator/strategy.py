@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -27,7 +28,7 @@ from anabranch.coordinator.merging import check_method
 from anabranch.coordinator.orders import Orders
 from anabranch.coordinator.privacy.budget import check_account, why_spent
 from anabranch.coordinator.roster import Roster
-from anabranch.coordinator.rounds.control import Control, Want
+from anabranch.coordinator.rounds.control import Control, Want, heeded
 from anabranch.coordinator.rounds.driver import SuspendedError, was_closed
 from anabranch.coordinator.rounds.one_round import OneRound, refuse
 from anabranch.coordinator.rounds.uploaders import joined
@@ -39,6 +40,10 @@ from anabranch.vectors import Adapter, seeded_start
 from anabranch.wire.plan import RoundPlan
 
 log = logging.getLogger("anabranch.coordinator")
+
+
+class _EndedError(Exception):
+    """Nobody is waited for any more: the operator ends the run."""
 
 
 class MergeStrategy(Strategy):
@@ -155,6 +160,7 @@ class MergeStrategy(Strategy):
             client = self._here.orders.client(reply.node, int(reply.group))
             refused = RefusedError(reply.code, reply.reason)
             refuse(self.store, int(reply.group), client, refused)
+        heeded(self.store)
         self.store.note("ended", {"adapter_hash": self.service.hash})
         return result
 
@@ -191,6 +197,8 @@ class MergeStrategy(Strategy):
                 break
             # Nodes come and go between rounds: one that cannot reach its quorum is not begun.
             self._wait_for(grid, needed, server_round)
+            if self._is_to_end(self._here.control.want(), server_round):
+                continue
             under_way = self._begin(server_round, train_config or ConfigRecord())
             orders = under_way.begin(grid, mail.owed())
             arrays, metrics = self._aggregate(under_way, under_way.collect(mail, orders))
@@ -251,16 +259,23 @@ class MergeStrategy(Strategy):
             RuntimeError: They did not come in time.
             SuspendedError: The coordinator is to stop.
         """
+        if self._is_to_end(self._here.control.want(), server_round):
+            return
         if was_closed(self.store, server_round):
             self.roster.refresh(grid)
             return
         held = {row.client for row in self.store.contributions(server_round)}
 
         def heed() -> None:
-            if self._here.control.want() is Want.STOP:
+            want = self._here.control.want()
+            if want is Want.STOP:
                 raise SuspendedError
+            if want in (Want.DRAIN, Want.ABORT):
+                raise _EndedError
 
-        self.roster.wait_for(grid, count, self.config.join_timeout_s, held, heed)
+        # What is asked is heeded by whoever asked to wait.
+        with suppress(_EndedError):
+            self.roster.wait_for(grid, count, self.config.join_timeout_s, held, heed)
 
     def _done(self) -> int:
         """The last round that is over."""
@@ -274,9 +289,16 @@ class MergeStrategy(Strategy):
             time.sleep(max(self.config.poll_s, 0.1))
         if want is Want.STOP:
             raise SuspendedError
-        if want is not Want.RUN:
+        if self._is_to_end(want, server_round):
             return f"the operator asked to {want.value}"
         return why_spent(self.config, self.store, server_round)
+
+    def _is_to_end(self, want: Want, server_round: int) -> bool:
+        """Whether the operator wants no such round; one that was under way closes, as is asked."""
+        if want not in (Want.DRAIN, Want.ABORT):
+            return False
+        planned = self.store.last_note("planned")
+        return planned is None or planned["round"] < server_round
 
     def _begin(self, server_round: int, train: ConfigRecord) -> OneRound:
         return OneRound(self._here, server_round, self.service, self._deadline_s, dict(train))

@@ -151,12 +151,14 @@ def start_world(tmp_path: Path, flower_identity: None) -> Iterator[Callable[...,
     running: list[Any] = []
     worlds: list[World] = []
 
-    def begin(limits: dict[str, Any] | None = None, **changes: Any) -> World:
+    def begin(
+        limits: dict[str, Any] | None = None, flower: dict[str, Any] | None = None, **changes: Any
+    ) -> World:
         make_federation(tmp_path / "federations", **changes)
         config = ApiConfig.model_validate(
             {
                 "federations": tmp_path / "federations", "state": tmp_path / "api", "port": 0,
-                "enrol_port": 0, "limits": {**LIMITS, **(limits or {})},
+                "enrol_port": 0, "limits": {**LIMITS, **(limits or {})}, "flower": flower,
             }
         )  # fmt: skip
         running.append(serving(config))

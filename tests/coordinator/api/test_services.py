@@ -15,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from anabranch.client.api.caller import CallError
-from anabranch.client.api.transfer import download
+from anabranch.client.api.transfer import download, upload
+from anabranch.coordinator.store import Refusal
 from anabranch.wire.receipt import check_chain
 from anabranch.wire.v1 import coordinator_pb2 as pb
 
@@ -86,6 +87,27 @@ def test_events_go_on_and_end_with_their_peer(start_world: Start) -> None:
         "Federations.Events", pb.EventsRequest(federation="f", after=event.cursor - 1, once=True)
     )
     assert [one.cursor for one in rest] == [event.cursor]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_events_tell_nothing_of_one_update_where_a_federation_is_private(
+    start_world: Start, private: bool
+) -> None:
+    privacy = {"privacy": {"clip": 0.5, "epsilon": 8, "delta": 1e-5}} if private else {}
+    world = start_world(recipe={"method": "fedit"}, **privacy)
+    a = world.peer("a", "client", "f")
+    world.plan(1, "a", "b")
+    digest = upload(a, "f", 1, world.made(world.order(a), "a"), {"num-examples": 5.0})
+    world.store().refuse(Refusal(round=1, client="b", code="norm", reason="its norm is 9.25"))
+    look = world.peer("look", "auditor", "f")
+    events = look.stream("Federations.Events", pb.EventsRequest(federation="f", once=True))
+    told = {one.kind: json.loads(one.facts) for one in events}
+    if private:
+        assert told["admitted"] == {"round": 1, "client": "a"}
+        assert told["refused"] == {"round": 1, "client": "b", "code": "norm"}
+    else:
+        assert told["admitted"]["digest"] == digest
+        assert told["refused"]["reason"] == "its norm is 9.25"
 
 
 def test_a_run_is_read_downloaded_and_withdrawn_from(

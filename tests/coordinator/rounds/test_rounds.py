@@ -337,6 +337,46 @@ def test_an_operator_ends_a_run(tmp_path: Path, want: Want, status: str, reason:
     assert [row["round"] for row in store.notes("round")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("want", [Want.DRAIN, Want.ABORT])
+def test_who_asks_for_the_end_while_nobody_comes_is_heeded(tmp_path: Path, want: Want) -> None:
+    store = FolderStore(tmp_path)
+
+    class Empty(SlowGrid):
+        def get_node_ids(self) -> list[int]:
+            if not store.notes("control"):
+                ask(store, want)
+            return []
+
+    strategy, grid = MergeStrategy(config(join_timeout_s=60), template(), store), Empty()
+    strategy._here.control._clock = iter(range(10**6)).__next__
+    strategy.start(grid)
+    assert (grid.asked, store.notes("planned"), store.notes("round")) == ([], [], [])
+    assert store.notes("stopped") == [{"round": 1, "reason": f"the operator asked to {want.value}"}]
+    # That is done with; what is asked where nothing runs is not.
+    _, store, _ = run(tmp_path, config(rounds=1))
+    assert [row["status"] for row in store.notes("round")] == ["published"]
+    ask(store, want)
+    _, store, grid = run(tmp_path, config())
+    assert (grid.asked, len(store.notes("stopped"))) == ([], 2)
+
+
+def test_a_drain_that_a_killed_run_did_not_heed_closes_its_round(tmp_path: Path) -> None:
+    class Dying(SlowGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            if len(store.contributions(1)) == 3:
+                raise KeyboardInterrupt
+            return super().pull_messages(message_ids)
+
+    store = FolderStore(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        MergeStrategy(config(), template(), store).start(Dying(lambda number, node: node == 13))
+    ask(store, Want.DRAIN)
+    _, store, _ = run(tmp_path, config(), SlowGrid(lambda number, node: True))
+    (row,) = store.notes("round")
+    assert (row["status"], row["admitted"], clients(store, 1)) == ("published", 3, "012")
+    assert [row["round"] for row in store.notes("stopped")] == [2]
+
+
 @pytest.mark.parametrize(
     ("silent", "asked_again", "merged"), [(11, [(1, 12), (1, 13)], "0123"), (12, [], "012")]
 )

@@ -2,7 +2,8 @@
 
 ``up FOLDER`` is the real supervisor with a SuperLink that is ``link``; that one starts ``app`` in a
 session of its own when it is asked to, as Flower's does. The app keeps the real lease and the real
-store, and admits an update of each of four clients to each of its rounds.
+store, and admits an update of each of four clients to each of its rounds. ``fleet FOLDER FIRST
+LAST`` is the real fleet, whose supervisors are ``up``.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from pathlib import Path
 
 from anabranch.coordinator import logs
 from anabranch.coordinator.federation import load_federation
-from anabranch.coordinator.rounds.control import Control, Want
+from anabranch.coordinator.rounds.control import Control, Want, heeded
 from anabranch.coordinator.rounds.standing import standing
 from anabranch.coordinator.store import Contribution, open_store
-from anabranch.coordinator.supervision.config import CoordinatorConfig, load_coordinator
+from anabranch.coordinator.supervision.config import (
+    CoordinatorConfig,
+    FleetConfig,
+    load_coordinator,
+)
+from anabranch.coordinator.supervision.fleet import Fleet
 from anabranch.coordinator.supervision.lease import held
 from anabranch.coordinator.supervision.superlink import SuperLink
 from anabranch.coordinator.supervision.supervisor import Supervisor
@@ -61,6 +67,18 @@ def up(folder: Path) -> int:
     return int(Supervisor(config, "json", StandIn).run())
 
 
+def fleet(folder: Path, first: int, last: int) -> int:
+    """Supervisors of all that is started."""
+    logs.configure("json")
+    config = FleetConfig.model_validate(
+        {
+            "ports": (first, last), "insecure": True, "tasks": {"numbers": {"task": "a.b:C"}},
+            "restart": {"first_s": 0.1, "cap_s": 0.2},
+        }
+    )  # fmt: skip
+    return int(Fleet(folder, config, [sys.executable, __file__, "up"]).run())
+
+
 def link(port: int, folder: Path) -> None:
     """Start an app whenever it is asked to."""
     with socket.create_server(("127.0.0.1", port)) as server:
@@ -93,10 +111,15 @@ def app(folder: Path, run: str) -> None:
                 time.sleep(STEP_S)
                 # The last round waits for the test.
                 waits = number == config.rounds
-                while control.want() is not Want.STOP and waits:
+                while control.want() is Want.RUN and waits:
                     time.sleep(STEP_S)
                     waits = not (folder / "finish").exists()
                 if control.want() is Want.STOP:
+                    return
+                if control.want() is not Want.RUN:
+                    why = f"the operator asked to {control.want()}"
+                    store.note("stopped", {"round": number, "reason": why})
+                    heeded(store)
                     return
                 digest = store.put(f"{number} {client}".encode())
                 store.admit(
@@ -111,6 +134,8 @@ def app(folder: Path, run: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "up":
         sys.exit(up(Path(sys.argv[2])))
+    if sys.argv[1] == "fleet":
+        sys.exit(fleet(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
     if sys.argv[1] == "link":
         link(int(sys.argv[2]), Path(sys.argv[3]))
     else:

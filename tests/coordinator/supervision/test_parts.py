@@ -17,7 +17,7 @@ from benchmarks.loopback import certificates, node_key
 
 from anabranch.coordinator import logs
 from anabranch.coordinator.federation import FederationConfig, write_federation
-from anabranch.coordinator.rounds.control import Control, Want, ask, latest
+from anabranch.coordinator.rounds.control import Control, Want, ask, ends, heeded, latest
 from anabranch.coordinator.store import Contribution, open_store
 from anabranch.coordinator.supervision import lease, processes
 from anabranch.coordinator.supervision.backoff import Backoff
@@ -224,8 +224,15 @@ def test_a_stop_is_done_with_when_the_next_run_begins_and_a_pause_is_not(tmp_pat
     ):
         for want in asked:
             ask(store, want)
+        heeded(store)
         Control(store).begin()
         assert latest(store) is then
+    # What no run has ended for is still to be heeded.
+    ask(store, Want.ABORT)
+    Control(store).begin()
+    assert (latest(store), ends(store)) == (Want.ABORT, Want.ABORT)
+    heeded(store)
+    assert (latest(store), ends(store)) == (Want.ABORT, None)
     store.close()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from anabranch.aggregation.recipe import read_config, validation_line
+from anabranch.coordinator.supervision.config import FleetConfig
 
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -72,6 +73,9 @@ class ApiConfig(BaseModel):
     """Seconds an old certificate still counts once its peer has a new one."""
     limits: LimitsConfig = LimitsConfig()
     """What peers may take up."""
+    flower: FleetConfig | None = None
+    """How federations are run that are started by way of the API, by ``anabranch coordinator up``
+    with this file; None: they are started on this machine alone."""
 
 
 def load_api(path: Path) -> ApiConfig:
@@ -85,5 +89,6 @@ def load_api(path: Path) -> ApiConfig:
     except ValidationError as error:
         raise ValueError(validation_line(error, str(path))) from error
     folder = path.absolute().parent
+    flower = config.flower and config.flower.within(folder)
     folders = {"federations": folder / config.federations, "state": folder / config.state}
-    return config.model_copy(update=folders)
+    return config.model_copy(update={**folders, "flower": flower})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import tomllib
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from grpc import StatusCode
 
 from anabranch.coordinator.api.identity import FEDERATION
@@ -14,11 +17,14 @@ from anabranch.coordinator.api.refusal import RefusedCallError
 from anabranch.coordinator.federation import FEDERATION_FILE, START_FOLDER, load_federation
 from anabranch.coordinator.registry import COORDINATOR, KEYS_FOLDER
 from anabranch.coordinator.store.artifacts import NO_ROOM, full
+from anabranch.coordinator.supervision.config import NODES_FOLDER
 from anabranch.vectors.peft_folder import read_adapter
 from anabranch.wire.keys import new_key, write_key
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What a start adapter's folder may hold."""
+NODE_KEY = re.compile(r"nodes/[A-Za-z0-9][A-Za-z0-9_.@-]{0,99}\.pub", re.ASCII)
+"""Public keys of SuperNodes."""
 CONFIG_BYTES = 256 << 10
 HOST_ONLY = {"store": ("url", "artifacts"), "gate": ("scorer",)}
 """What names places and code of the coordinator's machine: its host decides that, not a peer."""
@@ -78,21 +84,25 @@ class Creating:
         self._signed = found.signed
 
     def add(self, file: str, data: bytes) -> None:
-        """Take a part of a file of its start adapter.
+        """Take a part of a file of its start adapter, or of a node's key.
 
         Raises:
             RefusedCallError: ``file`` or ``too-large``.
             FullError: There is no room.
         """
-        if file not in FILES:
-            raise RefusedCallError("file", f"{file[:100]!r} is not one of {', '.join(FILES)}")
+        key = NODE_KEY.fullmatch(file)
+        if file not in FILES and not key:
+            known = ", ".join((*FILES, f"{NODES_FOLDER}/NAME.pub"))
+            raise RefusedCallError("file", f"{file[:100]!r} is not one of {known}")
         self._left -= len(data)
         if self._left < 0:
             raise RefusedCallError(
                 "too-large", "the start adapter is too large", StatusCode.RESOURCE_EXHAUSTED
             )
         try:
-            with (self._aside / START_FOLDER / file).open("ab") as out:
+            path = self._aside / file if key else self._aside / START_FOLDER / file
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab") as out:
                 out.write(data)
         except OSError as error:
             if error.errno in NO_ROOM:
@@ -103,8 +113,10 @@ class Creating:
         """Check that it can begin, and put it in its place.
 
         Raises:
-            RefusedCallError: ``start``: no adapter that names its base; or ``exists``.
+            RefusedCallError: ``start``: no adapter that names its base; ``node-key``; or
+                ``exists``.
         """
+        self._check_keys()
         try:
             template = read_adapter(self._aside / START_FOLDER)
         # Whatever a peer's bytes make a reader raise is that peer's refusal.
@@ -125,6 +137,15 @@ class Creating:
         except OSError as error:
             self._exists()
             raise error
+
+    def _check_keys(self) -> None:
+        for path in sorted((self._aside / NODES_FOLDER).glob("*.pub")):
+            try:
+                load_ssh_public_key(path.read_bytes())
+            except (ValueError, UnsupportedAlgorithm) as error:
+                raise RefusedCallError(
+                    "node-key", f"{path.name} is no public key in OpenSSH's form ({error})"
+                ) from error
 
     def drop(self) -> None:
         """Forget it, unless it is in its place."""

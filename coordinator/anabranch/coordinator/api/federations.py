@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 from grpc import StatusCode
@@ -16,20 +17,24 @@ from anabranch.coordinator.api.identity import Role
 from anabranch.coordinator.api.quotas import Quotas
 from anabranch.coordinator.api.refusal import RefusedCallError
 from anabranch.coordinator.api.shelf import Served, Shelf
+from anabranch.coordinator.api.starting import Starting
 from anabranch.coordinator.api.uploads import Pace
 from anabranch.coordinator.rounds.control import Want, ask
 from anabranch.coordinator.rounds.standing import standing
 from anabranch.coordinator.store import TakenError
+from anabranch.coordinator.supervision.lease import supervised
 from anabranch.coordinator.withdrawing import withdraw
 from anabranch.wire.v1 import coordinator_pb2 as pb
 
 TOLD = frozenset(
     {
         "begun", "planned", "state", "admitted", "refused", "round", "stopped", "ended", "scoring",
-        "meet-failed", "not-carried", "joined", "control",
+        "meet-failed", "not-carried", "joined", "control", "service",
     }
 )  # fmt: skip
 """Kinds of what the event stream tells. Others may be secrets, as what opens a receipt."""
+TOLD_IN_PRIVATE = {"admitted": {"round", "client"}, "refused": {"round", "client", "code"}}
+"""What is told of one update where a federation is private: nothing that depends on its content."""
 LOOK_S = 0.5
 """Seconds between two looks for new events."""
 BATCH = 500
@@ -42,12 +47,19 @@ class Federations:
         shelf: The federations.
         quotas: Holds each peer to one stream of events per federation.
         limits: What creating one may take up.
+        starting: Starts them.
         check: Raises once the peer of the running call counts no longer.
     """
 
     def __init__(
-        self, shelf: Shelf, quotas: Quotas, limits: LimitsConfig, check: Callable[[], None]
+        self,
+        shelf: Shelf,
+        quotas: Quotas,
+        limits: LimitsConfig,
+        starting: Starting,
+        check: Callable[[], None],
     ) -> None:
+        self._starting = starting
         self._shelf, self._quotas, self._limits, self._check = shelf, quotas, limits, check
         self._redoing = asyncio.Semaphore(1)
 
@@ -85,6 +97,16 @@ class Federations:
         """Where one stands."""
         return await self._status(await self._served(request.federation))
 
+    async def Start(  # noqa: N802
+        self, request: pb.StartRequest, context: Any
+    ) -> pb.StatusReply:
+        """Let its rounds be run, on a SuperLink of its own."""
+        served, by = await self._served(request.federation), call().granted.identity.name
+        call().facts.update(federation=served.config.name, task=request.task[:100])
+        now = await asyncio.to_thread(self._starting.start, served, request.task, by)
+        call().facts.update(port=now.port)
+        return await self._status(served)
+
     async def Ask(self, request: pb.AskRequest, context: Any) -> pb.StatusReply:  # noqa: N802
         """Ask its coordinator to run, pause, drain or abort."""
         served, by = await self._served(request.federation), call().granted.identity.name
@@ -106,9 +128,12 @@ class Federations:
                 for one in found:
                     after = one.cursor
                     if one.event in TOLD:
+                        facts, only = one.facts, TOLD_IN_PRIVATE.get(one.event)
+                        if only is not None and served.config.privacy is not None:
+                            facts = {name: facts[name] for name in facts.keys() & only}
                         yield pb.Event(
                             cursor=one.cursor, time_s=one.time_s, kind=one.event,
-                            facts=json.dumps(one.facts),
+                            facts=json.dumps(facts),
                         )  # fmt: skip
                 if len(found) < BATCH:
                     if request.once:
@@ -166,12 +191,17 @@ class Federations:
         def seen(names: tuple[str, ...]) -> list[str]:
             return [name for name in names if mine is None or name in mine]
 
+        said = found.service
+        if said is not None and mine is not None:
+            said = replace(said, by="")
         return pb.StatusReply(
             federation=found.federation, run=found.run, want=found.want, rounds=found.rounds,
             done=found.done, published=found.published, abandoned=found.abandoned,
             round=found.round or 0, state=found.state or "", asked=seen(found.asked),
             admitted=seen(found.admitted), refused=found.refused,
             adapter_hash=found.adapter_hash or "", last=found.last,
+            service=pb.Service(**asdict(said)) if said else None,
+            running=await asyncio.to_thread(supervised, served.folder),
         )  # fmt: skip
 
     async def _served(self, federation: str) -> Served:

@@ -41,6 +41,7 @@ TABLE: dict[str, Rule] = {
     f"{WIRE}.Federations/Create": _rule(ADMIN, audited=True),
     f"{WIRE}.Federations/ListFederations": _rule(*EVERYBODY),
     f"{WIRE}.Federations/Status": _rule(*EVERYBODY),
+    f"{WIRE}.Federations/Start": _rule(ADMIN, OPERATOR, audited=True),
     f"{WIRE}.Federations/Ask": _rule(ADMIN, OPERATOR, audited=True),
     f"{WIRE}.Federations/Events": _rule(ADMIN, OPERATOR, AUDITOR),
     f"{WIRE}.Federations/ListRounds": _rule(*EVERYBODY),

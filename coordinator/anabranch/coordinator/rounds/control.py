@@ -37,8 +37,22 @@ def ask(store: Store, want: Want, by: str = "operator") -> None:
 
 def latest(store: Store) -> Want:
     """What was asked last."""
-    rows = store.notes(EVENT)
-    return Want(rows[-1]["want"]) if rows else Want.RUN
+    row = store.last_note(EVENT)
+    return Want(row["want"]) if row else Want.RUN
+
+
+def ends(store: Store) -> Want | None:
+    """A drain or an abort that no run has ended for yet."""
+    row = store.last_note(EVENT)
+    if row is None or row["want"] not in (Want.DRAIN, Want.ABORT) or row.get("heeded"):
+        return None
+    return Want(row["want"])
+
+
+def heeded(store: Store) -> None:
+    """A run has ended, as was asked: the next one need not."""
+    if (want := ends(store)) is not None:
+        store.note(EVENT, {"want": want.value, "by": "coordinator", "heeded": True})
 
 
 class Control:
@@ -55,9 +69,12 @@ class Control:
         self._want = Want.RUN
 
     def begin(self) -> None:
-        """A run begins: what ended the last one is done with, and a pause before that holds."""
+        """A run begins: what ended the last one is done with, and a pause before that holds.
+
+        A drain or an abort that nothing has heeded yet holds as well.
+        """
         rows = [Want(row["want"]) for row in self._store.notes(EVENT)]
-        if not rows or rows[-1] in (Want.RUN, Want.PAUSE):
+        if not rows or rows[-1] in (Want.RUN, Want.PAUSE) or ends(self._store) is not None:
             return
         before = [want for want in rows if want is not Want.STOP]
         paused = rows[-1] is Want.STOP and before[-1:] == [Want.PAUSE]

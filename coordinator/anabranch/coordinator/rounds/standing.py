@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.rounds.control import latest
+from anabranch.coordinator.rounds.service import Service, service
 from anabranch.coordinator.store import Store
 
 
@@ -28,6 +29,8 @@ class Standing:
         refused: Refusals in it, by code.
         adapter_hash: The adapter in service; None before the first.
         last: Why the last round was abandoned, or the run stopped; empty where neither is so.
+        service: Whether it was started by way of the API, and on which port.
+        running: Whether a coordinator keeps it at work; None where who asks cannot tell.
     """
 
     federation: str
@@ -44,6 +47,8 @@ class Standing:
     refused: dict[str, int]
     adapter_hash: str | None
     last: str
+    service: Service | None = None
+    running: bool | None = None
 
 
 def standing(config: FederationConfig, store: Store) -> Standing:
@@ -73,4 +78,5 @@ def standing(config: FederationConfig, store: Store) -> Standing:
         refused=refused,
         adapter_hash=publication.adapter_hash if publication else None,
         last=reasons[-1] if reasons else "",
+        service=service(store),
     )

@@ -18,9 +18,13 @@ from typing import IO
 
 LOCK_FILE = "serverapp.lock"
 LEASE_FILE = "serverapp.json"
+UP_LOCK = "up.lock"
+"""Held by who supervises: a federation, or a folder of them."""
 
 PATIENCE_S = 5.0
 """Seconds to wait for a holder that is about to end."""
+GLANCE_S = 0.5
+"""Seconds to wait for somebody who only looks whether it is held."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,28 @@ def look(folder: Path) -> tuple[Lease | None, bool]:
     return lease, alive
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only one that supervises a folder.
+
+    Raises:
+        ValueError: Another one does.
+    """
+    with (folder / UP_LOCK).open("a") as file:
+        if not _locked(file, GLANCE_S):
+            raise ValueError(f"{folder}: another `coordinator up` works on it; stop that one first")
+        yield
+
+
+def supervised(folder: Path) -> bool:
+    """Whether somebody supervises a folder right now."""
+    try:
+        with (folder / UP_LOCK).open() as file:
+            return not _free(file)
+    except FileNotFoundError:
+        return False
+
+
 def _free(file: IO[str]) -> bool:
     """Whether nobody holds the lock; a shared look does not keep another one out."""
     try:
@@ -89,20 +115,26 @@ def _free(file: IO[str]) -> bool:
 
 
 def _lock(file: IO[str], folder: Path) -> None:
-    end = time.monotonic() + PATIENCE_S
+    if not _locked(file, PATIENCE_S):
+        holder, _ = look(folder)
+        who = f"process {holder.pid}, Flower run {holder.run}" if holder else "another process"
+        raise HeldError(
+            f"{folder}: {who} runs these rounds already; stop it, or wait until it ends"
+        )
+
+
+def _locked(file: IO[str], patience_s: float) -> bool:
+    """Take a lock; False where somebody holds it for so long."""
+    end = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < end:
-                time.sleep(0.05)
-                continue
-            holder, _ = look(folder)
-            who = f"process {holder.pid}, Flower run {holder.run}" if holder else "another process"
-            raise HeldError(
-                f"{folder}: {who} runs these rounds already; stop it, or wait until it ends"
-            ) from None
-        return
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 def _write(folder: Path, lease: Lease) -> None:

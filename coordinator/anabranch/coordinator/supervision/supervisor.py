@@ -7,7 +7,6 @@ at any moment, the next ``up`` ends what is left of this one and goes on.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 from anabranch.coordinator import logs
 from anabranch.coordinator.federation import FederationConfig, load_federation
 from anabranch.coordinator.flower import FlowerError
-from anabranch.coordinator.rounds.control import Want, ask
+from anabranch.coordinator.rounds.control import Want, ask, ends, heeded
 from anabranch.coordinator.store import Store, StoreError, open_store
 from anabranch.coordinator.supervision import lease, processes
 from anabranch.coordinator.supervision.backoff import Backoff
@@ -32,7 +31,6 @@ from anabranch.coordinator.supervision.watch import Watch
 
 log = logging.getLogger("anabranch.coordinator.up")
 
-UP_LOCK = "up.lock"
 TICK_S = 0.1
 """Seconds between two looks at the processes."""
 LOOK_S = 0.5
@@ -96,7 +94,7 @@ class Supervisor:
         """
         config = load_federation(self._config.federation)
         with (
-            _alone(self._config.federation),
+            lease.alone(self._config.federation),
             self._signals(),
             closing(_opened(config, self._config.federation)) as store,
         ):
@@ -116,6 +114,10 @@ class Supervisor:
         while True:
             if self._watch.complete:
                 self._tell("done", f"all {config.rounds} rounds are over")
+                return Exit.DONE
+            if self._watch.now.round is None and (want := ends(store)) is not None:
+                heeded(store)
+                self._tell("ended", f"no further round is begun: the operator asked to {want}")
                 return Exit.DONE
             try:
                 self._begin()
@@ -323,16 +325,3 @@ def _opened(config: FederationConfig, folder: Path) -> Store:
     return open_store(
         config.store, folder, federation=config.name, run=config.run, durable=config.durable
     )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Be the only one that supervises a folder."""
-    with (folder / UP_LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another `coordinator up` works on it; stop that one first"
-            ) from None
-        yield

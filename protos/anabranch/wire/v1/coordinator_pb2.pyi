@@ -384,7 +384,9 @@ Global___CreateHeader: _TypeAlias = CreateHeader  # noqa: Y015
 
 @_typing.final
 class StartFile(_message.Message):
-    """A part of a file of the start adapter's PEFT folder, in order."""
+    """A part of a file, in order: of the start adapter's PEFT folder by its name, or of a SuperNode's
+    public key in OpenSSH's form as nodes/NAME.pub.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -517,6 +519,8 @@ class StatusReply(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     ADAPTER_HASH_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     run: _builtins.str
     want: _builtins.str
@@ -530,6 +534,8 @@ class StatusReply(_message.Message):
     state: _builtins.str
     adapter_hash: _builtins.str
     last: _builtins.str
+    running: _builtins.bool
+    """Whether a coordinator keeps it at work now."""
     @_builtins.property
     def asked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names; a client sees its own alone."""
@@ -538,6 +544,10 @@ class StatusReply(_message.Message):
     def admitted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def service(self) -> Global___Service:
+        """What Start said last; not set where it never was."""
+
     def __init__(
         self,
         *,
@@ -555,14 +565,73 @@ class StatusReply(_message.Message):
         refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         adapter_hash: _builtins.str = ...,
         last: _builtins.str = ...,
+        service: Global___Service | None = ...,
+        running: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["service", b"service"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "adapter_hash", b"adapter_hash", "admitted", b"admitted", "asked", b"asked", "done", b"done", "federation", b"federation", "last", b"last", "published", b"published", "refused", b"refused", "round", b"round", "rounds", b"rounds", "run", b"run", "state", b"state", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "adapter_hash", b"adapter_hash", "admitted", b"admitted", "asked", b"asked", "done", b"done", "federation", b"federation", "last", b"last", "published", b"published", "refused", b"refused", "round", b"round", "rounds", b"rounds", "run", b"run", "running", b"running", "service", b"service", "state", b"state", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusReply: _TypeAlias = StatusReply  # noqa: Y015
+
+@_typing.final
+class Service(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STARTED_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    started: _builtins.bool
+    """Whether it is to be at work."""
+    port: _builtins.int
+    """Its SuperLink's, which nodes call."""
+    task: _builtins.str
+    by: _builtins.str
+    why: _builtins.str
+    """Why it is not to be at work any more."""
+    def __init__(
+        self,
+        *,
+        started: _builtins.bool = ...,
+        port: _builtins.int = ...,
+        task: _builtins.str = ...,
+        by: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "port", b"port", "started", b"started", "task", b"task", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Service: _TypeAlias = Service  # noqa: Y015
+
+@_typing.final
+class StartRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    task: _builtins.str
+    """Name of what its nodes train, among those of the coordinator's machine; empty where it has one."""
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        task: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartRequest: _TypeAlias = StartRequest  # noqa: Y015
 
 @_typing.final
 class AskRequest(_message.Message):
