@@ -72,6 +72,7 @@ class Api:
         self._root, self._load, self._config = root, load, config
         self._address, self._pid = address, pid
         self._round = 0
+        self._idle_bytes: int | None = None
 
     def take(self, at_once: int) -> Outcome:
         """Let every client upload in a new round."""
@@ -94,8 +95,10 @@ class Api:
                 }
             )
         )  # fmt: skip
-        with watched(self._pid) as seen:
+        # What one load left behind counts against the next.
+        with watched(self._pid, self._idle_bytes) as seen:
             told = generate([sys.executable, "-m", "benchmarks.load.clients", str(spec)])
+        self._idle_bytes = seen.idle_bytes
         held = store.contributions(self._round)
         store.close()
         assert [row.client for row in held] == sorted(names), "an update is missing"

@@ -17,7 +17,7 @@ class Watched:
     """What was seen of a process and of all it started.
 
     Attributes:
-        idle_bytes: Resident memory when the watch began.
+        idle_bytes: Resident memory before there was any load.
         peak_bytes: The most there was meanwhile, of each at a time of its own.
         cpu_s: CPU time they spent meanwhile.
     """
@@ -33,12 +33,19 @@ class Watched:
 
 
 @contextmanager
-def watched(pid: int) -> Iterator[Watched]:
-    """Watch a process and its descendants while the block runs."""
+def watched(pid: int, idle_bytes: int | None = None) -> Iterator[Watched]:
+    """Watch a process and its descendants while the block runs.
+
+    Args:
+        pid: The process.
+        idle_bytes: What it held before there was any load; None takes what it holds now.
+    """
     for one in family(pid):
         # From now on the kernel's peak is that of the block.
         (PROC / str(one) / "clear_refs").write_text("5")
-    idle = sum(_kilobytes(one, "VmRSS") for one in family(pid)) << 10
+    idle = idle_bytes
+    if idle is None:
+        idle = sum(_kilobytes(one, "VmRSS") for one in family(pid)) << 10
     seen, began_s = Watched(idle, idle, 0.0), _cpu_s(pid)
     try:
         yield seen

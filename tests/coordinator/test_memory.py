@@ -1,4 +1,4 @@
-"""What threads freed is used again by others, on glibc."""
+"""What threads freed is used again by others, or given back, on glibc."""
 
 from __future__ import annotations
 
@@ -51,3 +51,45 @@ def test_threads_use_what_others_freed() -> None:
         )
         kept[given] = float(done.stdout)
     assert kept["yes"] < kept["no"] / 2
+
+
+GIVEN_BACK = """
+import sys, threading, time
+from anabranch.coordinator.memory import GivingBack, few_heaps, resident_bytes
+
+assert few_heaps()
+giving = GivingBack(grown_bytes=8 << 20, look_s=0.05)
+if sys.argv[1] == "yes":
+    giving.start()
+
+def work(held):
+    # Too small for pages of their own; what is kept between them keeps the heap from shrinking.
+    buffers = []
+    for _ in range(640):
+        buffers.append(bytearray(b"x") * 100_000)
+        held.append(bytes(1000))
+
+held = []
+before = resident_bytes()
+thread = threading.Thread(target=work, args=(held,))
+thread.start()
+thread.join()
+grown = lambda: (resident_bytes() - before) >> 20
+end = time.monotonic() + (20 if sys.argv[1] == "yes" else 0.5)
+while grown() > 16 and time.monotonic() < end:
+    time.sleep(0.05)
+print(grown())
+giving.stop()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own call")
+def test_what_nobody_uses_is_given_back() -> None:
+    kept = {}
+    for given in ("no", "yes"):
+        done = subprocess.run(
+            [sys.executable, "-c", GIVEN_BACK, given], check=True, capture_output=True, text=True
+        )
+        kept[given] = int(done.stdout)
+    assert kept["no"] > 40
+    assert kept["yes"] <= 16

@@ -28,7 +28,7 @@ from anabranch.coordinator.api.spool import Spool
 from anabranch.coordinator.api.starting import Starting
 from anabranch.coordinator.api.transport import credentials, handlers, listen, new_server
 from anabranch.coordinator.api.uploads import Uploads
-from anabranch.coordinator.memory import few_heaps
+from anabranch.coordinator.memory import GivingBack, few_heaps
 from anabranch.wire.service import methods
 
 log = logging.getLogger("anabranch.coordinator.api")
@@ -69,6 +69,7 @@ class ApiServer:
         self._handshakes = Handshakes(limits.handshake_s)
         self._quotas = Quotas(limits.calls_per_s, limits.burst)
         self._health = health_aio.HealthServicer()
+        self._memory = GivingBack()
         self.port = self.enrol_port = 0
 
     async def start(self) -> None:
@@ -108,6 +109,7 @@ class ApiServer:
         await self._server.start()
         await self._door.start()
         await self._tell(await asyncio.to_thread(self._sound))
+        self._memory.start()
         self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -118,6 +120,7 @@ class ApiServer:
             await self._watching
         await asyncio.gather(self._server.stop(GRACE_S), self._door.stop(GRACE_S))
         await asyncio.to_thread(self._count_handshakes)
+        await asyncio.to_thread(self._memory.stop)
         self._shelf.close()
         self.peers.close()
 

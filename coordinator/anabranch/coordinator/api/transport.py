@@ -14,6 +14,8 @@ from anabranch.wire.service import methods
 
 CERTIFICATE_DAYS = 30.0
 """How long a certificate of the server's holds; a new one is made at half of it."""
+READ_BUFFER_BYTES = 64 << 10
+"""Most of a connection's bytes that gRPC takes from the system at a time."""
 ANONYMOUS_CALLS = 64
 """Calls at a time of those who show no certificate: they get in nobody's way but their own."""
 ANONYMOUS_AGE_S = 30
@@ -42,6 +44,9 @@ def new_server(guard: Any, limits: LimitsConfig, anonymous: bool) -> Any:
         # A slow reader of the disk holds the sender back, not its bytes in memory.
         ("grpc.http2.lookahead_bytes", 256 << 10),
         ("grpc.http2.bdp_probe", 0),
+        # A connection waits for its next bytes with a buffer as large as the last ones came fast,
+        # up to a message: 600 KiB each, for as long as it is open.
+        ("grpc.experimental.tcp_max_read_buffer_size", READ_BUFFER_BYTES),
         ("grpc.so_reuseport", 0),
     ]
     if anonymous:
