@@ -131,7 +131,10 @@ def rounds(folder: Path, nodes: int, store: Any) -> MergeStrategy:
 def test_a_site_trains_as_its_node_would_until_all_is_over(
     start_world: Start, run: Any, tmp_path: Path
 ) -> None:
-    given = {"signed": True, "rounds": 2, "quorum": 2, "codec": TERNARY, "deadline_s": 300}
+    given = {
+        "signed": True, "sealed": True, "rounds": 2, "quorum": 2, "codec": TERNARY,
+        "deadline_s": 300,
+    }  # fmt: skip
     world = start_world(**given)
     folder = world.folder / "federations" / "f"
     other = Path(shutil.copytree(folder, tmp_path / "other"))
