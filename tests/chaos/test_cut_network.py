@@ -118,7 +118,7 @@ def test_lines_between_nodes_and_their_superlink_that_are_cut(
     ways: Ways, tmp_path: Path, told: Told
 ) -> None:
     cfg = config(
-        rounds=len(ways.cuts), clients=NODES, quorum=NODES, poll_s=0.2, deadline_s=240 * SLOW,
+        rounds=len(ways.cuts), clients=NODES, quorum=NODES, poll_s=1, deadline_s=240 * SLOW,
         join_timeout_s=240 * SLOW, train={"steps": 20},
     )  # fmt: skip
     federation = tmp_path / "federation"

@@ -60,9 +60,12 @@ class Roster:
             self._mail = Mail(grid, self._poll_s)
         present, now = set(grid.get_node_ids()), time.monotonic()
         asked = {node for node, _ in self._mail.owed()}
-        if any(node >= 0 for node in self._names.keys() - present):
+        left = {node: self._names[node] for node in self._names.keys() - present if node >= 0}
+        if left:
             # Its name is free: who was refused for it need not wait.
             self._retry_at = {node: at for node, at in self._retry_at.items() if node in asked}
+        # Back again it may be at work, and would say its name only after that.
+        self._met |= left
         self._names = {node: name for node, name in self._names.items() if node in present}
         for node in sorted(present & self._met.keys() - self._names.keys()):
             if self._met[node] not in self._names.values():

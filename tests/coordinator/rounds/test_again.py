@@ -48,6 +48,7 @@ class Losing(InProcessGrid):
         self._losses, self._looks, self._heir = losses, looks, heir
         self._away = 0
         self.orders: dict[str, Message] = {}
+        self.queries: Counter[int] = Counter()
 
     def get_node_ids(self) -> Iterable[int]:
         self._away -= 1
@@ -57,12 +58,11 @@ class Losing(InProcessGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         orders = list(messages)
         names = list(super().push_messages(orders))
-        trains = MessageType.TRAIN
-        self.orders |= {
-            name: order
-            for name, order in zip(names, orders, strict=True)
-            if order.metadata.message_type == trains
-        }
+        for name, order in zip(names, orders, strict=True):
+            if order.metadata.message_type == MessageType.TRAIN:
+                self.orders[name] = order
+            else:
+                self.queries[order.metadata.dst_node_id] += 1
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -114,6 +114,8 @@ def test_a_client_whose_node_was_gone_is_asked_again_and_counted_once(
     assert ended(store) == ("published", 4, "")
     assert [row.client for row in store.contributions()] == [f"client-000{c}" for c in range(4)]
     assert grid.asked() == {10: 1, 11: 1, 12: 3, 13: 1}
+    # It may be at work, and would say its name only after that.
+    assert grid.queries == {10: 1, 11: 1, 12: 1, 13: 1}
     # Whoever looks sees why it took longer.
     assert [(row.client, row.code, row.reason) for row in store.refusals()] == (
         2 * [("client-0002", "gone", "node_unavail")]

@@ -19,6 +19,7 @@ from anabranch.coordinator import candidate
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.rounds.control import Control, Want, ask
 from anabranch.coordinator.rounds.one_round import OneRound
+from anabranch.coordinator.rounds.standing import standing
 from anabranch.coordinator.rounds.stragglers import carried
 from anabranch.coordinator.store import Contribution, FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
@@ -103,7 +104,7 @@ def test_a_round_closes_at_so_many_updates(tmp_path: Path) -> None:
 
 def test_a_quorum_may_be_a_share_of_those_asked(tmp_path: Path) -> None:
     silent = SlowGrid(lambda number, node: node > 11)
-    cfg = config(rounds=1, deadline_s=0.2, collect={"quorum_fraction": 0.75})
+    cfg = config(rounds=1, deadline_s=2.0, collect={"quorum_fraction": 0.75})
     _, store, _ = run(tmp_path, cfg, silent)
     (row,) = store.notes("round")
     assert (row["status"], row["reason"]) == ("abandoned", "2 admitted, the quorum is 3")
@@ -150,7 +151,7 @@ def test_an_update_that_comes_late_counts_in_the_round_under_way(tmp_path: Path)
 def test_updates_of_an_abandoned_round_are_not_lost(tmp_path: Path) -> None:
     """Two answer, three are needed; in round 2 one of the two answers again, and a third."""
     grid = SlowGrid(lambda number, node: node > 11 if number == 1 else node in (11, 13))
-    cfg = config(rounds=1, quorum=3, deadline_s=0.3, collect={"stragglers": "carry"})
+    cfg = config(rounds=1, quorum=3, deadline_s=2.0, collect={"stragglers": "carry"})
     run(tmp_path, cfg, grid)
     _, store, _ = run(tmp_path, cfg.model_copy(update={"rounds": 2}), grid)
     first, second = store.notes("round")
@@ -330,11 +331,15 @@ def test_an_operator_ends_a_run(tmp_path: Path, want: Want, status: str, reason:
     (row,) = store.notes("round")
     assert (row["status"], row.get("reason", "")) == (status, reason)
     assert store.notes("stopped")[0] == {
-        "round": 2, "reason": f"the operator asked to {want.value}",
+        "round": 2, "reason": f"the operator asked to {want.value}", "want": want.value,
     }  # fmt: skip
+    assert standing(config(), store).over
     # The next run goes on.
+    ask(store, Want.RUN)
+    assert not standing(config(), store).over
     _, store, _ = run(tmp_path, config())
     assert [row["round"] for row in store.notes("round")] == [1, 2, 3]
+    assert standing(config(), store).over
 
 
 @pytest.mark.parametrize("want", [Want.DRAIN, Want.ABORT])
