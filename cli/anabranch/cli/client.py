@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from anabranch.cli.client_run import run_command
 from anabranch.cli.output import print_json, stdout
 from anabranch.cli.remote import Api, Cert, Json, Name, connected
 
 client_app = typer.Typer(
     name="client",
-    help="Enrol with a coordinator; upload updates and download adapters.",
+    help="Enrol with a coordinator; take part without a SuperNode.",
     no_args_is_help=True,
 )
+client_app.command("run")(run_command)
 
 
 @client_app.command("enrol")

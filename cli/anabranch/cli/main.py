@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 undecided (verify), 4 stopped, and goes "
-    "on (coordinator up), 5 refused by the coordinator, 6 coordinator not reached, 130 "
+    "on (coordinator up, client run), 5 refused by the coordinator, 6 coordinator not reached, 130 "
     "interrupted. "
     "ANABRANCH_DEBUG=1 shows tracebacks.",
 )

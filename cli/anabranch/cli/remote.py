@@ -62,7 +62,7 @@ def _standing(found: StatusReply) -> Standing:
         done=found.done, published=found.published, abandoned=found.abandoned,
         round=found.round or None, state=found.state or None, asked=tuple(found.asked),
         admitted=tuple(found.admitted), refused=dict(found.refused),
-        adapter_hash=found.adapter_hash or None, last=found.last,
+        adapter_hash=found.adapter_hash or None, last=found.last, over=found.over,
         service=Service(said.started, said.port, said.task, said.by, said.why)
         if found.HasField("service") else None, running=found.running,
     )  # fmt: skip

@@ -193,7 +193,9 @@ class MergeStrategy(Strategy):
             self._read_again()
             if (reason := self._why_no_more(server_round)) is not None:
                 log.warning("round %d is not begun: %s", server_round, reason)
-                self.store.note("stopped", {"round": server_round, "reason": reason})
+                want = self._here.control.want().value
+                facts = {"round": server_round, "reason": reason, "want": want}
+                self.store.note("stopped", facts)
                 break
             # Nodes come and go between rounds: one that cannot reach its quorum is not begun.
             self._wait_for(grid, needed, server_round)

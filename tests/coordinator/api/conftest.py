@@ -64,7 +64,13 @@ class World:
     server: ApiServer
     callers: list[Caller] = field(default_factory=list)
     signed: bool = False
-    restart: Callable[[], None] = lambda: None
+    stop: Callable[[], None] = lambda: None
+    resume: Callable[[], None] = lambda: None
+
+    def restart(self) -> None:
+        """Serve anew, on the same ports."""
+        self.stop()
+        self.resume()
 
     @property
     def address(self) -> str:
@@ -164,12 +170,14 @@ def start_world(tmp_path: Path, flower_identity: None) -> Iterator[Callable[...,
         running.append(serving(config))
         world = World(tmp_path, running[-1].__enter__(), signed=bool(changes.get("signed")))
 
-        def restart() -> None:
-            running.pop().__exit__(None, None, None)
-            running.append(serving(config))
+        ports = {"port": world.server.port, "enrol_port": world.server.enrol_port}
+
+        def resume() -> None:
+            running.append(serving(config.model_copy(update=ports)))
             world.server = running[-1].__enter__()
 
-        world.restart = restart
+        world.stop = lambda: running.pop().__exit__(None, None, None)
+        world.resume = resume
         worlds.append(world)
         return world
 

@@ -19,6 +19,7 @@ from anabranch.coordinator import candidate
 from anabranch.coordinator.federation import FederationConfig
 from anabranch.coordinator.rounds.control import Control, Want, ask
 from anabranch.coordinator.rounds.one_round import OneRound
+from anabranch.coordinator.rounds.standing import standing
 from anabranch.coordinator.rounds.stragglers import carried
 from anabranch.coordinator.store import Contribution, FolderStore
 from anabranch.coordinator.strategy import MergeStrategy
@@ -330,11 +331,15 @@ def test_an_operator_ends_a_run(tmp_path: Path, want: Want, status: str, reason:
     (row,) = store.notes("round")
     assert (row["status"], row.get("reason", "")) == (status, reason)
     assert store.notes("stopped")[0] == {
-        "round": 2, "reason": f"the operator asked to {want.value}",
+        "round": 2, "reason": f"the operator asked to {want.value}", "want": want.value,
     }  # fmt: skip
+    assert standing(config(), store).over
     # The next run goes on.
+    ask(store, Want.RUN)
+    assert not standing(config(), store).over
     _, store, _ = run(tmp_path, config())
     assert [row["round"] for row in store.notes("round")] == [1, 2, 3]
+    assert standing(config(), store).over
 
 
 @pytest.mark.parametrize("want", [Want.DRAIN, Want.ABORT])

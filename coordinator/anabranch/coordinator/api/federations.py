@@ -199,7 +199,7 @@ class Federations:
             done=found.done, published=found.published, abandoned=found.abandoned,
             round=found.round or 0, state=found.state or "", asked=seen(found.asked),
             admitted=seen(found.admitted), refused=found.refused,
-            adapter_hash=found.adapter_hash or "", last=found.last,
+            adapter_hash=found.adapter_hash or "", last=found.last, over=found.over,
             service=pb.Service(**asdict(said)) if said else None,
             running=await asyncio.to_thread(supervised, served.folder),
         )  # fmt: skip

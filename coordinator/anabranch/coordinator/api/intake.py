@@ -179,11 +179,19 @@ class Intake:
         """A client's update of a round, where the store has it."""
         return self._store.contribution(number, client)
 
-    def _open(self, client: str, number: int) -> UnderWay:
+    def check_uploads(self) -> None:
+        """Check that the federation takes updates that are uploaded.
+
+        Raises:
+            RefusedError: ``secure``.
+        """
         if self._config.secure is not None:
             raise RefusedError(
                 "secure", "secure aggregation needs a SuperNode: its members answer each other"
             )
+
+    def _open(self, client: str, number: int) -> UnderWay:
+        self.check_uploads()
         if self.held(client, number) is not None:
             raise RefusedError("duplicate", "this client already has an update in this round")
         return self._asked(client, number)

@@ -90,6 +90,8 @@ class Uploads:
     async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:  # noqa: N802
         """Let the caller be asked in rounds from the next one on, or no longer."""
         served, client = await self._served(request.federation)
+        if not request.leave:
+            _as_call(served.intake.check_uploads)
 
         def note() -> None:
             if (client in joined(served.store)) == request.leave:
@@ -101,6 +103,7 @@ class Uploads:
     async def Order(self, request: pb.OrderRequest, context: Any) -> pb.OrderReply:  # noqa: N802
         """What the round under way asks of the caller."""
         served, client = await self._served(request.federation)
+        _as_call(served.intake.check_uploads)
         return await asyncio.to_thread(_order, served, client)
 
     async def Offset(self, request: pb.UploadHeader, context: Any) -> pb.OffsetReply:  # noqa: N802

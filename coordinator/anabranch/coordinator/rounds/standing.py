@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anabranch.coordinator.federation import FederationConfig
-from anabranch.coordinator.rounds.control import latest
+from anabranch.coordinator.rounds.control import Want, latest
 from anabranch.coordinator.rounds.service import Service, service
 from anabranch.coordinator.store import Store
 
@@ -29,6 +29,7 @@ class Standing:
         refused: Refusals in it, by code.
         adapter_hash: The adapter in service; None before the first.
         last: Why the last round was abandoned, or the run stopped; empty where neither is so.
+        over: Whether no further round begins, unless an operator asks for something else.
         service: Whether it was started by way of the API, and on which port.
         running: Whether a coordinator keeps it at work; None where who asks cannot tell.
     """
@@ -47,6 +48,7 @@ class Standing:
     refused: dict[str, int]
     adapter_hash: str | None
     last: str
+    over: bool = False
     service: Service | None = None
     running: bool | None = None
 
@@ -62,11 +64,15 @@ def standing(config: FederationConfig, store: Store) -> Standing:
     for row in store.refusals(number) if number is not None else ():
         refused[row.code] = refused.get(row.code, 0) + 1
     reasons = [row["reason"] for row in over[-1:] if row["status"] == "abandoned"]
-    reasons += [row["reason"] for row in store.notes("stopped")[-1:] if row["round"] == done + 1]
+    want = latest(store)
+    stops = [row for row in store.notes("stopped")[-1:] if row["round"] == done + 1]
+    reasons += [row["reason"] for row in stops]
+    # What stopped the run holds as long as nothing else is asked: a new run asks to run again.
+    stopped = [row for row in stops if row.get("want", Want.RUN) == want]
     return Standing(
         federation=config.name,
         run=config.run,
-        want=latest(store).value,
+        want=want.value,
         rounds=config.rounds,
         done=done,
         published=sum(row["status"] == "published" for row in over),
@@ -78,5 +84,6 @@ def standing(config: FederationConfig, store: Store) -> Standing:
         refused=refused,
         adapter_hash=publication.adapter_hash if publication else None,
         last=reasons[-1] if reasons else "",
+        over=done >= config.rounds or (number is None and bool(stopped)),
         service=service(store),
     )

@@ -521,6 +521,7 @@ class StatusReply(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     SERVICE_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     run: _builtins.str
     want: _builtins.str
@@ -536,6 +537,8 @@ class StatusReply(_message.Message):
     last: _builtins.str
     running: _builtins.bool
     """Whether a coordinator keeps it at work now."""
+    over: _builtins.bool
+    """No further round begins, unless an operator asks for something else."""
     @_builtins.property
     def asked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names; a client sees its own alone."""
@@ -567,10 +570,11 @@ class StatusReply(_message.Message):
         last: _builtins.str = ...,
         service: Global___Service | None = ...,
         running: _builtins.bool = ...,
+        over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["service", b"service"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "adapter_hash", b"adapter_hash", "admitted", b"admitted", "asked", b"asked", "done", b"done", "federation", b"federation", "last", b"last", "published", b"published", "refused", b"refused", "round", b"round", "rounds", b"rounds", "run", b"run", "running", b"running", "service", b"service", "state", b"state", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "adapter_hash", b"adapter_hash", "admitted", b"admitted", "asked", b"asked", "done", b"done", "federation", b"federation", "last", b"last", "over", b"over", "published", b"published", "refused", b"refused", "round", b"round", "rounds", b"rounds", "run", b"run", "running", b"running", "service", b"service", "state", b"state", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
