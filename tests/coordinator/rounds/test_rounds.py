@@ -356,7 +356,9 @@ def test_who_asks_for_the_end_while_nobody_comes_is_heeded(tmp_path: Path, want:
     strategy._here.control._clock = iter(range(10**6)).__next__
     strategy.start(grid)
     assert (grid.asked, store.notes("planned"), store.notes("round")) == ([], [], [])
-    assert store.notes("stopped") == [{"round": 1, "reason": f"the operator asked to {want.value}"}]
+    assert store.notes("stopped") == [
+        {"round": 1, "reason": f"the operator asked to {want.value}", "want": want.value}
+    ]
     # That is done with; what is asked where nothing runs is not.
     _, store, _ = run(tmp_path, config(rounds=1))
     assert [row["status"] for row in store.notes("round")] == ["published"]
