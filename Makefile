@@ -66,13 +66,14 @@ gpu: install
 	$(BIN)/python -m benchmarks.gpu
 
 # A coordinator killed a hundred times, and every other fault ten times; make test does each once.
-# What they came to is kept, and written as docs/chaos.md. And a node killed, deployed.
+# What they came to is kept, and written as docs/chaos.md. And, deployed, a node
+# killed in a secure sum, and `up` killed whose federation was started over the API.
 chaos: export OMP_NUM_THREADS := 1
 chaos: export CHAOS_KILLS := 100
 chaos: export CHAOS_RUNS := 10
 chaos: export CHAOS_RECORD := 1
 chaos: install
-	$(BIN)/python -m pytest tests/chaos tests/e2e/test_secure_deployment.py
+	$(BIN)/python -m pytest tests/chaos tests/e2e/test_secure_deployment.py tests/e2e/test_started_federation.py
 	$(BIN)/python -m benchmarks.chaos
 
 # What it finds new stays in runs/fuzz; a crash is written beside it.
