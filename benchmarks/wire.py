@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,10 +37,12 @@ from anabranch.coordinator.start import Start
 from anabranch.coordinator.trust import Planned, Trust
 from anabranch.simulation.engine.identity import server_identity
 from anabranch.vectors import Adapter, LoraFactors, seeded_start
-from anabranch.vectors.sparse import ternarise
+from anabranch.vectors.sparse import SparseTernary, ternarise
 from anabranch.wire import CodecConfig, UpdateMeta, encode_update, read_manifest
+from anabranch.wire.codecs.codec import Form
 from anabranch.wire.codecs.registry import packing_numbered
 from anabranch.wire.codecs.ternary import TERNARY
+from anabranch.wire.codecs.ternary_runs import TernaryRuns
 from anabranch.wire.keys import seeded_key
 from anabranch.wire.plan import UPDATE_STYPE, RoundPlan
 from benchmarks import wire_rivals as rivals
@@ -86,6 +88,11 @@ def seconds(work: Callable[[], object], runs: int = 15) -> float:
     return median(taken)
 
 
+def placed(forms: Sequence[Form]) -> list[SparseTernary]:
+    """Positions and signs of frames that hold runs."""
+    return [form.sparse() for form in forms if isinstance(form, TernaryRuns)]
+
+
 def speeds(entries: int) -> Iterator[Row]:
     """Sparse ternary of independent normal entries."""
     x = torch.randn(entries, generator=torch.Generator().manual_seed(0))
@@ -109,7 +116,7 @@ def speed(x: Tensor, density: float, least: float) -> Iterator[Row]:
         "encode_mentries_s": millions / seconds(lambda: TERNARY.pack([form])),
         # To positions and signs; what the coordinator admits is checked and stays run bytes.
         "decode_mentries_s": millions
-        / seconds(lambda: [one.sparse() for one in packing.unpack(payload, frame, len)]),
+        / seconds(lambda: placed(packing.unpack(payload, frame, len))),
         "check_mentries_s": millions / seconds(lambda: packing.unpack(payload, frame, len)),
         "select_and_encode_mentries_s": millions
         / seconds(lambda: TERNARY.pack([ternarise(x, density)])),
