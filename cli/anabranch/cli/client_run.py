@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import threading
@@ -73,7 +72,13 @@ def run_command(
 
     from anabranch.client.api.credentials import Credentials
     from anabranch.client.api.line import Line
-    from anabranch.client.api.taking_part import Ended, Manner, StoppedError, TakingPart
+    from anabranch.client.api.taking_part import (
+        Ended,
+        Manner,
+        StoppedError,
+        TakingPart,
+        file_prefix,
+    )
     from anabranch.client.lone import LoneNode
 
     credentials = Credentials(cert)
@@ -87,7 +92,7 @@ def run_command(
         config["keys"] = str(keys)
     node = LoneNode(config)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = FileLock(folder / f"{hashlib.sha256(federation.encode()).hexdigest()[:16]}.lock")
+    lock = FileLock(folder / f"{file_prefix(federation)}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -69,6 +69,11 @@ class Manner:
     once: bool = False
 
 
+def file_prefix(federation: str) -> str:
+    """What names of a federation's files begin with, in a state folder that several may share."""
+    return hashlib.sha256(federation.encode()).hexdigest()[:16]
+
+
 class TakingPart:
     """A site's part in one federation.
 
@@ -96,7 +101,7 @@ class TakingPart:
     ) -> None:
         self._line, self._federation, self._client, self._node = line, federation, client, node
         self._folder, self._tell, self._manner, self._stop = folder, tell, manner, stop
-        self._prefix = hashlib.sha256(federation.encode()).hexdigest()[:16]
+        self._prefix = file_prefix(federation)
         self._waiting = Waiting(manner.every_s, manner.most_s, client)
         self._waits_for = ""
         self._joined = self._away = False

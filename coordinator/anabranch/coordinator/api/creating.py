@@ -23,7 +23,7 @@ from anabranch.wire.keys import new_key, write_key
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What a start adapter's folder may hold."""
-NODE_KEY = re.compile(r"nodes/[A-Za-z0-9][A-Za-z0-9_.@-]{0,99}\.pub", re.ASCII)
+NODE_KEY = re.compile(rf"{NODES_FOLDER}/[A-Za-z0-9][A-Za-z0-9_.@-]{{0,99}}\.pub", re.ASCII)
 """Public keys of SuperNodes."""
 CONFIG_BYTES = 256 << 10
 HOST_ONLY = {"store": ("url", "artifacts"), "gate": ("scorer",)}
