@@ -124,15 +124,18 @@ def test_an_adapter_put_in_service_again_spends_nothing() -> None:
     assert read_ledger(rows) == read_ledger(rows[:2])
 
 
-def test_a_torn_journal_loses_no_round_of_the_account(tmp_path: Path) -> None:
-    """A crash may leave the publication's line without the one of facts that follows it."""
+def test_a_round_torn_by_a_crash_was_never_out_and_its_account_is_open(tmp_path: Path) -> None:
+    """The publication's line without the one of facts that follows it: nobody was told of it."""
     store, cfg = FolderStore(tmp_path), config()
     store.publish(published(1, 2.0), {"round": 1})
     journal = tmp_path / "metrics.jsonl"
     first, second = journal.read_text().splitlines()
     journal.write_text(first + "\n" + second[:20])
     again = FolderStore(tmp_path)
-    assert again.notes("round") == []
+    assert again.publications() == again.notes("round") == []
+    assert read_ledger(again.publications()).squared_mu == 0
+    again.publish(published(1, 2.0), {"round": 1})
+    again = FolderStore(tmp_path)
     assert read_ledger(again.publications()).squared_mu == 0.25
     assert spent_with(cfg, again, published(2, 2.0))["privacy"]["epsilon"] == pytest.approx(
         ledger(2.0, 2.0).epsilon(1e-5)

@@ -242,3 +242,23 @@ def test_a_file_becomes_an_artifact(open_again: Opener, tmp_path: Path) -> None:
         assert not path.exists()
         assert store.get(digest) == data
     assert len([path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]) == 2
+
+
+def test_a_round_whose_end_was_cut_short_has_not_ended(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.admit(contribution(1, "a"))
+    journal = tmp_path / "metrics.jsonl"
+    before = journal.stat().st_size
+    row, ended = publication(store, 1), {"round": 1, "admitted": 1}
+    store.publish(row, ended, [receipt(store, 1)])
+    whole = journal.read_bytes()
+    for size in range(before, len(whole)):
+        journal.write_bytes(whole[:size])
+        again = FolderStore(tmp_path)
+        assert (again.latest(), again.notes("round"), again.receipts()) == (None, [], [])
+        assert [each.client for each in again.contributions(1)] == ["a"]
+    again.publish(row, ended, [receipt(again, 1)])
+    again = FolderStore(tmp_path)
+    assert [each.round for each in again.publications()] == [1]
+    assert again.notes("round") == [ended]
+    assert len(again.receipts()) == 1

@@ -1,7 +1,8 @@
 """A store in a folder: content-addressed artifacts and one append-only journal.
 
 ``metrics.jsonl`` is both the journal and what people plot: a line per event, written before
-the call returns. A line torn by a crash is dropped with the next write.
+the call returns. Lines that stand or fall together say how many of them follow. A line torn by a
+crash, and those that need it, are dropped with the next write.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from anabranch.wire.receipt import receipt_hash
 
 JOURNAL = "metrics.jsonl"
 ARTIFACTS = "artifacts"
+FOLLOW = "follow"
+"""How many more lines were written with this one; without one of them it does not count."""
 
 
 class FolderStore(Store):
@@ -168,7 +171,12 @@ class FolderStore(Store):
     def _append(self, *events: tuple[str, dict[str, Any]]) -> None:
         now = round(time.time(), 3)
         rows = [{"event": event, "time": now, **facts} for event, facts in events]
-        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        # A process may be killed between any two bytes of one write.
+        left = reversed(range(len(rows)))
+        lines = "".join(
+            json.dumps(row | {FOLLOW: after} if after else row) + "\n"
+            for row, after in zip(rows, left, strict=True)
+        ).encode()
         self._journal.parent.mkdir(parents=True, exist_ok=True)
         with self._journal.open("ab", buffering=0) as file:
             # Only a writer drops a torn line: to a reader it is a line that is being written.
@@ -193,9 +201,13 @@ class FolderStore(Store):
 
 
 def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a journal, and how many bytes they are."""
+    """What counts of a journal, and how many bytes it is."""
     if not path.exists():
         return [], 0
-    whole, newline, _ = path.read_bytes().rpartition(b"\n")
-    rows = [json.loads(line) for line in whole.splitlines() if line]
-    return rows, len(whole) + len(newline)
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    rows = [json.loads(line) for line in lines]
+    waiting = [row.pop(FOLLOW, 0) for row in rows]
+    while waiting and waiting[-1]:
+        for each in (lines, rows, waiting):
+            each.pop()
+    return rows, sum(map(len, lines))
