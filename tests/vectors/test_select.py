@@ -67,9 +67,12 @@ def test_a_sample_that_misses_the_threshold_costs_time_only(
     x[torch.from_numpy(drawn)] += 100
     scans = []
     scan = select._at_least
-    monkeypatch.setattr(
-        select, "_at_least", lambda bits, floor: scans.append(floor) or scan(bits, floor)
-    )
+
+    def noted(bits: np.ndarray, floor: int, room: int) -> object:
+        scans.append(floor)
+        return scan(bits, floor, room)
+
+    monkeypatch.setattr(select, "_at_least", noted)
     k = LARGE // 5
     assert torch.equal(_positions(x, k), x.abs().topk(k).indices.sort().values)
     assert len(scans) == 2
@@ -80,6 +83,22 @@ def test_a_good_sample_needs_one_scan_of_few_candidates() -> None:
     bits = torch.randn(1_000_000, generator=_generator()).numpy().view(np.int32)
     positions, _ = select._candidates(bits, 100_000)
     assert 100_000 <= positions.size < 120_000
+
+
+def test_more_equal_entries_than_there_is_room_for_cost_a_second_scan() -> None:
+    x = torch.ones(LARGE)
+    x[::2] = -1
+    assert _positions(x, 1000).tolist() == list(range(1000))
+    x[LARGE // 2] = 2
+    assert _positions(x, 1000).tolist() == [*range(999), LARGE // 2]
+
+
+def test_what_is_kept_of_few_holds_no_more_memory_than_it_is() -> None:
+    x = torch.randn(LARGE, generator=_generator())
+    for k in (100, LARGE // 10, LARGE // 2):
+        for found in select.largest(x, k):
+            whole = found if found.base is None else found.base
+            assert whole.nbytes <= 1.5 * found.nbytes
 
 
 def test_other_dtypes_and_strides_are_read_in_fp32() -> None:

@@ -75,9 +75,11 @@ class Rows:
 def pack(support: Support, forms: Sequence[Sparse], rest: bytes) -> Packed | None:
     """A frame of forms: their support and the ``rest``, which is not compressed."""
     starts = [0, *accumulate(form.entries for form in forms)]
-    positions_k = np.concatenate(
-        [form.positions_k.numpy() + start for form, start in zip(forms, starts, strict=False)]
-    )
+    places = [form.positions_k.numpy() for form in forms]
+    positions_k = places[0]
+    if len(places) > 1:
+        moved = [place + start for place, start in zip(places, starts, strict=False)]
+        positions_k = np.concatenate(moved)
     written: tuple[bytes, int] | None = (b"", 0)
     if positions_k.size:
         written = support.pack(positions_k, starts[-1])

@@ -24,7 +24,7 @@ from torch import Tensor
 from anabranch.vectors.sparse import SparseTernary
 from anabranch.wire.codecs import sparse
 from anabranch.wire.codecs.codec import SeedOf
-from anabranch.wire.codecs.support import ESCAPE, Support, steps_of
+from anabranch.wire.codecs.support import ESCAPE, Support, positions_of
 from anabranch.wire.errors import WireError
 from anabranch.wire.manifest import FrameInfo
 
@@ -113,10 +113,7 @@ class TernaryRuns:
 
     def sparse(self) -> SparseTernary:
         """The same as positions and signs, for what merges those."""
-        steps_r, ending_r = steps_of(self.runs_r)
-        ends_r = np.cumsum(steps_r, dtype=np.int64)
-        ends_r += self.frame.befores[self.row] - 1  # a step leads past its non-zero
-        positions_k = ends_r if ends_r.size == self.nonzeros else ends_r[ending_r]
+        positions_k = positions_of(self.runs_r, self.nonzeros, self.frame.befores[self.row])
         first, skipped = divmod(self.frame.firsts[self.row], 8)
         signs, count = self.frame.signs[first:], skipped + self.nonzeros
         bits = np.unpackbits(signs, count=count, bitorder="little")
