@@ -41,8 +41,9 @@ def new_server(guard: Any, limits: LimitsConfig, anonymous: bool) -> Any:
         ("grpc.keepalive_timeout_ms", 20_000),
         # So may callers look; more often than this is an attack.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        # A slow reader of the disk holds the sender back, not its bytes in memory.
-        ("grpc.http2.lookahead_bytes", 256 << 10),
+        # A slow reader of the disk holds the sender back, not its bytes in memory: a stream that
+        # nobody reads yet takes so much, one that is read as much as its message.
+        ("grpc.http2.lookahead_bytes", 64 << 10),
         ("grpc.http2.bdp_probe", 0),
         # A connection waits for its next bytes with a buffer as large as the last ones came fast,
         # up to a message: 600 KiB each, for as long as it is open.
