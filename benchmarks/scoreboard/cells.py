@@ -89,8 +89,13 @@ def measured(measure: Measure, cell: Cell) -> Found:
         return {"na": str(error)}
 
 
-def _several(measure: Measure, cells: Sequence[Cell]) -> list[tuple[Cell, Found]]:
-    return [(cell, measured(measure, cell)) for cell in cells]
+def _several(measure: Measure, kept: Kept, cells: Sequence[Cell]) -> list[tuple[Cell, Found]]:
+    """Measure and keep some, each as soon as it is there."""
+    found = []
+    for cell in cells:
+        found.append((cell, measured(measure, cell)))
+        kept.put(*found[-1])
+    return found
 
 
 def run(
@@ -118,24 +123,23 @@ def run(
     found = {cell: there for cell in cells if (there := kept.get(cell)) is not None}
     missing = [cell for cell in cells if cell not in found]
     progress(len(found), len(cells))
-    for cell, result in _measure_all(measure, missing, workers, batch):
-        kept.put(cell, result)
+    for cell, result in _measure_all(measure, kept, missing, workers, batch):
         found[cell] = result
         progress(len(found), len(cells))
     return {cell: found[cell] for cell in cells}
 
 
 def _measure_all(
-    measure: Measure, cells: Sequence[Cell], workers: int, batch: int
+    measure: Measure, kept: Kept, cells: Sequence[Cell], workers: int, batch: int
 ) -> Iterator[tuple[Cell, Found]]:
     if workers == 1 or not cells:
         for cell in cells:
-            yield cell, measured(measure, cell)
+            yield from _several(measure, kept, [cell])
         return
     batches = [cells[first : first + batch] for first in range(0, len(cells), batch)]
     # Not forked: a copy of a process that has used torch's threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread) as pool:
-        begun = [pool.submit(_several, measure, some) for some in batches]
+        begun = [pool.submit(_several, measure, kept, some) for some in batches]
         for done in as_completed(begun):
             yield from done.result()
 
