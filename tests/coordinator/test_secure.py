@@ -345,7 +345,7 @@ def test_sums_that_were_opened_before_an_interruption_are_merged(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("anabranch.coordinator.rounds.one_round.merged_candidate", cut)
+        patched.setattr("anabranch.coordinator.rounds.material.merged_candidate", cut)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "a", config(rounds=1))
     again, store = run(tmp_path / "a", config(rounds=1))

@@ -136,7 +136,7 @@ def test_an_update_that_comes_late_counts_in_the_round_under_way(tmp_path: Path)
     again = OneRound(strategy._here, 2, strategy.service, 1.0)
     one = [row for row in store.contributions(1) if row.client == "client-0003"]
     for row in [*store.contributions(2), *one]:
-        start, end = again._end_of(row)
+        start, end = again._material.end_of(row)
         starts.append(start.adapter)
         ends.append(end)
     assert starts[-1].hash() == seeded.hash()

@@ -5,47 +5,39 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from anabranch.coordinator.admission import RefusedError
-from anabranch.coordinator.candidate import merged_candidate
 from anabranch.coordinator.cohort import NO_ROOM, Cohort, update_bytes
 from anabranch.coordinator.collect import GONE, Closed, Mail, Reply
 from anabranch.coordinator.coordination import Coordination
 from anabranch.coordinator.gate import judged
-from anabranch.coordinator.in_service import InService, in_service
+from anabranch.coordinator.in_service import InService
 from anabranch.coordinator.privacy.budget import spent_with
 from anabranch.coordinator.receipts import abandoned_receipt, merge_receipt
 from anabranch.coordinator.rounds.again import Again
 from anabranch.coordinator.rounds.control import LOOK_S, Want
 from anabranch.coordinator.rounds.driver import Driver, terms_of, was_closed
 from anabranch.coordinator.rounds.machine import Failed, Merged, Passed, Rejected, State
-from anabranch.coordinator.rounds.salvage import usable
-from anabranch.coordinator.rounds.stragglers import NOT_CARRIED, Carried, Counted, carried, told
+from anabranch.coordinator.rounds.material import FAILS, Material, said
+from anabranch.coordinator.rounds.stragglers import Counted, told
 from anabranch.coordinator.rounds.uploaders import Arrivals
 from anabranch.coordinator.secure.round import SecureRound, Sums
-from anabranch.coordinator.start import Start
 from anabranch.coordinator.store import (
-    Contribution,
     FullError,
-    Publication,
     Refusal,
     Store,
     StoreError,
 )
-from anabranch.vectors import Adapter
 from anabranch.wire.errors import one_line
 
 log = logging.getLogger("anabranch.coordinator")
 
 WAITED_FOR = ("deadline", "closed")
 """Codes of refusals that are no word of the node's."""
-FAILS = (KeyError, ValueError, RuntimeError)
-"""What a merge raises that cannot be done, beside a ``StoreError``, which is no merge's fault."""
 
 
 class OneRound:
@@ -77,6 +69,7 @@ class OneRound:
             plan = here.trust.begin_round(plan, first_planned(here.store, number))
         self.plan = plan
         self._cohort = Cohort(here.store, here.trust, here.config.max_norm)
+        self._material = Material(here, number, service, self._cohort)
         self._secure: SecureRound | None = None
         self._refused = self._refused_bytes = 0
         self._no_room = ""  # why an update was refused that could have been kept
@@ -85,7 +78,6 @@ class OneRound:
         self._arrivals = Arrivals(number, here.store, LOOK_S)
         self._again = Again(here.roster)
         self._grid: Grid | None = None  # where who is gone may be again
-        self._unusable: set[tuple[str, int]] = set()  # carried no further, by client and round
         self.driver = Driver(number, terms_of(here.config, deadline_s), here.store, here.control)
         self.counted = Counted()
 
@@ -111,8 +103,8 @@ class OneRound:
         }
         here.store.note("planned", facts)
         if here.config.secure is None:
-            self._check_carried()
-            self._heard = done | {one.row.client for one in self._count().late}
+            self._material.check_late()
+            self._heard = done | {one.row.client for one in self._material.counted().late}
             self.driver.asked(len(asked), len(self._heard), len(owed))
             self._arrivals.begin(asked.values(), done)
             # Who has no node uploads.
@@ -194,21 +186,21 @@ class OneRound:
         if self._no_room and self._is_short():
             raise FullError(self._no_room)
         sums = self._sums()
-        self.counted = self._count()
+        self.counted = self._material.counted()
         facts = self._facts(sums)
         began = time.perf_counter()
         # Sums that could not be opened.
         self._check_quorum(facts["admitted"])
         if self.driver.round.state is State.MERGING:
             try:
-                candidate, publication = self._merged()
+                candidate, publication, self.counted = self._material.merged(self.counted)
             # The cohort stands, and is merged once there is room.
             except StoreError:
                 raise
             # What a method cannot merge (too few for its f, a decomposition that fails), or cannot
             # be read any more, costs this round, not the federation; the adapter in service stays.
             except FAILS as error:
-                self.driver.happen(Failed(one_line(f"the merge failed: {_said(error)}")))
+                self.driver.happen(Failed(one_line(f"the merge failed: {said(error)}")))
                 facts["failed"] = True
             else:
                 facts = self._facts(sums)
@@ -271,50 +263,6 @@ class OneRound:
         now = self.driver.round
         if now.state is State.MERGING and admitted < now.needed:
             self.driver.happen(Failed(f"{admitted} admitted, the quorum is {now.needed}"))
-
-    def _merged(self) -> tuple[InService, Publication]:
-        """What the merge would put in service, less late updates that it fails with.
-
-        Raises:
-            KeyError: Bytes that it needs are missing.
-            ValueError: They were altered, or the method cannot merge this cohort.
-            RuntimeError: A decomposition failed.
-            StoreError: There is no room.
-        """
-
-        def merged(counted: Counted) -> tuple[InService, Publication]:
-            return merged_candidate(self._here, self._service, counted, self._end_of)
-
-        def merges(late: Sequence[Carried]) -> bool:
-            try:
-                merged(replace(whole, late=late))
-            except StoreError:
-                raise
-            except FAILS:
-                return False
-            return True
-
-        whole = self.counted
-        try:
-            return merged(whole)
-        except StoreError:
-            raise
-        except FAILS as error:
-            kept = usable(whole.late, merges) if whole.late else None
-            if kept is None:
-                raise
-            for one in (one for one in whole.late if one not in kept):
-                self._leave_out(one, f"the merge failed with it: {_said(error)}", final=True)
-            self.counted = replace(whole, late=kept)
-            return merged(self.counted)
-
-    def _leave_out(self, one: Carried, reason: str, *, final: bool = False) -> None:
-        """Note that a late update is not counted here; ``final``: nor in any other round."""
-        row = one.row
-        log.warning("round %d: %s is left out: %s", self._number, one.name, reason)
-        facts = {"client": row.client, "from": row.round, "round": self._number}
-        self._here.store.note(NOT_CARRIED, facts | {"reason": one_line(reason), "final": final})
-        self._unusable.add((row.client, row.round))
 
     def _abandon(self, reason: str, facts: dict[str, Any]) -> None:
         log.warning("round %d abandoned: %s", self._number, reason)
@@ -410,48 +358,6 @@ class OneRound:
         policy = self._here.config.collect
         since = sum(row.round >= int(group) for row in self._here.store.publications())
         return policy.stragglers == "drop" or since > policy.max_staleness
-
-    def _count(self) -> Counted:
-        """Its own updates, and those of earlier rounds that it may count."""
-        here, policy = self._here, self._here.config.collect
-        late = (
-            carried(here.store, self._number, policy.max_staleness)
-            if policy.stragglers == "carry"
-            else []
-        )
-        usable = [one for one in late if (one.row.client, one.row.round) not in self._unusable]
-        return Counted(here.store.contributions(self._number), usable)
-
-    def _check_carried(self) -> None:
-        """Leave out what cannot be taken up again, as after retention: it would cost each round."""
-        for one in self._count().late:
-            try:
-                self._end_of(one.row)
-            except (KeyError, ValueError) as error:
-                self._leave_out(one, _said(error))
-
-    def _end_of(self, row: Contribution) -> tuple[Start, Adapter]:
-        """What a contribution was trained from, and what came of it.
-
-        Raises:
-            KeyError: Retention has let go of it, or of what it was trained from.
-            ValueError: It was altered, or made from another start.
-        """
-        here = self._here
-        if not here.orders.knows(row.round):
-            before = [one for one in here.store.publications() if one.round < row.round]
-            seeded = self._service.seeded
-            service = InService(seeded, seeded)
-            if before:
-                service = in_service(here.store.get(before[-1].digest), seeded, here.config)
-            here.orders.recall(service.start(here.plan(row.round, service), here.key))
-        start = here.orders.start(row.client, row.round)
-        return start, self._cohort.end(row, start)
-
-
-def _said(error: Exception) -> str:
-    """What an error says; a KeyError's own text stands in quotes."""
-    return str(error.args[0] if error.args else error)
 
 
 def refuse(store: Store, number: int, client: str | None, error: RefusedError) -> None:
