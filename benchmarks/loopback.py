@@ -108,6 +108,7 @@ class Loopback:
         nodes: SuperNodes, and clients of the task.
         tls: Whether they speak TLS and prove registered keys.
         client_app: What the nodes run.
+        standby: Whether a process waits to be the next ServerApp.
         changes: Of the federation's configuration.
     """
 
@@ -118,6 +119,7 @@ class Loopback:
         *,
         tls: bool = True,
         client_app: str = LIGHT_APP,
+        standby: bool = True,
         **changes: Any,
     ) -> None:
         self.folder, self.nodes, self.tls = folder, nodes, tls
@@ -136,7 +138,7 @@ class Loopback:
         write_adapter(template, self.federation / START_FOLDER)
         settings: dict[str, Any] = {
             "federation": "federation", "task": TASK, "task_params": self.params,
-            "client_app": client_app,
+            "client_app": client_app, "standby": standby,
             "port": self.port, "restart": {"first_s": 0.2, "cap_s": 2.0},
         }  # fmt: skip
         self._private: list[Path] = []

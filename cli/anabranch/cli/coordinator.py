@@ -51,24 +51,29 @@ def up_command(
     from anabranch.coordinator import logs
     from anabranch.coordinator.federation import load_federation
     from anabranch.coordinator.supervision.config import load_coordinator
-    from anabranch.coordinator.supervision.preflight import examine_coordinator
     from anabranch.coordinator.supervision.supervisor import Supervisor
 
     if config.is_file() and "federations" in read_config(config):
         _fleet(config, log_format.value, json)
         return
     loaded = load_coordinator(config)
-    failed = [one for one in examine_coordinator(loaded) if not one.ok]
-    for one in failed:
-        complain(f"{one.check}: {one.told}")
-    if failed:
-        raise typer.Exit(2)
     federation = load_federation(loaded.federation)
     about = {"federation": federation.name, "run": federation.run}
     logs.configure(log_format.value, about=about)
     if json:
         logs.tell_changes(sys.stdout, about)
-    raise typer.Exit(int(Supervisor(loaded, log_format.value).run()))
+
+    def preflight() -> None:
+        # It loads torch, for seconds; the standby does so beside it.
+        from anabranch.coordinator.supervision.preflight import examine_coordinator
+
+        failed = [one for one in examine_coordinator(loaded) if not one.ok]
+        for one in failed:
+            complain(f"{one.check}: {one.told}")
+        if failed:
+            raise typer.Exit(2)
+
+    raise typer.Exit(int(Supervisor(loaded, log_format.value).run(preflight)))
 
 
 def _fleet(path: Path, log_format: Literal["text", "json"], json: bool) -> None:

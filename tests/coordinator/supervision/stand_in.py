@@ -1,7 +1,8 @@
 """What stands in for Flower and for training, as processes that start in a second.
 
 ``up FOLDER`` is the real supervisor with a SuperLink that is ``link``; that one starts ``app`` in a
-session of its own when it is asked to, as Flower's does. The app keeps the real lease and the real
+session of its own when it is asked to, by the name that Flower's uses. A process may wait to be the
+next one. The app keeps the real lease and the real
 store, and admits an update of each of four clients to each of its rounds. ``fleet FOLDER FIRST
 LAST`` is the real fleet, whose supervisors are ``up``.
 """
@@ -27,14 +28,27 @@ from anabranch.coordinator.supervision.config import (
 )
 from anabranch.coordinator.supervision.fleet import Fleet
 from anabranch.coordinator.supervision.lease import held
+from anabranch.coordinator.supervision.standby import COMMAND, Standby
 from anabranch.coordinator.supervision.superlink import SuperLink
 from anabranch.coordinator.supervision.supervisor import Supervisor
 
 STEP_S = 0.1
+SCRIPTS = "scripts"
+"""Where the command is that Flower would find without a standby, in its home."""
 
 
 class StandIn(SuperLink):
     """Its process is ``link``, and ``flwr`` is a line sent to it."""
+
+    def __init__(self, config: CoordinatorConfig, environ: dict[str, str]) -> None:
+        super().__init__(config, environ)
+        scripts = config.home / SCRIPTS
+        scripts.mkdir(parents=True, exist_ok=True)
+        script = scripts / COMMAND
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} app "$@"\n')
+        script.chmod(0o700)
+        first, rest = self.env["PATH"].split(os.pathsep, 1)
+        self.env["PATH"] = os.pathsep.join([first, str(scripts), rest])
 
     def _arguments(self) -> list[str]:
         port, folder = str(self._config.port), str(self._config.federation)
@@ -60,11 +74,24 @@ class StandIn(SuperLink):
         return subprocess.Popen(["true"])
 
 
+class StandInStandby(Standby):
+    """Waits to be an ``app``."""
+
+    def __init__(self, config: CoordinatorConfig, env: dict[str, str]) -> None:
+        super().__init__(config, env | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+    def _real(self) -> str:
+        return str(self._folder.with_name(SCRIPTS) / COMMAND)
+
+    def _arguments(self) -> list[str]:
+        return [*super()._arguments()[:5], "stand_in:serverapp"]
+
+
 def up(folder: Path) -> int:
     """The supervisor."""
     logs.configure("json")
     config: CoordinatorConfig = load_coordinator(folder)
-    return int(Supervisor(config, "json", StandIn).run())
+    return int(Supervisor(config, "json", StandIn, StandInStandby).run())
 
 
 def fleet(folder: Path, first: int, last: int) -> int:
@@ -87,8 +114,12 @@ def link(port: int, folder: Path) -> None:
             with line:
                 run = line.recv(64).decode()
             if run:
-                arguments = [sys.executable, __file__, "app", str(folder), run]
-                subprocess.Popen(arguments, start_new_session=True)
+                subprocess.Popen([COMMAND, str(folder), run], start_new_session=True)
+
+
+def serverapp() -> None:
+    """An app in a process that waited for it."""
+    app(Path(sys.argv[1]), sys.argv[2])
 
 
 def app(folder: Path, run: str) -> None:

@@ -21,6 +21,8 @@ from anabranch.coordinator.federation import FederationConfig, write_federation
 from anabranch.coordinator.flower import free_port
 from anabranch.coordinator.store import Store, open_store
 from anabranch.coordinator.supervision import lease, processes
+from anabranch.coordinator.supervision.config import load_coordinator
+from anabranch.coordinator.supervision.supervisor import Supervisor
 
 SCRIPT = Path(__file__).with_name("stand_in.py")
 KILLS = int(os.environ.get("CHAOS_KILLS", "4"))
@@ -63,9 +65,15 @@ class Running:
         if who == "serverapp":
             current, alive = lease.look(self.folder)
             return current.pid if current is not None and alive else None
+        mark = b"\0link\0"
+        if who == "standby":
+            mark = b"supervision.waiting\0"
+            if not (self.folder / "flower" / "standby" / "socket").exists():
+                return None
         for pid in processes.marked(str(self.folder.resolve())):
             with contextlib.suppress(OSError):
-                if b"\0link\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                named = mark in Path(f"/proc/{pid}/cmdline").read_bytes()
+                if named and pid != self.pid("serverapp"):
                     return pid
         return None
 
@@ -119,6 +127,49 @@ def test_whatever_is_killed_the_same_round_goes_on(tmp_path: Path, running: list
     died = [row["message"] for row in one.told("serverapp-died") + one.told("superlink-died")]
     assert all("was killed" in text or "SIGKILL" in text for text in died)
     assert died
+
+
+def test_the_next_serverapp_is_the_process_that_waited(
+    tmp_path: Path, running: list[Running]
+) -> None:
+    running.append(one := Running(tmp_path, rounds=1, most=3))
+    for who in ("serverapp", "superlink", "up"):
+        one.wait(lambda: one.pid("serverapp"))
+        one.wait(lambda: one.pid("standby"))
+        waits, pid = one.pid("standby"), one.pid(who)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        if who == "up":
+            one.up.wait()
+            one.start()
+        else:
+            one.wait(lambda pid=waits: one.pid("serverapp") == pid)
+    # Killed while nobody needs it, it is no failure.
+    one.wait(lambda: one.pid("serverapp"))
+    one.wait(lambda: one.pid("standby"))
+    pid = one.pid("standby")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    (tmp_path / "finish").touch()
+    assert one.up.wait(PATIENCE_S) == 0
+    assert len(one.told("serverapp-died") + one.told("superlink-died")) == 2
+    assert not (tmp_path / "flower" / "standby").exists()
+    assert processes.marked(str(tmp_path.resolve())) == []
+
+
+def test_a_preflight_that_refuses_leaves_nothing(tmp_path: Path) -> None:
+    write_federation(FederationConfig(name="f", run="r"), tmp_path)
+    (tmp_path / "coordinator.toml").write_text('task = "a.b:C"\ninsecure = true\n')
+
+    def refuses() -> None:
+        assert processes.marked(str(tmp_path.resolve())) != []
+        raise ValueError("the port is taken")
+
+    with pytest.raises(ValueError, match="the port is taken"):
+        Supervisor(load_coordinator(tmp_path)).run(refuses)
+    assert processes.marked(str(tmp_path.resolve())) == []
+    assert not (tmp_path / "flower" / "standby").exists()
+    assert not lease.supervised(tmp_path)
 
 
 def test_sigterm_keeps_the_round_and_up_goes_on(tmp_path: Path, running: list[Running]) -> None:

@@ -73,6 +73,9 @@ class LinkConfig(BaseModel):
     """Seconds that the SuperLink, and a run on it, have to begin."""
     stop_s: float = Field(300.0, gt=0)
     """Seconds that a round which is being merged has to end, after SIGTERM."""
+    standby: bool = True
+    """Whether a process that has loaded everything waits to be the next ServerApp: some 250 MB of
+    memory for each federation, and seconds less until it collects again."""
 
     @model_validator(mode="after")
     def _is_protected(self) -> Self:

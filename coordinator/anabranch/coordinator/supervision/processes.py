@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from anabranch.wire.errors import one_line
@@ -69,8 +69,13 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def kill_marked(mark: str, patience_s: float = 10.0) -> list[int]:
+def kill_marked(mark: str, patience_s: float = 10.0, spare: Collection[int] = ()) -> list[int]:
     """Kill every process with a mark, and wait until it is gone.
+
+    Args:
+        mark: Whose.
+        patience_s: Seconds that one may take to go.
+        spare: Processes that stay.
 
     Returns:
         Those that were there.
@@ -80,7 +85,7 @@ def kill_marked(mark: str, patience_s: float = 10.0) -> list[int]:
     """
     seen: list[int] = []
     end = time.monotonic() + patience_s
-    while left := marked(mark):
+    while left := [pid for pid in marked(mark) if pid not in spare]:
         for pid in left:
             if pid not in seen:
                 seen.append(pid)

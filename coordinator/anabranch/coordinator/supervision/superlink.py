@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from typing import Any
 
@@ -19,6 +20,7 @@ from anabranch.coordinator.flower import (
 )
 from anabranch.coordinator.supervision import processes
 from anabranch.coordinator.supervision.config import CoordinatorConfig
+from anabranch.coordinator.supervision.standby import folder_of
 from anabranch.wire.errors import one_line
 
 LINK = "link"
@@ -53,6 +55,9 @@ class SuperLink:
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": POLL_S,
             **environ,
         }
+        if config.standby:
+            # Flower finds its command there first.
+            self.env["PATH"] = os.pathsep.join([str(folder_of(config.home)), self.env["PATH"]])
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -26,6 +26,7 @@ from anabranch.coordinator.store import Store, StoreError, open_store
 from anabranch.coordinator.supervision import lease, processes
 from anabranch.coordinator.supervision.backoff import Backoff
 from anabranch.coordinator.supervision.config import CoordinatorConfig
+from anabranch.coordinator.supervision.standby import Standby
 from anabranch.coordinator.supervision.superlink import SuperLink
 from anabranch.coordinator.supervision.watch import Watch
 
@@ -69,6 +70,8 @@ class Supervisor:
         config: What to run.
         log_format: How its processes log.
         link: Makes the SuperLink, of a configuration and further environment.
+        standby: Makes the process that waits to be the next ServerApp, of a configuration and the
+            SuperLink's environment.
     """
 
     def __init__(
@@ -76,37 +79,43 @@ class Supervisor:
         config: CoordinatorConfig,
         log_format: logs.LogFormat = "text",
         link: Callable[[CoordinatorConfig, dict[str, str]], SuperLink] = SuperLink,
+        standby: Callable[[CoordinatorConfig, dict[str, str]], Standby] = Standby,
     ) -> None:
         self._config = config
         self._mark = str(config.federation.resolve())
         environ = {processes.MARK: self._mark, logs.VARIABLE: log_format}
         self._link = link(config, environ)
+        self._standby = standby(config, self._link.env)
         self._run: str | None = None
         self._stops = 0
         self._helpers: list[subprocess.Popen[bytes]] = []
         self._told_s = time.monotonic()
 
-    def run(self) -> Exit:
+    def run(self, preflight: Callable[[], None] = lambda: None) -> Exit:
         """Work until every round is over, or it is told to stop, or nothing helps.
+
+        Args:
+            preflight: Called before anything begins, while the standby loads; raises where it
+                should not begin.
 
         Raises:
             ValueError: The federation's folder is not sound, or another ``up`` works on it.
         """
         config = load_federation(self._config.federation)
-        with (
-            lease.alone(self._config.federation),
-            self._signals(),
-            closing(_opened(config, self._config.federation)) as store,
-        ):
+        with lease.alone(self._config.federation), self._signals():
             if left := processes.kill_marked(self._mark):
                 self._tell("cleared", f"ended {len(left)} processes of an earlier coordinator")
-            self._watch = Watch(config, store)
-            self._backoff = Backoff(self._config.restart, gained=self._watch.gained)
             try:
-                return self._work(config, store)
+                self._standby.tend()
+                preflight()
+                with closing(_opened(config, self._config.federation)) as store:
+                    self._watch = Watch(config, store)
+                    self._backoff = Backoff(self._config.restart, gained=self._watch.gained)
+                    return self._work(config, store)
             finally:
                 self._link.stop(5.0)
                 processes.kill_marked(self._mark)
+                self._standby.end()
                 for helper in self._helpers:
                     helper.wait()
 
@@ -147,7 +156,8 @@ class Supervisor:
         if (why := self._link.died()) is not None:
             if self._link.pid is not None:
                 self._tell("superlink-starting", f"the SuperLink {why}; it is started again")
-                processes.kill_marked(self._mark)  # what it left: they talk to nobody
+                # What it left talks to nobody.
+                processes.kill_marked(self._mark, spare=self._standby.waits)
             began = time.monotonic()
             self._link.start()
             self._timed("superlink", f"the SuperLink answers at {self._link.address}", began)
@@ -172,6 +182,7 @@ class Supervisor:
         began = asked = time.monotonic()
         while self._lease() is None:
             self._check_link()
+            self._standby.tend()
             now = time.monotonic()
             if now - asked > FATE_S:
                 # Flower gives up a ServerApp whose process takes long to load.
@@ -203,6 +214,7 @@ class Supervisor:
             current, alive = lease.look(self._config.federation)
             if current is None or current.run != self._run:
                 alive = False
+            self._standby.tend(current.pid if current is not None and alive else None)
             if not alive:
                 break
             if self._stops and not asked_s:
@@ -259,7 +271,7 @@ class Supervisor:
         if (why := self._link.died()) is None:
             return
         # Its ServerApp would go on for a while, and talk to nobody.
-        processes.kill_marked(self._mark)
+        processes.kill_marked(self._mark, spare=self._standby.waits)
         self._run = None
         raise _DiedError("superlink-died", f"the SuperLink {why}")
 
