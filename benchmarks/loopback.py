@@ -263,8 +263,8 @@ class Loopback:
 
     def logs(self) -> str:
         """The ends of all logs."""
-        paths = [*self.folder.glob("*.log"), self.federation / "flower" / "superlink.log"]
-        paths += (self.folder / "flower").glob("*.log")
+        homes = [self.folder, self.folder / "flower", self.federation / "flower"]
+        paths = [path for home in homes for path in home.glob("*.log")]
         return "\n".join(
             f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
             for path in sorted(paths)

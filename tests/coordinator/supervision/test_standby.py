@@ -27,7 +27,7 @@ from pathlib import Path
 
 def main():
     Path(os.environ["NOTES"]).open("a").write(json.dumps([os.getpid(), *sys.argv]) + "\\n")
-    print("nobody reads this")
+    print("at work", flush=True)
     time.sleep(600)
 """
 SLOW = "import os, time\nwhile not os.path.exists(os.environ['GO']):\n    time.sleep(0.02)\n"
@@ -108,8 +108,9 @@ def test_what_is_called_while_it_loads_runs_in_it(site: Site) -> None:
     wait(site.noted)
     assert site.noted() == [[pid, COMMAND, "--token", "a b", "--insecure"]]
     assert site.standby.waits == []
-    # Its output goes nowhere, as that of a ServerApp which Flower starts.
-    assert (site.home / "standby.log").read_text() == ""
+    # Of a ServerApp that it starts itself Flower shows no output.
+    wait((site.home / "serverapp.log").read_text)
+    assert (site.home / "serverapp.log").read_text() == "at work\n"
     # One that works is none for a second call, and no successor is there before it is at work.
     site.standby.tend()
     assert site.call("x").communicate(timeout=PATIENCE_S)[0] == f"real x\n{site.home}\n"

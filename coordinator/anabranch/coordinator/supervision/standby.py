@@ -44,7 +44,7 @@ class Standby:
     def __init__(self, config: CoordinatorConfig, env: dict[str, str]) -> None:
         self._wanted, self._env = config.standby, env
         self._folder = folder_of(config.home)
-        self._log = config.home / "standby.log"
+        self._log = config.home / "serverapp.log"
         self._child: subprocess.Popen[bytes] | None = None
         self._since_s = float("-inf")
         self._at_work: list[subprocess.Popen[bytes]] = []

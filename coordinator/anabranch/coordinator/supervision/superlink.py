@@ -42,7 +42,7 @@ class SuperLink:
 
     Attributes:
         env: The environment of its processes, and of ``flwr``.
-        log: File of its output and of the ServerApp's.
+        log: File of its output.
     """
 
     def __init__(self, config: CoordinatorConfig, environ: dict[str, str]) -> None:

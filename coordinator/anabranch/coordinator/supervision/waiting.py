@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +37,6 @@ def serve(folder: Path, function: str, modules: Sequence[str] = ()) -> None:
         call = _loaded(function)
         sys.argv = _taken(server)
         (folder / SOCKET).rename(folder / TAKEN_FILE)
-    # Flower shows nothing of a ServerApp: its log goes to the SuperLink by another way.
-    with Path(os.devnull).open("wb") as nowhere:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(nowhere.fileno(), stream.fileno())
     call()
 
 
