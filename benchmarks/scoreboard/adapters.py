@@ -75,9 +75,6 @@ HARDER: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """What the default does not see: attackers of honest length, no more alike than honest clients."""
 
-ASKED_HARDER = ("robust", "mean")
-"""Rules that they are measured against."""
-
 TRIGGERED_AS = {"unscaled DBA": "DBA"}
 """Whose trigger an attack has, where the oracle is asked for that one."""
 
@@ -170,8 +167,8 @@ def cells(
         for f in setting.attackers:
             found.append(Cell(ORACLE, ANY, f, f, seed))
             found += [Cell(rule, name, f, f, seed) for rule in rules for name in attacks]
-            harder = [rule for rule in rules if rule in ASKED_HARDER and len(attacks) > 1]
-            found += [Cell(rule, name, f, f, seed) for rule in harder for name in HARDER]
+            harder = HARDER if len(attacks) > 1 else ()
+            found += [Cell(rule, name, f, f, seed) for rule in rules for name in harder]
     return found
 
 

@@ -75,8 +75,8 @@ trigger turns; the *floor* is what the mean of the honest clients alone does wit
 and *lost* how far accuracy is below that mean's, both in points. {texts} held-out texts and {seeds}
 seeds, so a success rate has a standard error of two to three points. VEM and sign flip have no
 trigger, and are asked for the backdoor's. *Unscaled* is the backdoor at the length that training
-gave it; unscaled DBA, against two rules alone, is what the default was known not to see when it was
-chosen. n/a here: refused, or not against every attack measured yet.
+gave it; unscaled DBA is what the default was known not to see when it was chosen. n/a here:
+refused, or not against every attack measured yet.
 
 {table}
 

@@ -19,6 +19,7 @@ from anabranch.wire import (
     encode_update,
     read_manifest,
 )
+from anabranch.wire.codecs import support
 from anabranch.wire.codecs.ternary import TERNARY
 from anabranch.wire.codecs.ternary_runs import TernaryRuns
 from anabranch.wire.manifest import FrameInfo, TensorInfo
@@ -96,3 +97,25 @@ def test_nonzeros_of_another_tensor_are_refused(
     with pytest.raises(WireError, match="other tensors than announced") as caught:
         decode_forms(forge(blob, claim), dict.fromkeys(tensors, (9000,)), {})
     assert caught.value.code == "counts"
+
+
+@pytest.mark.parametrize("density", [0.3, 0.004])
+def test_run_bytes_and_positions_are_the_same_in_parts_as_in_one(
+    monkeypatch: pytest.MonkeyPatch, density: float
+) -> None:
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+    form = ternarise(x, density)
+
+    def there_and_back() -> tuple[bytes, list[int]]:
+        written = _frame([form], pb.CODEC_TERNARY)
+        assert written is not None
+        frame, payload = written
+        [held] = TERNARY.packings[0].unpack(memoryview(payload), frame, len)
+        assert isinstance(held, TernaryRuns)
+        return payload, held.sparse().positions_k.tolist()
+
+    whole = there_and_back()
+    assert whole[1] == form.positions_k.tolist()
+    for part in (1, 7, 64):
+        monkeypatch.setattr(support, "_CHUNK", part)
+        assert there_and_back() == whole
