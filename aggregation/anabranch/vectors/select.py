@@ -108,7 +108,7 @@ def _drop(positions_c: IntArray, bits_c: IntArray, kth: Any, ties: int) -> None:
             equal = np.flatnonzero(magnitudes == kth)[:ties]
             kept[equal] = True
             ties -= equal.size
-        end = at + np.count_nonzero(kept)
+        end = at + int(np.count_nonzero(kept))
         positions_c[at:end] = positions_c[chunk][kept]
         bits_c[at:end] = bits_c[chunk][kept]
         at = end
