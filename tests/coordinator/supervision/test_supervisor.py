@@ -188,17 +188,23 @@ def test_sigterm_keeps_the_round_and_up_goes_on(tmp_path: Path, running: list[Ru
     store.close()
 
 
-def test_it_gives_up_with_the_reason_and_nobody_works_beside_it(
-    tmp_path: Path, running: list[Running]
-) -> None:
-    (tmp_path / "broken").touch()
-    running.append(one := Running(tmp_path, rounds=1, most=2))
-    one.wait(lambda: one.told("superlink"))
+def test_nobody_works_beside_it(tmp_path: Path, running: list[Running]) -> None:
+    running.append(one := Running(tmp_path, rounds=1))
+    one.wait(lambda: one.pid("serverapp"))
     second = subprocess.run(
         [sys.executable, str(SCRIPT), "up", str(tmp_path)],
         capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     assert "another `coordinator up` works on it" in second.stderr
+    # It ended nothing of the first one's.
+    (tmp_path / "finish").touch()
+    assert one.up.wait(PATIENCE_S) == 0
+    assert not one.told("serverapp-died")
+
+
+def test_it_gives_up_with_the_reason(tmp_path: Path, running: list[Running]) -> None:
+    (tmp_path / "broken").touch()
+    running.append(one := Running(tmp_path, rounds=1, most=2))
     assert one.up.wait(PATIENCE_S) == 1
     died = [row["message"] for row in one.told("serverapp-died")]
     assert died == ["the ServerApp died: the folder is broken"] * 3
