@@ -15,9 +15,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from anabranch.client.deployed import hello
 from anabranch.client.fisher import diagonal_fisher
 from anabranch.client.held import held, hold
+from anabranch.client.hello import hello
 from anabranch.client.lora import read_adapter, training
 from anabranch.client.mods import compress, verify_base
 from anabranch.client.order import plan_of

@@ -18,6 +18,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
+from anabranch.client.hello import hello
 from anabranch.client.kept import Kept, state_of
 from anabranch.client.order import plan_of
 from anabranch.client.records import as_array
@@ -43,13 +44,6 @@ class DeployedApp(ClientApp):
         from anabranch.client.app import app as whole
 
         return whole(message, context)
-
-
-def hello(message: Message, context: Context) -> Message:
-    """Say who this client is."""
-    name = site_of(context.node_config).name
-    content = RecordDict({CLIENT_KEY: ConfigRecord({CLIENT_KEY: name})})
-    return Message(content, reply_to=message)
 
 
 def again(message: Message, context: Context, kept: Kept) -> Message:

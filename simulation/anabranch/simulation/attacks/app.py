@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from anabranch.client import app as honest
-from anabranch.client.deployed import hello
+from anabranch.client.hello import hello
 from anabranch.client.mods import compress, verify_base
 from anabranch.client.records import pack, record_of
 from anabranch.client.site import site_of
