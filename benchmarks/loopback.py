@@ -266,9 +266,7 @@ class Loopback:
         homes = [self.folder, self.folder / "flower", self.federation / "flower"]
         paths = [path for home in homes for path in home.glob("*.log")]
         return "\n".join(
-            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
-            for path in sorted(paths)
-            if path.exists()
+            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(paths)
         )
 
     def close(self) -> None:
