@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tests.disks import SmallDisk, mounted
 
+from anabranch.coordinator.logs import ROOT
 from anabranch.simulation.engine.identity import server_identity
 from anabranch.wire import zstd
 from anabranch.wire.header import LENGTH_BYTES, MAGIC
@@ -28,6 +30,18 @@ class Forge(Protocol):
     ) -> bytes:
         """The message with its manifest and payloads changed, then the manifest's bytes."""
         ...
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """A command run in this process leaves no handler behind that writes to its test's streams."""
+    loggers = [logging.getLogger(name) for name in (ROOT, "uvicorn")]
+    before = [(list(one.handlers), one.level, one.propagate) for one in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture

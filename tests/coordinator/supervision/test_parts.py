@@ -238,25 +238,21 @@ def test_a_stop_is_done_with_when_the_next_run_begins_and_a_pause_is_not(tmp_pat
 
 def test_json_logs_say_what_a_line_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("anabranch")
-    before = (list(logger.handlers), logger.level, logger.propagate)
     out, changes = StringIO(), StringIO()
-    try:
-        monkeypatch.setenv(logs.VARIABLE, "json")
-        logs.configure(about={"federation": "f"}, stream=out)
-        logs.tell_changes(changes, {"federation": "f"})
-        child = logging.getLogger("anabranch.coordinator")
-        child.info("plain")
-        child.warning("%s left", "a", extra={"event": "left", "round": 3, "client": "a"})
-        rows = [json.loads(line) for line in out.getvalue().splitlines()]
-        assert [(row["message"], row["level"], row["federation"]) for row in rows] == [
-            ("plain", "info", "f"), ("a left", "warning", "f"),
-        ]  # fmt: skip
-        assert (rows[1]["round"], rows[1]["client"]) == (3, "a")
-        assert [json.loads(line)["event"] for line in changes.getvalue().splitlines()] == ["left"]
-        logs.configure("text", stream=out)
-        assert sum(hasattr(one, "set_up_here") for one in logger.handlers) == 1
-        monkeypatch.setenv(logs.VARIABLE, "yaml")
-        with pytest.raises(ValueError, match="yaml"):
-            logs.configure()
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
+    monkeypatch.setenv(logs.VARIABLE, "json")
+    logs.configure(about={"federation": "f"}, stream=out)
+    logs.tell_changes(changes, {"federation": "f"})
+    child = logging.getLogger("anabranch.coordinator")
+    child.info("plain")
+    child.warning("%s left", "a", extra={"event": "left", "round": 3, "client": "a"})
+    rows = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [(row["message"], row["level"], row["federation"]) for row in rows] == [
+        ("plain", "info", "f"), ("a left", "warning", "f"),
+    ]  # fmt: skip
+    assert (rows[1]["round"], rows[1]["client"]) == (3, "a")
+    assert [json.loads(line)["event"] for line in changes.getvalue().splitlines()] == ["left"]
+    logs.configure("text", stream=out)
+    assert sum(hasattr(one, "set_up_here") for one in logger.handlers) == 1
+    monkeypatch.setenv(logs.VARIABLE, "yaml")
+    with pytest.raises(ValueError, match="yaml"):
+        logs.configure()

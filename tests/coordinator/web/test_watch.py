@@ -100,15 +100,9 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("address")
 def test_its_server_logs_as_the_rest_does() -> None:
     stream = io.StringIO()
-    try:
-        logs.configure("json", about={"federation": "demo"}, stream=stream, also=("uvicorn",))
-        for name in ("uvicorn.error", "anabranch.coordinator"):
-            logging.getLogger(name).warning("full", extra={"round": 3})
-    finally:
-        for name in ("uvicorn", logs.ROOT):
-            logger = logging.getLogger(name)
-            logger.handlers.clear()
-            logger.propagate = True
+    logs.configure("json", about={"federation": "demo"}, stream=stream, also=("uvicorn",))
+    for name in ("uvicorn.error", "anabranch.coordinator"):
+        logging.getLogger(name).warning("full", extra={"round": 3})
     rows = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [(row["logger"], row["federation"], row["round"]) for row in rows] == [
         ("uvicorn.error", "demo", 3), ("anabranch.coordinator", "demo", 3),
