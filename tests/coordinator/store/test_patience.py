@@ -69,6 +69,25 @@ def test_a_database_that_is_killed_is_waited_for(
         assert not store.admit(row(store, "b"))
 
 
+def test_one_that_is_away_is_waited_for_at_the_opening_too(
+    server: Postgres, tmp_path: Path
+) -> None:
+    url = server.database()
+    server.kill()
+    back = threading.Timer(1.0, server.start)
+    back.start()
+    with closing(store_of(url, tmp_path, patience_s=30)) as store:
+        assert store.admit(row(store, "a"))
+    back.join()
+    server.kill()
+    with pytest.raises(LostError, match=r"does not answer since .*; start it and run again"):
+        store_of(url, tmp_path, patience_s=0.5)
+    # Whoever only looks hears it at once.
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_store(StoreConfig(url=url), tmp_path, federation="f", run="r")
+    server.start()
+
+
 def test_one_that_stays_away_is_given_up_in_one_line(server: Postgres, tmp_path: Path) -> None:
     with closing(store_of(server.database(), tmp_path, patience_s=0.5)) as store:
         server.kill()

@@ -133,6 +133,8 @@ def app(folder: Path, run: str) -> None:
         )
         control = Control(store)
         control.begin()
+        while (folder / "hold").exists():
+            time.sleep(STEP_S)
         while (number := standing(config, store).done + 1) <= config.rounds:
             done = {row.client for row in store.contributions(number)}
             asked = [f"site-{index}" for index in range(4) if f"site-{index}" not in done]

@@ -12,10 +12,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.chaos.postgres import Postgres
 
 from anabranch.coordinator.federation import FederationConfig, write_federation
 from anabranch.coordinator.flower import free_port
@@ -32,11 +34,14 @@ PATIENCE_S = 120.0
 class Running:
     """A supervisor at work on a folder."""
 
-    def __init__(self, folder: Path, rounds: int, most: int = 50) -> None:
+    def __init__(self, folder: Path, rounds: int, most: int = 50, **store: Any) -> None:
         self.folder = folder
-        self.config = FederationConfig(
-            name="f", run="r", rounds=rounds, clients=4, quorum=4, durable=False
-        )
+        self.config = FederationConfig.model_validate(
+            {
+                "name": "f", "run": "r", "rounds": rounds, "clients": 4, "quorum": 4,
+                "durable": False, "store": store,
+            }
+        )  # fmt: skip
         write_federation(self.config, folder)
         (folder / "coordinator.toml").write_text(
             f'task = "a.b:C"\ninsecure = true\nport = {free_port()}\n'
@@ -170,6 +175,26 @@ def test_a_preflight_that_refuses_leaves_nothing(tmp_path: Path) -> None:
     assert processes.marked(str(tmp_path.resolve())) == []
     assert not (tmp_path / "flower" / "standby").exists()
     assert not lease.supervised(tmp_path)
+
+
+def test_a_database_that_is_away_is_waited_for(tmp_path: Path, running: list[Running]) -> None:
+    (tmp_path / "hold").touch()
+    with Postgres() as server:
+        running.append(one := Running(tmp_path, rounds=1, url=server.database()))
+        one.wait(lambda: one.pid("serverapp"))
+        server.kill()
+        pid = one.pid("serverapp")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        # Between rounds it asks the store whether there is to be another one.
+        one.wait(lambda: one.told("no-store"))
+        server.start()
+        (tmp_path / "finish").touch()
+        (tmp_path / "hold").unlink()
+        assert one.up.wait(PATIENCE_S) == 0
+        with closing(one.store()) as store:
+            assert [row["round"] for row in store.notes("round")] == [1]
+    assert "does not answer" in one.told("no-store")[0]["message"]
 
 
 def test_sigterm_keeps_the_round_and_up_goes_on(tmp_path: Path, running: list[Running]) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError
 
 from anabranch.coordinator.store.artifacts import full
+from anabranch.coordinator.store.patience import Patience
 from anabranch.coordinator.store.schema import federations
 
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -42,21 +43,26 @@ FULL_STATES = ("53100", "53200")
 """PostgreSQL's states of a disk or a memory that is full."""
 
 
-def connect(url: str, *, durable: bool = True) -> Engine:
+def connect(url: str, *, durable: bool = True, patience_s: float = 0.0) -> Engine:
     """Open a database and bring its tables to this release's revision.
 
     Args:
         url: ``sqlite:///FILE`` or ``postgresql://…``; a file is made when missing.
         durable: A commit returns when it is on the disk itself.
+        patience_s: Seconds for which a database that does not answer is waited for.
 
     Raises:
         ValueError: No database can be had there, in one line, or a later release made its tables.
         FullError: There is no room for it.
+        LostError: It was waited for, and did not come.
     """
     engine = create(url, durable=durable)
     try:
         with refusing_when_full(engine):
-            migrate(engine)
+            if patience_s:
+                Patience(engine, place(engine), patience_s)(lambda _: migrate(engine))
+            else:
+                migrate(engine)
     except DatabaseError as error:
         engine.dispose()
         reason = " ".join(str(error.orig).split())

@@ -33,6 +33,7 @@ def open_store(
     Raises:
         ValueError: It cannot be opened, or something it needs is not installed.
         FullError: There is no room for it.
+        LostError: Its database was waited for, and did not come.
     """
     if config.url == JOURNAL_URL:
         return FolderStore(folder, durable=durable)
@@ -41,14 +42,15 @@ def open_store(
     from anabranch.coordinator.store.sql import SqlStore
 
     quota = config.quota_mb
+    patience_s = config.patience_s if patient else 0.0
     return SqlStore(
-        connect(database_of(config, folder), durable=durable),
+        connect(database_of(config, folder), durable=durable, patience_s=patience_s),
         artifacts_of(config, folder, durable=durable),
         federation=federation,
         run=run,
         quota_bytes=None if quota is None else quota << 20,
         keep_rounds=config.keep_rounds,
-        patience_s=config.patience_s if patient else 0.0,
+        patience_s=patience_s,
     )
 
 

@@ -84,8 +84,11 @@ def kill_marked(mark: str, patience_s: float = 10.0, spare: Collection[int] = ()
         RuntimeError: One does not go.
     """
     seen: list[int] = []
-    end = time.monotonic() + patience_s
-    while left := [pid for pid in marked(mark) if pid not in spare]:
+    end, clear = time.monotonic() + patience_s, 0
+    # Twice: in the middle of an exec a process shows no environment.
+    while clear < 2:
+        left = [pid for pid in marked(mark) if pid not in spare]
+        clear = 0 if left else clear + 1
         for pid in left:
             if pid not in seen:
                 seen.append(pid)
@@ -93,7 +96,7 @@ def kill_marked(mark: str, patience_s: float = 10.0, spare: Collection[int] = ()
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        if time.monotonic() >= end:
+        if left and time.monotonic() >= end:
             raise RuntimeError(f"process {left[0]} of {mark} cannot be killed; look what holds it")
         time.sleep(0.02)
     return seen

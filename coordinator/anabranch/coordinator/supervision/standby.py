@@ -103,12 +103,16 @@ class Standby:
 
     def _started(self) -> subprocess.Popen[bytes]:
         # Whoever reaches the socket has a command of Flower's run: nobody else may.
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(mode=0o700, parents=True)
-        path = self._folder / COMMAND
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.chmod(0o700)
+        for name in (handover.SOCKET, waiting.TAKEN_FILE):
+            (self._folder / name).unlink(missing_ok=True)
+        # In one step: a shell that has just been told to run it finds it there and whole.
         words = [sys.executable, "-IS", handover.__file__, str(self._folder), self._real()]
-        path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-        path.chmod(0o700)
+        fresh = self._folder / f"{COMMAND}.new"
+        fresh.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        fresh.chmod(0o700)
+        fresh.rename(self._folder / COMMAND)
         return processes.start(self._arguments(), self._log, self._env)
 
     def _warn(self, told: str) -> None:

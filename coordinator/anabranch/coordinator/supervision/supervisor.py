@@ -121,19 +121,21 @@ class Supervisor:
 
     def _work(self, config: FederationConfig, store: Store) -> Exit:
         while True:
-            if self._watch.complete:
-                self._tell("done", f"all {config.rounds} rounds are over")
-                return Exit.DONE
-            if self._watch.now.round is None and (want := ends(store)) is not None:
-                heeded(store)
-                self._tell("ended", f"no further round is begun: the operator asked to {want}")
-                return Exit.DONE
             try:
+                if self._watch.complete:
+                    self._tell("done", f"all {config.rounds} rounds are over")
+                    return Exit.DONE
+                if self._watch.now.round is None and (want := ends(store)) is not None:
+                    heeded(store)
+                    self._tell("ended", f"no further round is begun: the operator asked to {want}")
+                    return Exit.DONE
                 self._begin()
                 ended = self._follow(store)
-            except (_DiedError, FlowerError) as error:
+            except (_DiedError, FlowerError, StoreError) as error:
                 event, told = "flower-failed", str(error)
-                if isinstance(error, _DiedError):
+                if isinstance(error, StoreError):
+                    event = "no-store"
+                elif isinstance(error, _DiedError):
                     event = error.event
                     if not error.known:
                         words = self._link.last_words() or "with nothing"
@@ -203,6 +205,7 @@ class Supervisor:
 
         Raises:
             _DiedError: Something died.
+            StoreError: It ended, and whether well the store does not say now.
         """
         looked_s = asked_s = 0.0
         while True:
@@ -218,8 +221,11 @@ class Supervisor:
             if not alive:
                 break
             if self._stops and not asked_s:
-                ask(store, Want.STOP, "coordinator up")
                 asked_s = now
+                try:
+                    ask(store, Want.STOP, "coordinator up")
+                except StoreError as error:  # it is ended below
+                    self._tell("no-store", str(error), level=logging.ERROR)
             if asked_s and now - asked_s > self._patience_s():
                 self._tell("stopping", "the run does not end by itself; it is ended")
                 break
@@ -232,6 +238,7 @@ class Supervisor:
             return Exit.STOPPED
         assert current is not None
         if current.ended == "done":
+            self._look()
             if self._watch.complete:
                 return None
             why = self._watch.now.last or "the run ended"
@@ -284,15 +291,22 @@ class Supervisor:
         merging = self._watch.now.state in ("merging", "gating")
         return self._config.stop_s if merging else HEED_S
 
+    def _look(self) -> None:
+        """Tell what is new in the store.
+
+        Raises:
+            StoreError: It does not answer.
+        """
+        for one in self._watch.look():
+            self._tell(one.event, one.told, **one.about)
+
     def _report(self) -> None:
         try:
-            changes = self._watch.look()
+            self._look()
         except StoreError as error:  # the ServerApp waits for it, and says so when it gives up
             if time.monotonic() - self._told_s >= TELL_S:
                 self._tell("no-store", f"the store does not answer: {error}", level=logging.ERROR)
             return
-        for one in changes:
-            self._tell(one.event, one.told, **one.about)
         if time.monotonic() - self._told_s >= TELL_S:
             self._tell("waits", self._waits_for())
 
