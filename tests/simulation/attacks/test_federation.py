@@ -122,6 +122,14 @@ def test_an_adaptive_attack_asks_the_recipe_that_is_used(tmp_path: Path, trains:
     assert summary["mean"]["merged"] < summary["mean"]["base"] - 0.1
 
 
+def test_it_asks_one_that_would_not_merge_the_honest_alone(tmp_path: Path) -> None:
+    search = {"points": 4, "refinements": 1}
+    recipe = {"method": "multi_krum", "params": {"f": 2}}
+    summary = run_quickly(scenario("adaptive", params=search, recipe=recipe, quorum=8), tmp_path)
+    assert not summary["refused"]
+    assert summary["mean"]["merged"] > summary["mean"]["base"]
+
+
 @pytest.mark.parametrize("kind", ["model_replacement", "dba", "neurotoxin", "lobam"])
 def test_a_backdoor_opens_in_a_mean(tmp_path: Path, kind: str) -> None:
     params = {"factor": 4.0} if kind == "lobam" else {"scale": 4.0}

@@ -150,7 +150,7 @@ class Turn:
             train_own=lambda: self.vectors(self.band.partitions),
             previous=self.previous,
             rule=self.rule,
-            see_aim=lambda: self.rule(self.vectors(seen)),
+            see_aim=lambda: self.calm(self.vectors(seen)),
         )
 
     @cached_property
@@ -188,6 +188,11 @@ class Turn:
         }
         moved |= {name: part - start.dense[name] for name, part in merged.dense.items()}
         return flat(moved)
+
+    def calm(self, honest_HD: Tensor) -> Tensor:
+        """The same where every colluder sends the honest mean: a rule may refuse fewer."""
+        mean_fD = honest_HD.mean(dim=0).expand(len(self.band.partitions), -1)
+        return self.rule(torch.cat([honest_HD, mean_fD]))
 
     def cut(self, vector_D: Tensor) -> dict[str, Tensor]:
         """A vector's entries as tensors by name."""
