@@ -107,7 +107,11 @@ def fleet(folder: Path, first: int, last: int) -> int:
 
 
 def link(port: int, folder: Path) -> None:
-    """Start an app whenever it is asked to."""
+    """Start an app whenever it is asked to, and first the one that it owes."""
+    owed = folder / "owed"
+    if owed.exists():
+        subprocess.Popen([COMMAND, str(folder), owed.read_text()], start_new_session=True)
+        owed.unlink()
     with socket.create_server(("127.0.0.1", port)) as server:
         while True:
             line, _ = server.accept()

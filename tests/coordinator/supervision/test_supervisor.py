@@ -177,6 +177,22 @@ def test_a_preflight_that_refuses_leaves_nothing(tmp_path: Path) -> None:
     assert not lease.supervised(tmp_path)
 
 
+def test_a_run_that_the_next_superlink_begins_is_followed(
+    tmp_path: Path, running: list[Running]
+) -> None:
+    """Submitted to one that died before it was begun: Flower's database remembers it."""
+    for name in ("hold", "owed"):
+        (tmp_path / name).write_text("77")
+    running.append(one := Running(tmp_path, rounds=1, most=0))
+    one.wait(lambda: one.told("serverapp"))
+    assert one.told("taken-over")[0]["message"] == "Flower run 77 is at work already, and goes on"
+    (tmp_path / "finish").touch()
+    (tmp_path / "hold").unlink()
+    assert one.up.wait(PATIENCE_S) == 0
+    with closing(one.store()) as store:
+        assert {row["by"] for row in store.notes("planned")} == {"77"}
+
+
 def test_a_database_that_is_away_is_waited_for(tmp_path: Path, running: list[Running]) -> None:
     (tmp_path / "hold").touch()
     with Postgres() as server:

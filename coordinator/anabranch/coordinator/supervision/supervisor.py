@@ -182,14 +182,14 @@ class Supervisor:
             _DiedError: It does not come, or the SuperLink is gone.
         """
         began = asked = time.monotonic()
-        while self._lease() is None:
+        while self._lease()[0] is None:
             self._check_link()
             self._standby.tend()
             now = time.monotonic()
             if now - asked > FATE_S:
                 # Flower gives up a ServerApp whose process takes long to load.
                 fate, asked = self._link.fate(run), now
-                if self._lease() is None and fate.startswith("finished"):
+                if self._lease()[0] is None and fate.startswith("finished"):
                     raise _DiedError("serverapp-died", f"the ServerApp did not begin ({fate})")
             if now - began > self._config.start_s:
                 raise _DiedError("serverapp-died", "the ServerApp did not begin in time")
@@ -214,9 +214,7 @@ class Supervisor:
             if now - looked_s >= LOOK_S:
                 self._report()
                 looked_s = now
-            current, alive = lease.look(self._config.federation)
-            if current is None or current.run != self._run:
-                alive = False
+            current, alive = self._lease()
             self._standby.tend(current.pid if current is not None and alive else None)
             if not alive:
                 break
@@ -236,7 +234,8 @@ class Supervisor:
             rest = "" if where.round is None else f"; round {where.round} goes on with the next up"
             self._tell("stopped", f"stopped after {where.done} of {where.rounds} rounds{rest}")
             return Exit.STOPPED
-        assert current is not None
+        if current is None:
+            raise _DiedError("serverapp-died", "another run took its place, and is gone", known=True)
         if current.ended == "done":
             self._look()
             if self._watch.complete:
@@ -282,10 +281,20 @@ class Supervisor:
         self._run = None
         raise _DiedError("superlink-died", f"the SuperLink {why}")
 
-    def _lease(self) -> lease.Lease | None:
-        """That of the run under way, once it has one."""
-        current, _ = lease.look(self._config.federation)
-        return current if current is not None and current.run == self._run else None
+    def _lease(self) -> tuple[lease.Lease | None, bool]:
+        """That of the run under way, once it has one, and whether its holder lives."""
+        current, alive = lease.look(self._config.federation)
+        if current is None or self._run is None:
+            return None, False
+        if current.run == self._run:
+            return current, alive
+        if not alive or current.pid not in processes.marked(self._mark):
+            return None, False
+        # Submitted before the last SuperLink died, and begun by this one: as good as ours.
+        self._tell("taken-over", f"Flower run {current.run} is at work already, and goes on")
+        self._helpers.append(self._link.forget(self._run))
+        self._run = current.run
+        return current, alive
 
     def _patience_s(self) -> float:
         merging = self._watch.now.state in ("merging", "gating")
