@@ -235,7 +235,9 @@ class Supervisor:
             self._tell("stopped", f"stopped after {where.done} of {where.rounds} rounds{rest}")
             return Exit.STOPPED
         if current is None:
-            raise _DiedError("serverapp-died", "another run took its place, and is gone", known=True)
+            raise _DiedError(
+                "serverapp-died", "another run took its place and is gone", known=True
+            )
         if current.ended == "done":
             self._look()
             if self._watch.complete:
