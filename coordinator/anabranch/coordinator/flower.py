@@ -146,10 +146,11 @@ def wait_for_port(
     Raises:
         FlowerError: It ended, or did not answer in time.
     """
+    name = Path(child.args[0]).name  # type: ignore[index, arg-type]
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if child.poll() is not None:
-            raise FlowerError(f"{child.args!r} ended with code {child.returncode}; see {log}")
+            raise FlowerError(f"{name} ended with code {child.returncode}; see {log}")
         try:
             socket.create_connection((reachable(host), port), timeout=1).close()
         except OSError:
@@ -157,7 +158,7 @@ def wait_for_port(
         else:
             return
         time.sleep(0.1)
-    raise FlowerError(f"{child.args!r} does not answer on port {port}; see {log}")
+    raise FlowerError(f"{name} does not answer on port {port}; see {log}")
 
 
 def flwr(

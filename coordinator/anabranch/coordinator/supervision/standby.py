@@ -39,12 +39,15 @@ class Standby:
     Args:
         config: Says whether there is to be one, and where.
         env: Its environment: that of the SuperLink, whose child it stands for.
+
+    Attributes:
+        log: What they write.
     """
 
     def __init__(self, config: CoordinatorConfig, env: dict[str, str]) -> None:
         self._wanted, self._env = config.standby, env
         self._folder = folder_of(config.home)
-        self._log = config.home / "serverapp.log"
+        self.log = config.home / "serverapp.log"
         self._child: subprocess.Popen[bytes] | None = None
         self._since_s = float("-inf")
         self._at_work: list[subprocess.Popen[bytes]] = []
@@ -81,6 +84,10 @@ class Standby:
             return []
         return [child.pid]
 
+    def last_words(self) -> str:
+        """The last lines of the log of those that waited, the ServerApp among them."""
+        return processes.tail(self.log)
+
     def end(self) -> None:
         """Leave nothing behind."""
         for child in (self._child, *self._at_work):
@@ -113,7 +120,7 @@ class Standby:
         fresh.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         fresh.chmod(0o700)
         fresh.rename(self._folder / COMMAND)
-        return processes.start(self._arguments(), self._log, self._env)
+        return processes.start(self._arguments(), self.log, self._env)
 
     def _warn(self, told: str) -> None:
         log.warning(told, extra={"event": "standby"})

@@ -138,8 +138,7 @@ class Supervisor:
                 elif isinstance(error, _DiedError):
                     event = error.event
                     if not error.known:
-                        words = self._link.last_words() or "with nothing"
-                        told += f"; {self._link.log} ends: {words}"
+                        told += f"; {self._last_words(event)}"
                 if self._stops:
                     self._tell("stopped", f"stopped: {told}")
                     return Exit.STOPPED
@@ -148,6 +147,12 @@ class Supervisor:
                 continue
             if ended is not None:
                 return ended
+
+    def _last_words(self, event: str) -> str:
+        # Without a standby the ServerApp's go to Flower alone.
+        if event == "serverapp-died" and (words := self._standby.last_words()):
+            return f"{self._standby.log} ends: {words}"
+        return f"{self._link.log} ends: {self._link.last_words() or 'with nothing'}"
 
     def _begin(self) -> None:
         """Have a SuperLink and a run on it.
@@ -235,9 +240,7 @@ class Supervisor:
             self._tell("stopped", f"stopped after {where.done} of {where.rounds} rounds{rest}")
             return Exit.STOPPED
         if current is None:
-            raise _DiedError(
-                "serverapp-died", "another run took its place and is gone", known=True
-            )
+            raise _DiedError("serverapp-died", "another run took its place and is gone", known=True)
         if current.ended == "done":
             self._look()
             if self._watch.complete:
