@@ -35,7 +35,8 @@ START_S = 30.0
 """Longest time that `up` takes to its first look at the database."""
 AWAY_S = 75.0
 """For so long a killed node may be turned away: SuperLink takes it for alive."""
-HANG_S = 400.0
+HANG_S, LONGEST_S = 400.0, 1500.0
+"""Longest time without a round's end, and of all of it."""
 NAMES = {
     "serverapp": "kill -9 of the ServerApp",
     "superlink": "kill -9 of the SuperLink",
@@ -94,7 +95,7 @@ class Storm:
 
     def _weather(self) -> int:
         """Returns how many rounds there were."""
-        next_s = moved_s = time.monotonic()
+        began_s = next_s = moved_s = time.monotonic()
         done, drained = 0, False
         while True:
             now = time.monotonic()
@@ -117,6 +118,7 @@ class Storm:
             if over > done:
                 done, moved_s = over, now
             assert now - moved_s < HANG_S, self._loop.logs()
+            assert now - began_s < LONGEST_S, self._loop.logs()
             if now > next_s and len(self.kills) < KILLS and self._kill(done + 1):
                 next_s = now + self._draw.uniform(0.0, EVERY_S)
             # Not before the round in which the last one was killed is over.

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
+from typing import IO
 
 import pytest
 from benchmarks.loopback import certificates, node_key
@@ -40,6 +42,23 @@ def test_a_lease_ends_with_its_holder_and_says_how(tmp_path: Path) -> None:
     current, alive = lease.look(tmp_path)
     assert current is not None
     assert (current.run, current.ended, alive) == ("8", "no luck", False)
+
+
+def test_one_that_ends_during_a_look_was_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(lease.held(tmp_path, "7"))
+        free = lease._free
+
+        def ends(file: IO[str]) -> bool:
+            stack.close()
+            return free(file)
+
+        monkeypatch.setattr(lease, "_free", ends)
+        current, alive = lease.look(tmp_path)
+    assert current is not None
+    assert (current.ended, alive) == ("done", False)
 
 
 HOLDER = """

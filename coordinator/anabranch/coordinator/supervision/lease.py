@@ -75,9 +75,10 @@ def held(folder: Path, run: str) -> Iterator[None]:
 def look(folder: Path) -> tuple[Lease | None, bool]:
     """The last lease there was, and whether its holder lives."""
     try:
-        lease = Lease(**json.loads((folder / LEASE_FILE).read_text()))
-        with (folder / LOCK_FILE).open("a") as file:
+        with (folder / LOCK_FILE).open() as file:
             alive = not _free(file)
+        # Not before: who ends writes how, and then lets go.
+        lease = Lease(**json.loads((folder / LEASE_FILE).read_text()))
     except FileNotFoundError:
         return None, False
     return lease, alive
