@@ -21,9 +21,9 @@ one the tests look at the same things: the run completes, every admitted update 
 the rows and by the receipts, `anabranch verify` finds every receipt true (or, of what was damaged,
 false), and no artifact is left that nothing names. "Longest" is the longest time from the fault to
 the end of its run, on a busy machine of two cores. Where a part of a deployed federation is killed
-(`kill -9 of …`, at any moment, one every 18 s or so), it is the longest to the end of the round under
-way, in which others are killed too; the last round drains, and receipts are checked as a chain, not
-by merging again.
+(`kill -9 of …`, at any moment, one every 18 s or so), it is the longest to the end of the round
+under way, in which others are killed too; the last round drains, and receipts are checked as a
+chain, not by merging again.
 
 `make chaos` runs all of it and writes this page (`python -m benchmarks.chaos`, from
 `benchmarks/results/chaos.json`); `make test` runs each kind of fault once.
