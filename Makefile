@@ -65,7 +65,7 @@ gpu: install
 	$(BIN)/python -m pytest -rs tests/gpu
 	$(BIN)/python -m benchmarks.gpu
 
-# A coordinator killed a hundred times, and what is deployed a hundred times more; every other fault
+# A coordinator killed in 25 runs, what is deployed a hundred times at any moment, every other fault
 # ten times; make test does each once. Two hours and more.
 # What they came to is kept, and written as docs/chaos.md. And, deployed, a node
 # killed in a secure sum, and `up` killed whose federation was started over the API.
