@@ -32,8 +32,6 @@ from anabranch.wire.receipt import check_chain
 from benchmarks.loopback import Loopback
 
 RESULTS = Path(__file__).with_name("results") / "recovery.json"
-FAULTS = ("serverapp", "superlink", "up", "node")
-"""Whom a kill -9 may hit."""
 SILENT_S = 60.0
 """Longest time without a line of what it waits for."""
 
@@ -183,7 +181,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", default="serverapp,superlink,up", help="taken in turn")
+    parser.add_argument("--faults", default="serverapp,superlink,up", help="in turn; or node")
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node keys")
     parser.add_argument("--no-standby", action="store_true", help="each ServerApp loads anew")
     parser.add_argument("--out", type=Path, default=RESULTS)

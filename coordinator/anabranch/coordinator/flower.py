@@ -146,7 +146,8 @@ def wait_for_port(
     Raises:
         FlowerError: It ended, or did not answer in time.
     """
-    name = Path(child.args[0]).name  # type: ignore[index, arg-type]
+    assert isinstance(child.args, list)
+    name = Path(child.args[0]).name
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if child.poll() is not None:

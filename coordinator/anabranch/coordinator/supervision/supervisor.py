@@ -287,7 +287,10 @@ class Supervisor:
         raise _DiedError("superlink-died", f"the SuperLink {why}")
 
     def _lease(self) -> tuple[lease.Lease | None, bool]:
-        """That of the run under way, once it has one, and whether its holder lives."""
+        """That of the run under way, once it has one, and whether its holder lives.
+
+        Another run of this SuperLink's that holds it is the one under way from now on.
+        """
         current, alive = lease.look(self._config.federation)
         if current is None or self._run is None:
             return None, False
